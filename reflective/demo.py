@@ -1,0 +1,111 @@
+"""``reflective demo``: candidates scored live as they are decoded, and what the scoring cost."""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from torch import Tensor
+from typing_extensions import Self
+
+from .model import Generation, ReflectiveModel
+from .plot import sparkline
+from .scorer import StreamScorer
+
+_REFRESH_S = 0.1
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured on one run, in seconds: decoding without the scorer's share, that share, and a second pass instead."""
+
+    decoding: float
+    scoring: float
+    second_pass: float
+
+
+def run(
+    model: ReflectiveModel, question: str, *, n: int, seed: int | None, max_new_tokens: int, console: Console | None
+) -> tuple[Generation, Costs]:
+    """Generate ``n`` candidates, show them live on ``console`` if there is one, and measure a second pass."""
+    with Board(model, n, console) if console else nullcontext() as board:
+        generation = model.generate(
+            question, n=n, seed=seed, max_new_tokens=max_new_tokens, schedule="immediate",
+            on_step=board.update if board else None,
+        )  # fmt: skip
+    scoring = generation.scoring_seconds
+    return generation, Costs(generation.seconds - scoring, scoring, second_pass(model, generation))
+
+
+def second_pass(model: ReflectiveModel, generation: Generation) -> float:
+    """Seconds that the published pipeline would now spend: every finished text once more through the whole model, one at
+    a time, all hidden states and logits kept, the head on the step-tokens' rows."""
+    prompt = model.encode(generation.prompt)
+    began = time.perf_counter()
+    for candidate in generation.candidates:
+        ids = torch.cat([prompt, torch.tensor([candidate.token_ids], device=prompt.device)], 1)
+        with torch.no_grad():
+            states = model.model(ids, output_hidden_states=True).hidden_states[-2]
+            mask = model.steps.mask(ids, prompt_lengths=prompt.shape[1])[0].roll(-1)
+            model.head(states[0, mask].to(model.head.dtype)).sigmoid()
+    return time.perf_counter() - began
+
+
+class Board:
+    """The live table: one row a candidate, there while the ``with`` block lasts."""
+
+    def __init__(self, model: ReflectiveModel, n: int, console: Console) -> None:
+        self.model, self.rows = model, [("", "", "")] * n
+        self.live = Live(self.table(), console=console, transient=True, auto_refresh=False)
+        self.prompt_length = 0
+        self.shown = 0.0
+
+    def __enter__(self) -> Self:
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.__exit__(None, None, None)
+
+    def update(self, ids: Tensor, scorer: StreamScorer) -> None:
+        """Called after every decoded token; redraws at most ten times a second."""
+        self.prompt_length = self.prompt_length or ids.shape[1] - 1
+        if time.perf_counter() - self.shown < _REFRESH_S:
+            return
+        scores = scorer.result()
+        texts = self.model.tokenizer.batch_decode(ids[:, self.prompt_length :], skip_special_tokens=True)
+        self.rows = [
+            (" ".join(text.split())[-60:], sparkline(steps.tolist()), f"{float(score):.3f}" if len(steps) else "")
+            for text, steps, score in zip(texts, scores.step_scores, scores.score, strict=True)
+        ]
+        self.live.update(self.table(), refresh=True)
+        self.shown = time.perf_counter()
+
+    def table(self) -> Table:
+        table = Table("", "decoding", "step scores", "score", expand=True)
+        for i, row in enumerate(self.rows, 1):
+            table.add_row(str(i), *row)
+        return table
+
+
+def report(console: Console, generation: Generation, costs: Costs) -> None:
+    """The candidates with their final scores, the chosen answer, and the two measured lines."""
+    table = Table("", "response", "step scores", "score", "answer", expand=True)
+    for i, c in enumerate(generation.candidates, 1):
+        style = "bold green" if c is generation.best else None
+        table.add_row(
+            str(i), " ".join(c.text.split()), sparkline(c.step_scores), f"{c.score:.3f}", c.answer or "", style=style
+        )
+    console.print(table)
+    console.print(Panel(generation.best.text.strip(), title=f"best of {len(generation.candidates)}", expand=False))
+    share = costs.scoring / costs.decoding
+    console.print(
+        f"scoring added [bold]{1e3 * costs.scoring:.1f} ms[/] to {costs.decoding:.2f} s of decoding ({share:.2%})\n"
+        f"a second pass over the finished texts took [bold]{costs.second_pass:.2f} s[/] "
+        f"({costs.second_pass / costs.decoding:.0%} of decoding, {costs.second_pass / costs.scoring:,.0f} times as long)",
+        highlight=False,
+    )

@@ -1,0 +1,98 @@
+"""rf.score: scores of finished text, by the backbone up to the layer that the SPRM reads."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from .backbone import Backbone
+from .backends import choose_backend
+from .scorer import At, _one_of, check_parts
+from .scores import TrajectoryScores
+from .sprm import SPRM
+from .steps import StepTokens, padding
+
+
+def score(
+    model: nn.Module,
+    head: SPRM,
+    steps: StepTokens,
+    input_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
+    attention_mask: Tensor | None = None,
+    at: At = "predict",
+    prompt_lengths: Tensor | Sequence[int] | int | None = None,
+    *,
+    backend: str | None = None,
+    batch_tokens: int = 16_384,
+) -> TrajectoryScores:
+    """Score finished trajectories: the answer that ``StreamScorer`` gives while they are decoded.
+
+    The backbone runs up to the input of its last layer and stops: no last layer, no logits, no other layer's states.
+
+    Args:
+        model, head, steps, at, backend: as for ``StreamScorer``.
+        input_ids: [B, T], or a list of B sequences of any lengths.
+        attention_mask: [B, T], 0 at left or right padding. None: no padding.
+        prompt_lengths: tokens of each prompt, padding not counted; only steps after it are scored. None: the whole text.
+        batch_tokens: padded tokens a forward; rows are batched by length under this limit, one row at the least.
+
+    Raises:
+        ValueError: bad input, named.
+    """
+    _one_of("at", at, ("predict", "token"))
+    backbone = Backbone.of(model)
+    steps = check_parts(backbone, head, steps)
+    engine = choose_backend(backend, backbone.device, backbone.dtype)
+    weights = tuple(w.to(backbone.device).contiguous() for w in head.weights())
+
+    if not isinstance(input_ids, Tensor):
+        input_ids, attention_mask = _pad(input_ids, attention_mask)
+    ids = input_ids.to(backbone.device)
+    mask = steps.mask(ids, attention_mask, prompt_lengths)  # [B, T]; checks the input
+    pad, length = padding(attention_mask, ids.shape, backbone.device)
+
+    log_scores = torch.zeros(ids.shape, dtype=torch.float32, device=backbone.device)
+    for rows in _batches((length - pad).tolist(), batch_tokens):
+        left, right = int(pad[rows].min()), int(length[rows].max())
+        steps_here = mask[rows, left:right]
+        if not steps_here.any():
+            continue
+        column = torch.arange(left, right, device=backbone.device)
+        real = (column >= pad[rows, None]) & (column < length[rows, None])
+        row, step = steps_here.nonzero(as_tuple=True)  # [M]
+        hidden = backbone.features(
+            ids[rows, left:right], None if real.all() else real.long(), row, step - (at == "predict")
+        )  # [M, H]
+        log_scores[torch.tensor(rows, device=ids.device)[row], left + step] = engine.score_rows(hidden, *weights)
+
+    found = [log_scores[i][mask[i]] for i in range(len(ids))]
+    return TrajectoryScores.collect(
+        [float(f.double().sum()) for f in found],
+        [len(f) for f in found],
+        found,
+        [m.nonzero().flatten() for m in mask],
+        at,
+    )
+
+
+def _pad(sequences: Sequence, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A list of sequences as right-padded ids [B, T] and their mask."""
+    if attention_mask is not None:
+        raise ValueError("attention_mask: leave it out when input_ids is a list; each sequence has its own length")
+    rows = [torch.as_tensor(s, dtype=torch.int64) for s in sequences]
+    if not rows or any(r.dim() != 1 or not len(r) for r in rows):
+        raise ValueError("input_ids: expected at least one sequence, each a flat list of at least one token id")
+    mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True), mask
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Rows grouped by length, each group's padded size within ``batch_tokens`` (or a single row)."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[row] <= batch_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups

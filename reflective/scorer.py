@@ -1,0 +1,316 @@
+"""StreamScorer: scores a model's reasoning while the model decodes it."""
+
+import inspect
+import time
+import warnings
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .backbone import Backbone
+from .backends import Backend, choose_backend
+from .scores import TrajectoryScores
+from .sprm import SPRM
+from .state import StreamState, hash_ids
+from .steps import StepTokens, padding
+
+Schedule = Literal["deferred", "immediate"]
+At = Literal["predict", "token"]
+
+
+class StreamScorer:
+    """Scores every sequence that ``model`` decodes while attached.
+
+    ::
+
+        with rf.StreamScorer(model, head, steps) as scorer:
+            out = model.generate(**inputs, do_sample=True, num_return_sequences=8)
+        scores = scorer.result(out)
+
+    Two hooks do it: one on the model's forward takes the token ids, one on its last layer takes the hidden states that
+    enter it. Each forward costs one op, ``torch.ops.reflective.decode_step``; nothing is run twice. A forward with an
+    empty cache starts afresh, so one scorer serves any number of ``generate`` calls, one after the other. Several
+    scorers may be attached to one model; none knows of the others.
+
+    Args:
+        model: a decoder-only transformers model.
+        head: the SPRM, of the model's hidden size and dtype. Its weights are read when the scorer is attached.
+        steps: which tokens end a step.
+        schedule: ``"deferred"`` scores in batches, when the buffer fills or a result is asked for; ``"immediate"`` has every
+            step's score when its forward ends. The scores are the same to the bit.
+        at: ``"predict"`` reads the state that predicted the step-token (published checkpoints), ``"token"`` its own.
+        scope: ``"response"`` scores what is generated, ``"text"`` the prompt too.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None takes the fastest for the model's device.
+        buffer_rows: rows of the deferred buffer.
+        max_steps: steps a sequence whose single scores are kept; further ones still count in the trajectory's score.
+            16,384 are enough for 32k generated tokens, as steps are never adjacent.
+        record_features: keep the feature of every step that is scored, for training (``features``). Costs a look at a
+            device-side counter a forward.
+
+    Attributes:
+        backend: which code does the work (``backend.name``).
+        host_seconds: host time spent within the scorer since it was made.
+
+    Raises:
+        ValueError: head, steps and model do not fit together, or the model is none that can be scored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: SPRM,
+        steps: StepTokens,
+        schedule: Schedule = "deferred",
+        at: At = "predict",
+        *,
+        scope: Literal["response", "text"] = "response",
+        backend: str | None = None,
+        buffer_rows: int = 256,
+        max_steps: int = 16_384,
+        record_features: bool = False,
+    ) -> None:
+        _one_of("schedule", schedule, ("deferred", "immediate"))
+        _one_of("at", at, ("predict", "token"))
+        _one_of("scope", scope, ("response", "text"))
+        if buffer_rows < 1 or max_steps < 1:
+            raise ValueError(f"buffer_rows={buffer_rows} and max_steps={max_steps} must be at least 1")
+        self.backbone = Backbone.of(model)
+        self.head, self.schedule, self.at, self.scope = head, schedule, at, scope
+        self.steps = check_parts(self.backbone, head, steps)
+        self.backend: Backend = choose_backend(backend, self.backbone.device, self.backbone.dtype)
+        self.buffer_rows, self.max_steps, self.record_features = buffer_rows, max_steps, record_features
+        self._state: StreamState | None = None
+        self._read: StreamState | None = None  # the state that the last result was read from
+        self._weights: tuple[Tensor, ...] = ()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._forward = inspect.signature(model.forward)
+        self.host_seconds = 0.0
+        self._batch = 0  # sequences of the current generation; 0 before the first
+        self._seen = 0  # columns consumed, a host-side twin of the state's SEEN
+        self._ids: Tensor | None = None  # of the forward in progress
+        self._announced: Tensor | None = None  # the whole prompt, when `begin` gave it
+        self._recorded: list[tuple[Tensor, Tensor]] = []  # (rows, owners) moved out of the buffer
+        self._recorded_last: list[tuple[Tensor, Tensor]] = []  # of the token that was never fed back
+
+    # -- attaching ---------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise RuntimeError("this StreamScorer is attached already; use one `with` block at a time")
+        device = self.backbone.device
+        self._weights = tuple(w.to(device).contiguous() for w in self.head.weights())
+        self._handles = [
+            self.backbone.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.backbone.on_features(self._on_features),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._ids = [], None
+
+    # -- the stream --------------------------------------------------------------------------------------------------
+
+    def begin(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Announce the prompts [B, P] of the next generation. Needed only where part of them is in the cache already.
+
+        ``generate(input_ids, past_key_values=cache)`` with a cache that holds the prompt's first columns shows the
+        scorer only the rest; what it must know of the cached part (tags, open delimiters) it reads from here.
+        """
+        self._begin(*_prompt(input_ids, attention_mask, self.backbone.device), prompt_length=input_ids.shape[1])
+        self._announced = input_ids
+
+    def _begin(self, batch: int, pad: Tensor, prompt_length: int) -> None:
+        state = self._state
+        if state is None or len(state.seq) < batch:
+            b = self.backbone
+            state = self._state = StreamState.allocate(
+                batch, b.hidden_size, buffer_rows=max(self.buffer_rows, batch), max_steps=self.max_steps,
+                dtype=b.dtype, device=b.device,
+            )  # fmt: skip
+        start = torch.full_like(pad, prompt_length if self.scope == "response" else 0)
+        state.reset(pad, start)
+        self._batch, self._seen, self._announced = batch, 0, None
+        self._recorded, self._recorded_last = [], []
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        given = self._forward.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        ids, cache = given.get("input_ids"), given.get("past_key_values")
+        if ids is None:
+            raise ValueError("StreamScorer reads token ids: call the model with input_ids, not inputs_embeds")
+        if cache is None and given.get("use_cache") is False:
+            raise ValueError("StreamScorer needs the KV cache (use_cache=True); for finished text use rf.score")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if past == 0 and self._announced is None:
+            batch, pad = _prompt(ids, given.get("attention_mask"), self.backbone.device, given.get("position_ids"))
+            self._begin(batch, pad, prompt_length=ids.shape[1])
+        elif past > 0 and self._seen == 0 and self._announced is not None:
+            self._skip_cached(past)
+        if past != self._seen:
+            raise RuntimeError(
+                f"the cache holds {past} tokens but the scorer has seen {self._seen}: the cache was filled before the "
+                "scorer was attached (announce the whole prompt with scorer.begin), or decoded tokens were rolled back"
+            )
+        if len(ids) != self._batch:
+            raise RuntimeError(f"this forward has {len(ids)} sequences, the generation began with {self._batch}")
+        self._ids = ids
+        self.host_seconds += time.perf_counter() - began
+
+    def _skip_cached(self, past: int) -> None:
+        """Consume the announced prompt's first ``past`` columns, whose states are in the cache only."""
+        if self.scope == "text":
+            raise ValueError("scope='text' scores the prompt too, so no part of it may be in the cache beforehand")
+        b = self.backbone
+        if past >= self._announced.shape[1]:
+            raise ValueError(f"the cache holds {past} tokens, all of the announced prompt; leave at least one to decode")
+        unknown = torch.zeros(self._batch, 1, b.hidden_size, dtype=b.dtype, device=b.device)
+        self._consume(self._announced[:, :past].to(b.device), unknown.expand(-1, past, -1))
+
+    def _on_features(self, hidden: Tensor) -> None:
+        if self._ids is None:
+            raise RuntimeError(f"call {type(self.backbone.model).__name__} itself, not its inner decoder, when scoring")
+        began = time.perf_counter()
+        ids, self._ids = self._ids, None
+        self._consume(ids.to(hidden.device), hidden.detach())
+        self.host_seconds += time.perf_counter() - began
+
+    def _consume(self, ids: Tensor, hidden: Tensor) -> None:
+        # While recording, the buffer must not empty itself in mid-forward: long forwards go in pieces that fit it.
+        piece = max(1, self._state.slots.shape[0] // self._batch) if self.record_features else ids.shape[1]
+        for ids_piece, hidden_piece in zip(ids.split(piece, 1), hidden.split(piece, 1), strict=True):
+            if self.record_features:
+                self._record(self._state, self._recorded)
+            self._run(self._state, ids_piece, hidden_piece)
+        self._seen += ids.shape[1]
+
+    def _run(self, state: StreamState, ids: Tensor, hidden: Tensor) -> None:
+        self.backend.decode_step(
+            ids, hidden, self.steps.token_class, self.steps.transition, *self._weights, *state.tensors(),
+            self.at == "predict", self.schedule == "immediate" and not self.record_features,
+        )  # fmt: skip
+
+    def _flush(self, state: StreamState) -> None:
+        self.backend.flush(
+            *self._weights, state.tally, state.step_score, state.slots, state.slot_owner, state.n_slots
+        )  # fmt: skip
+
+    def _record(self, state: StreamState, record: list[tuple[Tensor, Tensor]]) -> None:
+        """Move the buffer's rows to ``record``, and score them."""
+        if n := int(state.n_slots):
+            record.append((state.slots[:n].clone(), state.slot_owner[:n].clone()))
+            self._flush(state)
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def result(self, sequences: Any = None) -> TrajectoryScores:
+        """Scores of the current generation.
+
+        Args:
+            sequences: what ``generate`` returned, ids [B, T] or an output object with ``sequences``. Its last token was
+                never fed back, yet with ``at="predict"`` its step counts. None: what the model has consumed so far.
+
+        Raises:
+            RuntimeError: nothing was decoded while the scorer was attached.
+            ValueError: ``sequences`` are not the ids that the model decoded (beam search reorders them, for instance).
+        """
+        began = time.perf_counter()
+        if not self._batch:
+            raise RuntimeError("nothing to score: no forward ran while this scorer was attached")
+        state, self._recorded_last = self._state, []
+        if self.record_features:
+            self._record(state, self._recorded)
+        if sequences is not None and (unseen := self._unseen(getattr(sequences, "sequences", sequences))).shape[1]:
+            state = state.clone()  # decoding may go on, so the unfed token is consumed by a copy
+            if self.at == "token":
+                state.silence()
+            no_hidden = state.last_hidden.new_zeros(self._batch, unseen.shape[1], self.backbone.hidden_size)
+            self._run(state, unseen, no_hidden)
+        if self.record_features:
+            self._record(state, self._recorded_last)
+        self._flush(state)
+        self._read = state
+        found = [state.sequence(i) for i in range(self._batch)]
+        if any(f.n_steps > len(f.columns) for f in found):
+            warnings.warn(f"more than max_steps={self.max_steps} steps: their single scores were not kept", stacklevel=2)
+        self.host_seconds += time.perf_counter() - began
+        return TrajectoryScores.collect(
+            [f.log_sum for f in found],
+            [f.n_steps for f in found],
+            [f.log_scores for f in found],
+            [f.columns for f in found],
+            self.at,
+        )
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """The features of the steps that the last ``result`` scored: ``(features [M, H], sequence [M] int64)``.
+
+        In the order of ``result``'s ``step_scores``, sequence by sequence. Needs ``record_features=True``.
+
+        Raises:
+            RuntimeError: features were not recorded.
+        """
+        if not self.record_features:
+            raise RuntimeError("features were not kept; create the StreamScorer with record_features=True")
+        records = self._recorded + self._recorded_last
+        if not records:
+            b = self.backbone
+            return torch.empty(0, b.hidden_size, dtype=b.dtype), torch.empty(0, dtype=torch.int64)
+        rows, owners = (torch.cat(parts) for parts in zip(*records, strict=True))
+        order = self._read.counted_order(owners)
+        return rows[order], owners[order, 0].long()
+
+    def _unseen(self, ids: Tensor) -> Tensor:
+        """The tokens of ``ids`` that were never fed back; checks that the others are those that were."""
+        ids, T = ids.to(self.backbone.device), self._seen
+        if ids.dim() != 2 or ids.shape[0] != self._batch or not T <= ids.shape[1] <= T + 1:
+            raise ValueError(
+                f"sequences: shape {list(ids.shape)} does not continue the {self._batch} x {T} tokens decoded while "
+                "attached; pass exactly what generate returned"
+            )
+        differ = hash_ids(ids[:, :T]) != self._state.hashes()[: self._batch]
+        if differ.any():
+            raise ValueError(
+                f"sequences: rows {differ.nonzero().flatten().tolist()} are not the tokens that the model decoded; pass "
+                "what generate returned, unchanged (beam search, which reorders sequences, is not supported)"
+            )
+        return ids[:, T:]
+
+
+def check_parts(backbone: Backbone, head: SPRM, steps: StepTokens) -> StepTokens:
+    """``steps`` sized to the model's vocabulary and on its device.
+
+    Raises:
+        ValueError: head, steps and model do not fit together.
+    """
+    name = type(backbone.model).__name__
+    head.check_model(backbone.hidden_size, backbone.dtype, name)
+    steps.check_model(backbone.vocab_size)
+    return steps.resized(backbone.vocab_size).to(backbone.device)
+
+
+def _prompt(
+    ids: Tensor, attention_mask: Tensor | None, device: torch.device, position_ids: Tensor | None = None
+) -> tuple[int, Tensor]:
+    """``(B, columns of left padding [B])`` of the prompts [B, P]."""
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise ValueError(f"input_ids: shape {list(ids.shape)}; expected at least one prompt of at least one token")
+    if attention_mask is not None and attention_mask.dim() != 2 and position_ids is not None:
+        # A static cache gets its 4-d mask ready-made; the positions still tell how many columns are padding.
+        return len(ids), (ids.shape[1] - 1 - position_ids[:, -1]).expand(len(ids)).to(device)
+    pad, length = padding(attention_mask, ids.shape, device)
+    if (length < ids.shape[1]).any():
+        raise ValueError("attention_mask: right-padded prompts cannot be decoded; set tokenizer.padding_side='left'")
+    return len(ids), pad
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,15 @@
+"""Where there is no GPU the Triton kernels run under Triton's interpreter; it must be asked for before Triton is imported."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device on which Triton kernels run here."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

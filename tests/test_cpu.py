@@ -1,0 +1,311 @@
+"""The compiled CPU ops against their definitions, on every instruction set that this processor has."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from reflective import kernels
+from reflective.kernels import layout
+
+extension = pytest.importorskip("reflective._C")
+cpu = torch.ops.reflective
+
+CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"]
+DTYPES = [torch.float32, torch.bfloat16]
+V, CLASSES, STATES = 50, 6, 5
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = cpu.cpu_capability()
+    try:
+        cpu.set_cpu_capability(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield request.param
+    cpu.set_cpu_capability(before)
+
+
+def random_head(H: int, K: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((K, H), H**-0.5), ((K,), 0.1), ((1, K), 4 * K**-0.5), ((1,), 0.1)
+    return [(torch.randn(shape, generator=g) * scale).to(dtype) for shape, scale in shapes]
+
+
+def random_rows(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    """Every dimension but the last is strided."""
+    wide = torch.randn(*shape[:-1], shape[-1] + 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return wide[..., : shape[-1]]
+
+
+def random_automaton(seed: int) -> tuple[Tensor, Tensor]:
+    """``token_class`` and ``transition`` that mean nothing: a third of the entries end a step."""
+    g = torch.Generator().manual_seed(seed)
+    transition = torch.randint(STATES, (CLASSES, STATES), generator=g, dtype=torch.int32)
+    for flag, share in ((layout.STEP, 0.35), (layout.THINK, 0.05), (layout.END, 0.05)):
+        transition |= flag * (torch.rand(CLASSES, STATES, generator=g) < share).int()
+    return torch.randint(CLASSES, (V,), generator=g, dtype=torch.int32), transition
+
+
+def random_ids(B: int, T: int, seed: int) -> Tensor:
+    return torch.randint(V, (T, B), generator=torch.Generator().manual_seed(seed)).t()
+
+
+def new_state(N: int, H: int, dtype: torch.dtype, *, slots: int = 3, log: int = 7) -> dict[str, Tensor]:
+    """The state before the first token, with everything that has yet to be written poisoned."""
+    nan = float("nan")
+    state = {
+        "seq": torch.zeros(N, layout.SEQ_FIELDS, dtype=torch.int64),
+        "tally": torch.zeros(N, layout.N_REGIONS, layout.TALLY_FIELDS, dtype=torch.float64),
+        "last_hidden": torch.full((N, H), nan, dtype=dtype),
+        "step_column": torch.full((N, log), -7, dtype=torch.int32),
+        "step_region": torch.full((N, log), -7, dtype=torch.int8),
+        "step_score": torch.full((N, log), nan, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+        "slots": torch.full((slots, H), nan, dtype=dtype),
+        "slot_owner": torch.full((slots, layout.OWNER_FIELDS), -7, dtype=torch.int32),
+        "n_slots": torch.zeros(1, dtype=torch.int32),
+    }
+    state["tally"][..., [layout.MIN, layout.LAST]] = nan
+    state["seq"][:, layout.PAD] = torch.arange(N) % 3 * 4
+    state["seq"][:, layout.START] = state["seq"][:, layout.PAD] + torch.arange(N) % 2 * 6
+    return state
+
+
+def flush_arguments(state: dict[str, Tensor]) -> list[Tensor]:
+    return [state[name] for name in ("tally", "step_score", "slots", "slot_owner", "n_slots")]
+
+
+def stream_case(H: int, dtype: torch.dtype, T: int = 9, **sizes: int) -> tuple:
+    """Arguments of one ``decode_step`` over ``T`` tokens of 3 sequences."""
+    state = new_state(3, H, dtype, **sizes)
+    head = random_head(H, 2 * H, dtype)
+    return random_ids(3, T, 5), random_rows(3, T, H, dtype=dtype), *random_automaton(2), *head, *state.values()
+
+
+def assert_2x(ours: Tensor, same_dtype: Tensor, truth: Tensor) -> None:
+    """At most twice the error of the same-dtype definition; a few float32 ulp where that has none."""
+    error, allowed = (ours - truth).abs().max(), (same_dtype - truth).abs().max()
+    ulp = torch.finfo(torch.float32).eps * truth.abs().max().clamp_min(1)
+    assert error <= torch.maximum(2 * allowed, 4 * ulp), f"error {error:.2e}, the definition's {allowed:.2e}"
+
+
+def assert_identical(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "K"), [(1, 2), (7, 14), (64, 128), (576, 1152), (577, 1154), (65, 1), (100, 37)])
+def test_score_rows(capability: str, H: int, K: int, dtype: torch.dtype) -> None:
+    head, rows = random_head(H, K, dtype), random_rows(300, H, dtype=dtype)
+    scores = cpu.score_rows(rows, *head)
+    assert scores.dtype == torch.float32
+    truth = kernels.score_rows(*(t.double() for t in (rows, *head)))
+    assert_2x(scores, kernels.score_rows(rows, *head), truth)
+
+    # A row's bits do not depend on the company it keeps, its place or the number of threads.
+    for M in (0, 1, 3, 17):
+        assert_identical(cpu.score_rows(rows[40 : 40 + M], *head), scores[40 : 40 + M])
+    assert_identical(cpu.score_rows(rows.flip(0), *head).flip(0), scores)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert_identical(cpu.score_rows(rows, *head), scores)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_is_not_finite_harms_no_other(capability: str, dtype: torch.dtype) -> None:
+    head, rows = random_head(577, 70, dtype), random_rows(20, 577, dtype=dtype)
+    broken = rows.clone()
+    broken[3, 576], broken[5, 0], broken[19, 300] = float("nan"), float("inf"), float("-inf")
+    expected = cpu.score_rows(rows, *head)
+    expected[[3, 5, 19]] = float("nan")
+    assert_identical(cpu.score_rows(broken, *head), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_logits(capability: str, dtype: torch.dtype) -> None:
+    w1, b1, w2, _ = random_head(40, 80, dtype)
+    rows = random_rows(5, 40, dtype=dtype)
+    for b2 in (1e4, -1e4, -20.0, float("nan")):
+        head = w1, b1, w2, torch.tensor([b2], dtype=dtype)
+        truth = kernels.score_rows(*(t.double() for t in (rows, *head)))
+        torch.testing.assert_close(cpu.score_rows(rows, *head), truth.float(), equal_nan=True)
+    b1[7] = float("nan")  # a ReLU that swallowed it would hide a broken head
+    assert cpu.score_rows(rows, w1, b1, w2, b1[:1]).isnan().all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_step_mask(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    B, T = 5, 40
+    ids, automaton = random_ids(B, T, seed), random_automaton(seed)
+    pad = torch.randint(0, 10, (B,), generator=g)
+    length = torch.randint(5, T + 1, (B,), generator=g)
+    start = torch.randint(0, T, (B,), generator=g) // 2
+    mask = cpu.step_mask(ids, *automaton, pad, length, start)
+    assert mask.any()
+    assert_identical(mask, kernels.step_mask(ids, *automaton, pad, length, start))
+    assert cpu.step_mask(ids[:, :0], *automaton, pad, length, start).shape == (B, 0)
+    assert cpu.step_mask(ids[:0], *automaton, pad[:0], length[:0], start[:0]).shape == (0, T)
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+@pytest.mark.parametrize("at_predict", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(2))
+def test_stream(seed: int, dtype: torch.dtype, at_predict: bool, immediate: bool) -> None:
+    """Random tables, random ids in random chunks: one row of the state is not used, and both buffers overflow."""
+    B, T, H = 3, 50, 33
+    head, automaton = random_head(H, 2 * H, dtype), random_automaton(seed)
+    ids, hidden = random_ids(B, T, seed), random_rows(B, T, H, dtype=dtype)
+    ours, same, truth = (new_state(B + 1, H, t) for t in (dtype, dtype, torch.float64))
+    g = torch.Generator().manual_seed(seed)
+    begin = 0
+    while begin < T:
+        end = begin + int(torch.randint(1, 16, (), generator=g))
+        chunk = ids[:, begin:end], hidden[:, begin:end]
+        cpu.decode_step(*chunk, *automaton, *head, *ours.values(), at_predict, immediate)
+        kernels.decode_step(*chunk, *automaton, *head, *same.values(), at_predict, immediate)
+        in_double = [t.double() for t in (chunk[1], *head)]
+        kernels.decode_step(chunk[0], in_double[0], *automaton, *in_double[1:], *truth.values(), at_predict, immediate)
+        begin = end
+    if not immediate:
+        cpu.flush(*head, *flush_arguments(ours))
+        kernels.flush(*head, *flush_arguments(same))
+        kernels.flush(*(t.double() for t in head), *flush_arguments(truth))
+
+    assert (ours["seq"][:B, layout.N_STEPS] > ours["step_score"].shape[1]).any()  # steps past the log's capacity
+    for name in ("seq", "step_column", "step_region", "slot_owner", "n_slots", "last_hidden", "slots"):
+        assert_identical(ours[name], same[name])
+    assert_identical(ours["tally"][..., layout.COUNT], same["tally"][..., layout.COUNT])
+    for name in ("tally", "step_score"):
+        assert_identical(ours[name].isnan(), same[name].isnan())
+        assert_2x(*(state[name].nan_to_num() for state in (ours, same, truth)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_ops_give_a_row_the_same_bits(capability: str, dtype: torch.dtype) -> None:
+    ids, hidden, *rest = stream_case(100, dtype, T=40, slots=40, log=40)
+    tables_and_head, names = rest[:6], list(new_state(1, 1, dtype))
+    deferred, immediate = (dict(zip(names, (t.clone() for t in rest[6:]), strict=True)) for _ in range(2))
+    cpu.decode_step(ids, hidden, *tables_and_head, *deferred.values(), True, False)
+    n = int(deferred["n_slots"])
+    assert n > 9
+    owner = deferred["slot_owner"][:n].long()
+    expected = cpu.score_rows(deferred["slots"][:n], *tables_and_head[2:])
+    cpu.flush(*tables_and_head[2:], *flush_arguments(deferred))
+    for j in range(ids.shape[1]):
+        column = slice(j, j + 1)
+        cpu.decode_step(ids[:, column], hidden[:, column], *tables_and_head, *immediate.values(), True, True)
+    for state in (deferred, immediate):
+        scores = state["step_score"][owner[:, layout.OWNER_SEQUENCE], owner[:, layout.OWNER_STEP]]
+        assert_identical(scores, expected)
+
+
+def test_a_step_that_is_not_finite_marks_its_own_sequence_only() -> None:
+    ids, hidden, *rest = stream_case(16, torch.float32, T=40, slots=40, log=40)
+    hidden[1, 4:] = float("nan")
+    cpu.decode_step(ids, hidden, *rest, False, True)
+    tally = rest[7]
+    counted = tally[..., layout.COUNT] > 0
+    assert tally[1][counted[1]].isnan().any()
+    assert not tally[0][counted[0]].isnan().any()
+    assert not tally[2][counted[2]].isnan().any()
+
+
+@pytest.mark.parametrize("token", [-1, V])
+def test_an_id_outside_the_vocabulary_changes_nothing(token: int) -> None:
+    ids, *rest = stream_case(16, torch.float32)
+    ids[2, 8] = token
+    before = [t.clone() for t in rest]
+    with pytest.raises(IndexError, match=rf"ids\[2, 8\] is {token}, outside the vocabulary of {V}"):
+        cpu.decode_step(ids, *rest, True, True)
+    for ours, expected in zip(rest, before, strict=True):
+        assert_identical(ours, expected)
+    columns = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(IndexError, match="outside the vocabulary"):
+        cpu.step_mask(ids, *rest[1:3], columns, columns + 9, columns)
+
+
+def test_bad_arguments_are_named() -> None:
+    names = [a.name for a in cpu.decode_step.default._schema.arguments]
+    case = dict(zip(names, (*stream_case(16, torch.float32), True, True), strict=True))
+    wrong = {
+        "hidden": [case["hidden"].bfloat16(), case["hidden"].mT.contiguous().mT, case["hidden"][:, :4]],
+        "ids": [case["ids"].int(), case["ids"].repeat(2, 1)],
+        "w1": [case["w1"].half(), case["w1"].t().contiguous().t(), case["w1"][:0]],
+        "b1": [case["b1"][1:], case["b1"].bfloat16()],
+        "seq": [case["seq"].int(), case["seq"][:, :7]],
+        "tally": [case["tally"].float()],
+        "last_hidden": [case["last_hidden"][:1]],
+        "slots": [case["slots"][:0], case["slots"][:, 1:]],
+        "slot_owner": [case["slot_owner"].t().contiguous().t()],
+        "n_slots": [torch.tensor([4], dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)],
+        "transition": [case["transition"][:1], case["transition"].long()],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            arguments = case | {name: value}
+            if name == "ids" and value.shape[0] > 3:
+                arguments["hidden"] = case["hidden"].repeat(2, 1, 1)
+            with pytest.raises((RuntimeError, IndexError), match=rf"\b{name}\b"):
+                cpu.decode_step(*arguments.values())
+    with pytest.raises(RuntimeError, match="features must have shape"):
+        cpu.score_rows(torch.zeros(3, 15), case["w1"], case["b1"], case["w2"], case["b2"])
+    case["seq"][0, layout.AUTOMATON] = STATES
+    with pytest.raises(IndexError, match="automaton is in state"):
+        cpu.decode_step(*case.values())
+
+
+@pytest.mark.parametrize("op", ["step_mask", "score_rows", "decode_step", "flush"])
+def test_opcheck(op: str) -> None:
+    ids, hidden, token_class, transition, *rest = stream_case(16, torch.float32)
+    head, state = rest[:4], dict(zip(new_state(1, 1, torch.float32), rest[4:], strict=True))
+    columns = torch.zeros(3, dtype=torch.int64)
+    arguments = {
+        "step_mask": (ids, token_class, transition, columns, columns + 9, columns),
+        "score_rows": (hidden[0], *head),
+        "decode_step": (ids, hidden, token_class, transition, *rest, True, True),
+        "flush": (*head, *flush_arguments(state)),
+    }
+    torch.library.opcheck(getattr(cpu, op).default, arguments[op])
+
+
+def test_compiles_as_one_graph() -> None:
+    eager, compiled = stream_case(16, torch.float32), stream_case(16, torch.float32)
+
+    @torch.compile(fullgraph=True)
+    def step(ids: Tensor, *rest: Tensor) -> Tensor:
+        cpu.decode_step(ids, *rest, True, True)
+        return ids
+
+    for _ in range(2):
+        step(*compiled)
+        cpu.decode_step(*eager, True, True)
+    for ours, expected in zip(compiled, eager, strict=True):
+        assert_identical(ours, expected)
+
+
+def test_capability_can_be_lowered_by_name() -> None:
+    """``REFLECTIVE_CPU_CAPABILITY`` is read at the first call; a name that cannot be had is an error, not a fall-back."""
+    program = (
+        f"import torch; torch.ops.load_library({extension.__file__!r}); print(torch.ops.reflective.cpu_capability())"
+    )
+
+    def run(name: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"REFLECTIVE_CPU_CAPABILITY": name}
+        return subprocess.run(
+            [sys.executable, "-c", program], check=False, env=environment, capture_output=True, text=True
+        )
+
+    assert run("portable").stdout == "portable\n"
+    assert "there is no CPU capability 'sse'; this processor has" in run("sse").stderr
+    with pytest.raises(RuntimeError, match="there is no CPU capability 'mmx'"):
+        cpu.set_cpu_capability("mmx")
