@@ -62,7 +62,7 @@ def score(
         real = (column >= pad[rows, None]) & (column < length[rows, None])
         row, step = steps_here.nonzero(as_tuple=True)  # [M]
         hidden = backbone.features(
-            ids[rows, left:right], None if real.all() else real.long(), row, step - (at == "predict")
+            ids[rows, left:right], None if real.all() else real.long(), row, step - int(at == "predict")
         )  # [M, H]
         log_scores[torch.tensor(rows, device=ids.device)[row], left + step] = engine.score_rows(hidden, *weights)
 

@@ -380,8 +380,7 @@ def _decode_each(tokenizer: Any, ids: list[int]) -> list[bytes]:
     if anchor is None:
         return [decode(i).encode() for i in ids]
     head = decode(anchor)
-    pairs = ((i, decode(anchor, i)) for i in ids)
-    return [(text[len(head) :] if text.startswith(head) else decode(i)).encode() for i, text in pairs]
+    return [decode(anchor, i).removeprefix(head).encode() for i in ids]
 
 
 def _ids_of_rule(tokenizer: Any, tokens: Sequence[bytes | None], rule: str, delimiters: Sequence[str]) -> list[int]:

@@ -35,7 +35,7 @@ print(reflective.ops.WHY_NO_EXTENSION)
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
+    return subprocess.run(
         [str(part) for part in command],
         check=False,
         cwd=cwd,
@@ -44,18 +44,21 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
         stderr=subprocess.STDOUT,
         text=True,
     )
-    return done
 
 
 def pip(*arguments: object, cwd: Path, **environment: str) -> str:
-    done = run(sys.executable, "-m", "pip", *arguments, "--no-deps", "--disable-pip-version-check", cwd=cwd, **environment)
+    done = run(
+        sys.executable, "-m", "pip", *arguments, "--no-deps", "--disable-pip-version-check", cwd=cwd, **environment
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
 def install_and_run_an_op(wheel: Path, folder: Path) -> str:
     pip("install", "--target", folder / "site", wheel, cwd=folder)
-    done = run(sys.executable, "-c", RUN_AN_OP, cwd=folder, PYTHONPATH=str(folder / "site"))
+    # -S: an editable install of this checkout, if there is one, must not lend what the wheel lacks.
+    path = os.pathsep.join([str(folder / "site"), str(Path(torch.__file__).parents[1])])
+    done = run(sys.executable, "-S", "-c", RUN_AN_OP, cwd=folder, PYTHONPATH=path)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -81,7 +84,8 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sdist_carries_every_source(sdist: Path) -> None:
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert not {*SOURCES, "setup.py", "pyproject.toml", "LICENSE", "reflective/py.typed"} - names
 
 

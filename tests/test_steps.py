@@ -554,6 +554,7 @@ def test_copies(device):
     ids = [0, 8, 3, 8, 5]
     assert larger.mask(ids)[0].nonzero().flatten().tolist() == [2, 4]
     assert larger.resized(6).token_class.equal(steps.token_class)
+    assert StepTokens([0]).resized(3).mask([1, 2, 0, 1]).tolist() == [[False, False, True, False]]
     with pytest.raises(ValueError, match=r"token id 5 is outside a vocabulary of 5"):
         steps.resized(5)
     moved = steps.to(device)

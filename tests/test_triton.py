@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from reflective.kernels import layout
 
 from reflective import kernels
 
 pytest.importorskip("triton")
+from reflective.kernels import layout
 from reflective.kernels.decode_step_triton import decode_step
 from reflective.kernels.flush_triton import flush
 from reflective.kernels.score_rows_triton import score_rows

@@ -1,0 +1,80 @@
+"""Small random models and an oracle that follows the specification word by word."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import reflective as rf
+
+VOCAB, HIDDEN, THINK, END_THINK, PAD = 61, 64, 3, 4, 0
+STEP_IDS = list(range(10, 22))  # about one sampled token in five ends a step
+_SIZES = {
+    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD,
+}  # fmt: skip
+CONFIGS = {
+    "llama": LlamaConfig(**_SIZES),
+    "qwen2": Qwen2Config(**_SIZES),
+    "qwen3": Qwen3Config(**_SIZES, head_dim=16),
+    "mistral": MistralConfig(**_SIZES, sliding_window=None),
+    "gemma": GemmaConfig(**_SIZES, head_dim=16),
+    "phi": PhiConfig(**_SIZES),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=PAD),
+}  # fmt: skip
+
+
+def model(kind: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    net = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=dtype).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() > 1:
+                p.mul_(6.0)  # the default initialisation hardly moves the hidden state
+    return net
+
+
+def head(dtype: torch.dtype = torch.float32, hidden: int = HIDDEN, seed: int = 0) -> rf.SPRM:
+    torch.manual_seed(seed)
+    return rf.SPRM(hidden).to(dtype).requires_grad_(False).eval()
+
+
+def steps(**kwargs: object) -> rf.StepTokens:
+    return rf.StepTokens(**{"step_ids": STEP_IDS, "think_start_id": THINK, "think_end_id": END_THINK, **kwargs})
+
+
+def expected_steps(ids: Sequence[int], prompt_length: int = 0) -> list[int]:
+    """Text indices of the step-tokens that count, from the prose of the specification."""
+    a = ids.index(THINK) if ids.count(THINK) == 1 else 0
+    e = ids.index(END_THINK) if ids.count(END_THINK) == 1 else len(ids)
+    return [
+        t
+        for t in range(len(ids))
+        if ids[t] in STEP_IDS and ids[t - 1] not in STEP_IDS and ids[t - 1] != THINK
+        and a + 2 <= t <= e and t >= max(prompt_length, 2)
+    ]  # fmt: skip
+
+
+def second_pass(net: PreTrainedModel, sprm: rf.SPRM, ids: Sequence[int], at: str, prompt_length: int = 0) -> Tensor:
+    """Step log-scores as the published pipeline gets them: the whole text alone, every hidden state kept."""
+    with torch.no_grad():
+        hidden = net(torch.tensor([ids]), output_hidden_states=True).hidden_states[-2][0]
+        found = [t - (at == "predict") for t in expected_steps(ids, prompt_length)]
+        return F.logsigmoid(sprm(hidden[found]).squeeze(-1).to(torch.promote_types(sprm.dtype, torch.float32)))
+
+
+def geometric_mean(log_scores: Tensor) -> float:
+    return math.exp(log_scores.double().clamp_min(math.log(1e-10)).mean()) if len(log_scores) else 0.0
