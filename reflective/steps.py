@@ -295,7 +295,7 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     """
     vocab, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-    tokens: list[bytes | None] = [None] * (1 + max(*vocab.values(), *added))
+    tokens: list[bytes | None] = [None] * (1 + max([*vocab.values(), *added]))
     for i, token in added.items():
         tokens[i] = token.content.encode()
     ordinary = {i: piece for piece, i in vocab.items() if i not in added and i not in special}
@@ -457,7 +457,7 @@ def _text_entries(tokens: Sequence[bytes | None], delimiters: Sequence[bytes]) -
         walk[:n] = table[text[offset[:n] + position, None], walk[:n]]
 
     entries = np.empty((len(tokens), n_states + 1), np.int32)
-    entries[order, :n_states] = np.where(walk < n_states, walk, walk - n_states | STEP)
+    entries[order, :n_states] = np.where(walk < n_states, walk, (walk - n_states) | STEP)
     entries[:, n_states] = entries[:, _SUPPRESSED] & NEXT_STATE
     entries[[token is None for token in tokens]] = 0  # no text: breaks a match and is not whitespace
     return entries, n_states

