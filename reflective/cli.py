@@ -198,7 +198,7 @@ def train(
     """Train a head from outcomes alone: roll out with the scorer recording features, fit, report on unseen questions."""
     from . import train as training
 
-    reflective_model = _load(model, None, fetch)
+    reflective_model = _load(model, None, fetch, untrained=True)
     settings = training.Settings(
         task=task, questions=questions, eval_questions=eval_questions, samples=samples, temperature=temperature,
         max_new_tokens=max_new_tokens, epochs=epochs, warmup=warmup, batch=batch, seed=seed,
@@ -211,14 +211,16 @@ def train(
         Console().print(training.table(metrics))
 
 
-def _load(model: str, head: Path | None, fetch: bool) -> "ReflectiveModel":
+def _load(model: str, head: Path | None, fetch: bool, *, untrained: bool = False) -> "ReflectiveModel":
     from transformers.utils import logging
 
     from .model import ReflectiveModel
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    return ReflectiveModel.default(fetch=fetch) if model == "default" else ReflectiveModel.from_pretrained(model, head=head)
+    if model == "default":
+        return ReflectiveModel.default(fetch=fetch)
+    return ReflectiveModel.from_pretrained(model, head=head, untrained=untrained)
 
 
 def _record(question: str, generation: "Generation") -> dict[str, Any]:

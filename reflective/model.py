@@ -113,6 +113,7 @@ class ReflectiveModel:
         head: str | Path | None = None,
         dtype: torch.dtype | str = "auto",
         device_map: Any = None,
+        untrained: bool = False,
     ) -> "ReflectiveModel":
         """Load a directory (or Hub id) with a transformers model, its tokenizer and a head.
 
@@ -120,6 +121,7 @@ class ReflectiveModel:
             path: model and tokenizer.
             head: head and ``reflective.json``, where they lie elsewhere; default ``path``.
             dtype: of the model; the head follows.
+            untrained: start from a random head where there is none, to train it.
 
         Raises:
             FileNotFoundError, ValueError: the head is missing or is none, see ``SPRM.from_pretrained``.
@@ -127,8 +129,10 @@ class ReflectiveModel:
         home = Path(head or path).expanduser()
         file = (home if home.is_dir() else home.parent) / CONFIG_NAME
         config = Config(**json.loads(file.read_text())) if file.is_file() else Config()
-        sprm = SPRM.from_pretrained(home)
+        sprm = None if untrained and not SPRM.found(home) else SPRM.from_pretrained(home)  # first: it fails fast
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
+        if sprm is None:
+            sprm = SPRM(model.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).eval()
         return cls(model, AutoTokenizer.from_pretrained(path), sprm.to(model.dtype), config)
 
     @classmethod

@@ -40,6 +40,12 @@ class SPRM(nn.Sequential):
             self[0].weight.detach(), self[0].bias.detach(), self[3].weight.detach(), self[3].bias.detach()
         )  # fmt: skip
 
+    @staticmethod
+    def found(path: str | Path) -> Path | None:
+        """The head's file: ``path`` itself, or the one in that directory; None if there is none."""
+        place = Path(path).expanduser()
+        return next((f for f in (place, *(place / name for name in NAMES)) if f.is_file()), None)
+
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype | None = None) -> "SPRM":
         """Load ``score_module.safetensors`` or ``score_module.pt`` from a file or a directory; returned in eval mode.
@@ -50,19 +56,14 @@ class SPRM(nn.Sequential):
             FileNotFoundError: no such file, or a directory without either.
             ValueError: the file is not a head: unreadable, other keys, shapes that do not fit together.
         """
-        file = Path(path).expanduser()
-        if file.is_dir():
-            found = [file / name for name in NAMES if (file / name).is_file()]
-            if not found:
-                raise FileNotFoundError(f"path={str(path)!r} holds none of {', '.join(NAMES)}")
-            file = found[0]
+        file = cls.found(path)
+        if file is None:
+            raise FileNotFoundError(f"path={str(path)!r} is no file, nor a directory with one of {', '.join(NAMES)}")
         try:
             if file.suffix == ".safetensors":
                 state = safetensors.torch.load_file(file)
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"path={str(path)!r} does not exist") from None
         except pickle.UnpicklingError as e:
             raise ValueError(
                 f"{file} was refused: it is damaged, or holds pickled code instead of tensors alone. "

@@ -13,3 +13,11 @@ if not torch.cuda.is_available():
 def device() -> torch.device:
     """The device on which Triton kernels run here."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def default_model():
+    """The embedded default model; its first use converts the weights (about 30 s) into the user's cache."""
+    from reflective import ReflectiveModel
+
+    return ReflectiveModel.default()

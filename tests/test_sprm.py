@@ -43,9 +43,9 @@ def test_pickled_code_is_never_run(tmp_path, capsys):
 
 
 def test_files_that_are_no_heads(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds none of"):
+    with pytest.raises(FileNotFoundError, match="nor a directory with one of"):
         rf.SPRM.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="is no file"):
         rf.SPRM.from_pretrained(tmp_path / "score_module.pt")
     for suffix in ("pt", "safetensors"):
         whole = tiny.head().save_pretrained(tmp_path / f"score_module.{suffix}").read_bytes()

