@@ -1,7 +1,7 @@
 """The compiled part of the build. Everything else is in pyproject.toml.
 
-The C++ backend is built wherever a C++ compiler is found; without one the package installs pure and runs on its Triton or
-plain-PyTorch backend. Environment: ``REFLECTIVE_FORCE_BUILD=1`` (no compiler, or a failed compile, is an error),
+The C++ backend is built wherever a C++ compiler is found; without one the package installs pure and runs on its Triton
+or plain-PyTorch backend. Environment: ``REFLECTIVE_FORCE_BUILD=1`` (no compiler, or a failed compile, is an error),
 ``MAX_JOBS``, ``CXX``.
 """
 
@@ -16,8 +16,8 @@ try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 except ImportError as error:
     raise SystemExit(
-        "reflective-kernels compiles against the torch that it will run with, and torch cannot be imported here. Install "
-        "torch first, then: pip install --no-build-isolation reflective-kernels"
+        "reflective-kernels compiles against the torch that it will run with, and torch cannot be imported here. "
+        "Install torch first, then: pip install --no-build-isolation reflective-kernels"
     ) from error
 
 FORCE_BUILD = os.environ.get("REFLECTIVE_FORCE_BUILD", "0") == "1"

@@ -67,7 +67,7 @@ def inputs(rows: int, H: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor
 
 
 def check(step: Step, tallies: Tallies, head: tuple[Tensor, ...]) -> None:
-    """Against the definition in float64, over steps of 0 to 8 rows: at most twice the definition's error in this dtype."""
+    """Against the definition in float64, over steps of 0 to 8 rows: at most twice the error of this dtype's."""
     H, dtype = head[0].shape[1], head[0].dtype
     same_step, same_tallies = stream(kernels.decode_step, head)
     true_step, true_tallies = stream(kernels.decode_step, tuple(t.double() for t in head))

@@ -12,8 +12,8 @@ from reflective.kernels.layout import LOG_FLOOR, NEXT_STATE, STEP
 class Expression:
     """One decode step, immediate schedule, ``at="predict"``, as one writes it without kernels.
 
-    Vectorised over the batch: detect by table, gather the rows that end a step, ``log_sum += logsigmoid(head(rows))``. It
-    does less than the op: no thinking tags, padding, scope, step log, minimum or hash.
+    Vectorised over the batch: detect by table, gather the rows that end a step, ``log_sum += logsigmoid(head(rows))``.
+    It does less than the op: no thinking tags, padding, scope, step log, minimum or hash.
 
     Attributes: ``log_sum`` [B] float64 and ``n_steps`` [B] int64 are its results.
     """

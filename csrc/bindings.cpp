@@ -1,5 +1,5 @@
-// torch.ops.reflective.* on CPU tensors. The only file that knows torch, and of it only libtorch's stable ABI: one build
-// serves every torch from 2.11 and every Python from 3.10. The schemas are stated in reflective/ops.py.
+// torch.ops.reflective.* on CPU tensors. The only file that knows torch, and of it only libtorch's stable ABI: one
+// build serves every torch from 2.11 and every Python from 3.10. The schemas are stated in reflective/ops.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -64,7 +64,9 @@ struct Argument {
     data = tensor.data_ptr();
   }
 
-  [[noreturn]] void fail(const std::string& message) const { throw std::runtime_error(std::string(name) + " " + message); }
+  [[noreturn]] void fail(const std::string& message) const {
+    throw std::runtime_error(std::string(name) + " " + message);
+  }
 
   static std::string shape(const int64_t* sizes, int64_t dim) {
     std::string text = "[";
@@ -170,8 +172,8 @@ Tensor score_rows_cpu(const Tensor& features, const Tensor& w1, const Tensor& b1
 void decode_step_cpu(const Tensor& ids, const Tensor& hidden, const Tensor& token_class, const Tensor& transition,
                      const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& seq,
                      const Tensor& tally, const Tensor& last_hidden, const Tensor& step_column,
-                     const Tensor& step_region, const Tensor& step_score, const Tensor& slots,
-                     const Tensor& slot_owner, const Tensor& n_slots, bool at_predict, bool immediate) {
+                     const Tensor& step_region, const Tensor& step_score, const Tensor& slots, const Tensor& slot_owner,
+                     const Tensor& n_slots, bool at_predict, bool immediate) {
   const Ids tokens = make_ids(ids);
   const Head head = make_head(w1, b1, w2, b2);
   const Argument states("hidden", hidden, type_of(head), {tokens.batch, tokens.length, head.width});
@@ -219,6 +221,7 @@ STABLE_TORCH_LIBRARY_IMPL(reflective, CPU, m) {
 
 // `import reflective._C` is what loads the registrations above; the module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

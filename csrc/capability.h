@@ -23,6 +23,7 @@ void set_capability(const std::string& name);
 
 // Defined by the file of each kernel; the x86 ones exist on x86-64 only.
 extern const ScoreKernel portable_float32, portable_bfloat16, amx_emulated_bfloat16;
-extern const ScoreKernel avx2_float32, avx2_bfloat16, avx512_float32, avx512_bfloat16, avx512_bf16_bfloat16, amx_bfloat16;
+extern const ScoreKernel avx2_float32, avx2_bfloat16, avx512_float32, avx512_bfloat16, avx512_bf16_bfloat16,
+    amx_bfloat16;
 
 }  // namespace reflective

@@ -4,8 +4,8 @@
 
 namespace reflective {
 
-void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automaton, const Head& head, const Stream& stream,
-                 bool at_predict, bool immediate) {
+void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automaton, const Head& head,
+                 const Stream& stream, bool at_predict, bool immediate) {
   const int64_t element = head.is_bfloat16 ? sizeof(bfloat16) : sizeof(float);
   const int64_t row_bytes = head.width * element;
   char* const last_hidden = static_cast<char*>(stream.last_hidden);
@@ -30,7 +30,9 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automato
         if (*stream.n_slots == stream.slot_capacity) flush(head, stream);
         const int64_t slot = (*stream.n_slots)++, step = s[N_STEPS]++;
         const int64_t region = (s[N_THINK] > 0 ? AFTER_THINK : 0) + (s[N_END] > 0 ? AFTER_END : 0);
-        const char* feature = !at_predict ? hidden_row(b, j) : j > 0 ? hidden_row(b, j - 1) : last_hidden + b * row_bytes;
+        const char* feature = !at_predict ? hidden_row(b, j)
+                              : j > 0     ? hidden_row(b, j - 1)
+                                          : last_hidden + b * row_bytes;
         std::memcpy(static_cast<char*>(stream.slots) + slot * row_bytes, feature, row_bytes);
         int32_t* const owner = stream.slot_owner + slot * OWNER_FIELDS;
         owner[OWNER_SEQUENCE] = static_cast<int32_t>(b);

@@ -12,11 +12,11 @@ struct Stream {
   int32_t* step_column;  // [sequences, log_capacity]
   int8_t* step_region;   // [sequences, log_capacity]
 
-  double* tally;       // [sequences, N_REGIONS, TALLY_FIELDS]
-  float* step_score;   // [sequences, log_capacity]
-  void* slots;         // [slot_capacity, width]
+  double* tally;        // [sequences, N_REGIONS, TALLY_FIELDS]
+  float* step_score;    // [sequences, log_capacity]
+  void* slots;          // [slot_capacity, width]
   int32_t* slot_owner;  // [slot_capacity, OWNER_FIELDS]
-  int32_t* n_slots;    // [1]
+  int32_t* n_slots;     // [1]
   int64_t sequences, log_capacity, slot_capacity;
 };
 
@@ -27,8 +27,8 @@ struct Hidden {  // [batch, length, width] in the head's dtype
 
 // Consumes ids [batch <= sequences, length] and the states they produced: see kernels/decode_step.py. Throws
 // std::out_of_range for a bad id and then leaves the state unchanged.
-void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automaton, const Head& head, const Stream& stream,
-                 bool at_predict, bool immediate);
+void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automaton, const Head& head,
+                 const Stream& stream, bool at_predict, bool immediate);
 
 // Scores slots[:n_slots] into their owners' tallies and step logs, in slot order; empties the buffer: see
 // kernels/flush.py.

@@ -7,7 +7,7 @@ namespace reflective {
 
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 
-// Calls `function` on disjoint ranges that cover [0, n), each of at least `grain` indices; on this thread alone if n <= grain.
+// Calls `function` on disjoint ranges of at least `grain` indices that cover [0, n), on this thread alone if n <= grain
 void parallel_for(int64_t n, int64_t grain, RangeFunction function, void* context);
 
 template <class Body>

@@ -2,12 +2,23 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace reflective {
 
 using bfloat16 = uint16_t;  // the bits
 
-struct Head {  // float32, or bfloat16 if `is_bfloat16`; W1 as nn.Linear stores it
+inline float to_float(float x) { return x; }
+
+inline float to_float(bfloat16 x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// float32, or bfloat16 if `is_bfloat16`; W1 as nn.Linear stores it.
+struct Head {
   const void* w1;  // [units, width]
   const void* b1;  // [units]
   const void* w2;  // [units]
@@ -16,16 +27,17 @@ struct Head {  // float32, or bfloat16 if `is_bfloat16`; W1 as nn.Linear stores 
   bool is_bfloat16;
 };
 
-struct Rows {  // [count, width] in the head's dtype, rows `stride` elements apart
+// [count, width] in the head's dtype, rows `stride` elements apart.
+struct Rows {
   const void* data;
   int64_t stride, count;
 };
 
 // out[m] = max(logsigmoid(w2 . relu(W1 rows[m] + b1) + b2), LOG_FLOOR); NaN for a row that is not finite.
 //
-// The order of every sum is fixed by the row alone: a row has the same bits in any batch, at any place, on any number of
-// threads. Each (row, unit) dot product walks the width once in its own vector of lanes; UNIT_BLOCK units give one partial
-// sum of relu(z) * w2; partial sums are added in block order in float64.
+// The order of every sum is fixed by the row alone: a row has the same bits in any batch, at any place, on any number
+// of threads. Each (row, unit) dot product walks the width once in its own vector of lanes; UNIT_BLOCK units give one
+// partial sum of relu(z) * w2; partial sums are added in block order in float64.
 void score_rows(const Head& head, const Rows& rows, float* out);
 
 constexpr int64_t UNIT_BLOCK = 32;
@@ -34,7 +46,7 @@ inline int64_t unit_blocks(int64_t units) { return (units + UNIT_BLOCK - 1) / UN
 
 // One way to compute the partial sums. A kernel that wants the rows in another form packs them once per call.
 struct ScoreKernel {
-  size_t (*packed_bytes)(int64_t count, int64_t width);                  // null: reads the rows where they are
+  size_t (*packed_bytes)(int64_t count, int64_t width);  // null: reads the rows where they are
   void (*pack)(const Rows& rows, int64_t width, void* packed);
   // partial[m * unit_blocks(units) + block] for blocks [begin, end); `rows` as packed.
   void (*partial_sums)(const Head& head, const Rows& rows, int64_t begin, int64_t end, float* partial);

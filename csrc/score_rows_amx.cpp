@@ -1,5 +1,5 @@
-// AMX tiles. Compiled, but never yet executed on a processor that has them: no such machine was at hand. The kernel around
-// the tiles is tested through their emulation (score_rows_amx_emulated.cpp).
+// AMX tiles. Compiled, but never yet executed on a processor that has them: no such machine was at hand. The kernel
+// around the tiles is tested through their emulation (score_rows_amx_emulated.cpp).
 #include "capability.h"
 
 #if defined(__x86_64__)

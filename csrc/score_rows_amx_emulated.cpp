@@ -1,5 +1,5 @@
-// The tile kernel on tiles of plain memory, so that it can be tested on every processor. TDPBF16PS as Intel's manual gives
-// it: even and odd products have a sum each, added to the destination at the end of the 16 pairs.
+// The tile kernel on tiles of plain memory, so that it can be tested on every processor. TDPBF16PS as Intel's manual
+// gives it: even and odd products have a sum each, added to the destination at the end of the 16 pairs.
 #include "capability.h"
 #include "score_rows_tile.h"
 
@@ -15,11 +15,11 @@ class EmulatedTiles {
     for (int64_t u = 0; u < UNIT_BLOCK; ++u) {
       float even[TILE_ROWS] = {}, odd[TILE_ROWS] = {};
       for (int64_t h = 0; h < TILE_DEPTH; h += 2) {
-        const float w_even = widen(weights[u * stride + h]), w_odd = widen(weights[u * stride + h + 1]);
+        const float w_even = to_float(weights[u * stride + h]), w_odd = to_float(weights[u * stride + h + 1]);
         const bfloat16* pairs = panel + h * TILE_ROWS;
         for (int64_t r = 0; r < rows; ++r) {
-          even[r] += w_even * widen(pairs[2 * r]);
-          odd[r] += w_odd * widen(pairs[2 * r + 1]);
+          even[r] += w_even * to_float(pairs[2 * r]);
+          odd[r] += w_odd * to_float(pairs[2 * r + 1]);
         }
       }
       for (int64_t r = 0; r < rows; ++r) z_[u][r] += even[r] + odd[r];

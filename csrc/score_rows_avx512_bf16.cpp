@@ -17,7 +17,9 @@ struct Avx512Bf16 : Avx512 {
   static constexpr int WIDTH = 32;
 
   static __m512bh load(const bfloat16* p) { return __m512bh(_mm512_loadu_si512(p)); }
-  static __m512bh load_first(const bfloat16* p, int64_t n) { return __m512bh(_mm512_maskz_loadu_epi16((1u << n) - 1, p)); }
+  static __m512bh load_first(const bfloat16* p, int64_t n) {
+    return __m512bh(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
+  }
   static __m512 multiply_add(__m512bh a, __m512bh b, __m512 c) { return _mm512_dpbf16_ps(c, a, b); }
 };
 

@@ -1,5 +1,5 @@
-// The dot-product kernel, over the vectors `V` of one instruction set. Included once by each such file, after its target
-// pragma: the anonymous namespace keeps one file's instructions out of another's code.
+// The dot-product kernel, over the vectors `V` of one instruction set. Included once by each such file, after its
+// target pragma: the anonymous namespace keeps one file's instructions out of another's code.
 //
 //     partial[m, block] = sum over the block's units k of relu(W1[k] . rows[m] + b1[k]) * w2[k]
 #pragma once
@@ -11,15 +11,6 @@
 
 namespace reflective {
 namespace {
-
-inline float to_float(float x) { return x; }
-
-inline float to_float(bfloat16 x) {
-  const uint32_t bits = uint32_t{x} << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // z[r, u] = rows[r] . w[u], R rows by U units at a time; U is a multiple of 4. What a dot product adds, and in which
 // order, does not depend on R and U.
@@ -54,7 +45,8 @@ constexpr int UNIT_GROUP = 8;
 
 // As many of `count` rows as fit, R at a time, then the rest by half as many.
 template <class V, int R, class Row, class Weight>
-inline void group_dots(const Row* rows, int64_t stride, int64_t count, const Weight* const* w, int64_t width, float* z) {
+inline void group_dots(const Row* rows, int64_t stride, int64_t count, const Weight* const* w, int64_t width,
+                       float* z) {
   constexpr int U = R == 1 ? UNIT_GROUP : 4;
   for (; count >= R; count -= R, rows += R * stride, z += R * UNIT_BLOCK) {
     for (int u = 0; u < UNIT_GROUP; u += U) dots<V, R, U>(rows, stride, w + u, width, z + u);

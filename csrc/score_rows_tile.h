@@ -37,13 +37,6 @@ inline void pack_panels(const Rows& rows, int64_t width, void* packed) {
   }
 }
 
-inline float widen(bfloat16 x) {
-  const uint32_t bits = uint32_t{x} << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 template <class T>
 void tile_partial_sums(const Head& head, const Rows& rows, int64_t begin, int64_t end, float* partial) {
   const auto* w1 = static_cast<const bfloat16*>(head.w1);
@@ -78,7 +71,7 @@ void tile_partial_sums(const Head& head, const Rows& rows, int64_t begin, int64_
       tiles.store(&z[0][0]);
       float sums[TILE_ROWS] = {};
       for (int64_t u = 0; u < units; ++u) {
-        const float bias = widen(b1[first + u]), weight = widen(w2[first + u]);
+        const float bias = to_float(b1[first + u]), weight = to_float(w2[first + u]);
         for (int64_t r = 0; r < TILE_ROWS; ++r) {
           const float activation = z[u][r] + bias;
           sums[r] += (activation < 0 ? 0 : activation) * weight;  // a NaN is not below zero and stays

@@ -1,5 +1,6 @@
-// REFLECTIVE_TARGET("avx2,fma") lets the code after it, to the end of the file, use these instructions. Standard headers
-// come before it: their inline functions are shared with files meant for every processor.
+// REFLECTIVE_TARGET("avx2,fma") lets the code after it, to the end of the file, use these instructions. Standard
+// headers come before it: their inline functions are shared with files meant for every processor. clang wants the
+// region closed by REFLECTIVE_TARGET_END.
 #pragma once
 
 #define REFLECTIVE_PRAGMA(text) _Pragma(#text)

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from . import layout
 
-OPTIONS = {
-    "enable_fp_fusion": True
-}  # stated because the default is another in the next Triton, and so would be the bits
+# Stated because the default is another from Triton 3.10 on, and with it the bits.
+OPTIONS = {"enable_fp_fusion": True}
 
 LOG_FLOOR = tl.constexpr(layout.LOG_FLOOR)
 NAN_PROPAGATES = tl.constexpr(tl.PropagateNan.ALL)
@@ -48,10 +47,10 @@ def head_partials(
 
     # Rows are shared out among the programs: asking every tile of the product would cost each one a pass over it.
     for m in range(first + program, tl.minimum(first + BLOCK_M, n), n_programs):
-        poison = tl.zeros((BLOCK_H,), tl.float32)
-        for done in range(0, H, BLOCK_H):
-            f = tl.load(features + m * width + done + h, mask=h < H - done, other=0.0)
-            poison += f.to(tl.float32) * 0.0
+        poison = tl.zeros((BLOCK_U * BLOCK_H,), tl.float32)
+        for done in range(0, H, BLOCK_U * BLOCK_H):
+            column = done + tl.arange(0, BLOCK_U * BLOCK_H)
+            poison += tl.load(features + m * width + column, mask=column < H, other=0.0).to(tl.float32) * 0.0
         tl.store(sums + n_programs * line + m, tl.sum(poison, 0))
 
 

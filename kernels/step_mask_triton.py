@@ -22,31 +22,31 @@ def _step_mask(
     int64; mask: [B, T] int8.
     """
     b = tl.program_id(0).to(tl.int64)
-    begin = tl.load(pad + b)
-    end = tl.load(length + b)
+    # Columns fit 32 bits, which halves the registers; start may also say never.
+    begin = tl.load(pad + b).to(tl.int32)
+    end = tl.minimum(tl.load(length + b).to(tl.int32), T)
     out = mask + b * T
     ids_t = tl.cast(ids_t, tl.int64)
-    state = tl.zeros((), tl.int64)
-    n_think = tl.zeros((), tl.int64)
-    n_end = tl.zeros((), tl.int64)
+    state, n_think, n_end = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     think_at, end_at = begin, end
-    for t in range(tl.maximum(begin, 0), tl.minimum(end, T)):
+    for t in range(begin, end):
         token_row = transition + tl.load(token_class + tl.load(ids + b * ids_b + t * ids_t)).to(tl.int64) * n_states
         entry = tl.load(token_row + state)
         tl.store(out + t, ((entry & STEP) != 0).to(tl.int8))
         think_at = tl.where((entry & THINK) != 0, t, think_at)
         end_at = tl.where((entry & END) != 0, t, end_at)
-        n_think += ((entry & THINK) != 0).to(tl.int64)
-        n_end += ((entry & END) != 0).to(tl.int64)
-        state = (entry & NEXT_STATE).to(tl.int64)
+        n_think += ((entry & THINK) != 0).to(tl.int32)
+        n_end += ((entry & END) != 0).to(tl.int32)
+        state = entry & NEXT_STATE
     tl.debug_barrier()  # the marks are read below by other threads than wrote them
 
-    low = tl.maximum(tl.where(n_think == 1, think_at, begin) + 2, tl.load(start + b))
-    high = tl.where(n_end == 1, end_at, end)
+    scope = tl.minimum(tl.load(start + b), 2**31 - 1).to(tl.int32)
+    low = tl.maximum(tl.where(n_think == 1, think_at, begin) + 2, scope)
+    high = tl.minimum(tl.where(n_end == 1, end_at, end), end - 1)
     for first in range(0, T, BLOCK_T):
         column = first + tl.arange(0, BLOCK_T)
-        is_step = tl.load(out + column, mask=(column >= begin) & (column < end) & (column < T), other=0)
-        tl.store(out + column, is_step & ((column >= low) & (column <= high)).to(tl.int8), mask=column < T)
+        is_step = tl.load(out + column, mask=(column >= low) & (column <= high), other=0)
+        tl.store(out + column, is_step, mask=column < T)
 
 
 def step_mask(

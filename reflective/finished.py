@@ -54,10 +54,11 @@ def score(
 
     log_scores = torch.zeros(ids.shape, dtype=torch.float32, device=backbone.device)
     for rows in _batches((length - pad).tolist(), batch_tokens):
-        left, right = int(pad[rows].min()), int(length[rows].max())
-        steps_here = mask[rows, left:right]
-        if not steps_here.any():
+        if not mask[rows].any():
             continue
+        # From the first token to the last state that is read; what follows it cannot change it.
+        left, right = int(pad[rows].min()), int(mask[rows].any(0).nonzero()[-1]) + 1
+        steps_here = mask[rows, left:right]
         column = torch.arange(left, right, device=backbone.device)
         real = (column >= pad[rows, None]) & (column < length[rows, None])
         row, step = steps_here.nonzero(as_tuple=True)  # [M]

@@ -101,3 +101,29 @@ def test_a_nonfinite_state_spoils_its_own_sequence_only():
 def test_bad_input_is_named(ids, mask, message):
     with pytest.raises(ValueError, match=message):
         rf.score(tiny.model(), tiny.head(), tiny.steps(), ids, mask)
+
+
+class Mixing(torch.nn.Module):
+    """Looks like an MLP, but each token sees the one before it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x + x.roll(1, 1))
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_mlps_in_pieces_change_nothing(monkeypatch, mixing):
+    net, head, rows = tiny.model(), tiny.head(), trajectories((90, 61))
+    if mixing:
+        net.model.layers[1].mlp = Mixing(net.model.layers[1].mlp)
+    whole = rf.score(net, head, tiny.steps(), rows, batch_tokens=1)
+    calls = []
+    net.model.layers[0].mlp.gate_proj.register_forward_hook(lambda module, args, out: calls.append(out.shape[1]))
+    monkeypatch.setattr("reflective.backbone._PIECE", 16)
+    pieces = rf.score(net, head, tiny.steps(), rows, batch_tokens=1)
+    assert max(calls) == 16
+    torch.testing.assert_close(pieces.score, whole.score, rtol=1e-5, atol=1e-7)
+    assert not any("forward" in layer.mlp.__dict__ for layer in net.model.layers)
