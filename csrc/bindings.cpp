@@ -204,11 +204,13 @@ std::string cpu_capability() { return capability().name; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(reflective, m) {
   m.def("cpu_capability() -> str");
+  m.def("compiled_cpu_capabilities() -> str");
   m.def("set_cpu_capability(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reflective, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&reflective::cpu_capability));
+  m.impl("compiled_cpu_capabilities", TORCH_BOX(&reflective::compiled_capabilities));
   m.impl("set_cpu_capability", TORCH_BOX(&reflective::set_capability));
 }
 

@@ -1,8 +1,10 @@
 #include "capability.h"
 
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -68,10 +70,40 @@ const Capability& find(const std::string& name) {
   throw std::runtime_error("there is no CPU capability '" + name + "'; this processor has " + available);
 }
 
+// Whether a bfloat16 kernel gives what the emulated tiles give on a small head whose sizes are no multiples of a tile.
+bool agrees_with_emulation(const ScoreKernel& kernel) {
+  constexpr int64_t UNITS = 40, WIDTH = 70, COUNT = 19;
+  auto values = [](int64_t n, uint32_t seed) {
+    std::vector<bfloat16> v(n);
+    for (bfloat16& x : v) {
+      seed = seed * 1664525u + 1013904223u;
+      x = static_cast<bfloat16>((seed >> 16 & 0x8000) | (0x3E80 + (seed >> 24)));  // +-[0.25, 1)
+    }
+    return v;
+  };
+  const auto w1 = values(UNITS * WIDTH, 1), b1 = values(UNITS, 2), w2 = values(UNITS, 3), b2 = values(1, 4);
+  const auto features = values(COUNT * WIDTH, 5);
+  const Head head{w1.data(), b1.data(), w2.data(), b2.data(), UNITS, WIDTH, true};
+  const Rows rows{features.data(), WIDTH, COUNT};
+  auto partial_sums = [&](const ScoreKernel& k) {
+    std::vector<char> packed(k.packed_bytes(COUNT, WIDTH));
+    std::vector<float> sums(COUNT * unit_blocks(UNITS));
+    k.pack(rows, WIDTH, packed.data());
+    k.partial_sums(head, {packed.data(), WIDTH, COUNT}, 0, unit_blocks(UNITS), sums.data());
+    return sums;
+  };
+  const std::vector<float> got = partial_sums(kernel), expected = partial_sums(amx_emulated_bfloat16);
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (!(std::abs(got[i] - expected[i]) <= 1e-3f * (1.0f + std::abs(expected[i])))) return false;
+  }
+  return true;
+}
+
 const Capability* initial() {
   if (const char* name = std::getenv("REFLECTIVE_CPU_CAPABILITY")) return &find(name);
   const Capability* best = CAPABILITIES;
-  while (!best->supported()) ++best;
+  // The tile kernel was written without a processor that has tiles: where one is found, it proves itself first.
+  while (!best->supported() || (best->bfloat16 == &amx_bfloat16 && !agrees_with_emulation(amx_bfloat16))) ++best;
   return best;
 }
 
@@ -83,6 +115,14 @@ std::atomic<const Capability*>& current() {
 }  // namespace
 
 const Capability& capability() { return *current().load(std::memory_order_relaxed); }
+
+std::string compiled_capabilities() {
+  std::string names;
+  for (const Capability& candidate : CAPABILITIES) {
+    if (candidate.bfloat16 != &amx_emulated_bfloat16) names += std::string(names.empty() ? "" : ", ") + candidate.name;
+  }
+  return names;
+}
 
 void set_capability(const std::string& name) { current().store(&find(name), std::memory_order_relaxed); }
 

@@ -18,6 +18,9 @@ struct Capability {
 // exist or that this processor lacks.
 const Capability& capability();
 
+// Names of all that were compiled in, best first, without the emulation.
+std::string compiled_capabilities();
+
 // Replaces the one in use from the next call on; throws as above and then changes nothing.
 void set_capability(const std::string& name);
 

@@ -55,9 +55,10 @@ for _name in ("decode_step", "flush"):
 def _load_extension() -> str | None:
     """Load the compiled CPU kernels. Returns why there are none, or None."""
     if importlib.util.find_spec("reflective._C") is None:
-        return "not compiled: no C++ compiler was found when reflective was installed"
+        return "not compiled: when reflective was installed there was no C++ compiler, or it failed"
     try:
         importlib.import_module("reflective._C")
+        torch.ops.reflective.cpu_capability()  # raises where REFLECTIVE_CPU_CAPABILITY names what the processor lacks
     except (ImportError, OSError) as e:
         return f"compiled, but does not load: {e}"
     return None
@@ -65,7 +66,8 @@ def _load_extension() -> str | None:
 
 def extension_detail() -> str:
     """What the loaded extension was compiled for."""
-    return "compiled"
+    op = torch.ops.reflective
+    return f"compiled for {op.compiled_cpu_capabilities()}; runs {op.cpu_capability()}"
 
 
 def triton_interpreted() -> bool:
