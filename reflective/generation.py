@@ -68,12 +68,20 @@ def sample(
     return Sampled(sequences, P, time.perf_counter() - began - watch.watching)
 
 
-def response_lengths(sequences: Tensor, prompt_length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of each response, without the end-of-sequence token and the padding after it."""
-    ends = torch.tensor([t for t in {tokenizer.eos_token_id, pad_token(tokenizer)} if t is not None])
-    ended = torch.isin(sequences[:, prompt_length:].cpu(), ends)
-    lengths = torch.where(ended.any(1), ended.int().argmax(1), ended.shape[1])
-    return lengths.tolist()
+def response_lengths(
+    sequences: Tensor, prompt_length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Tokens of each response, up to its end-of-sequence token or the padding at its end."""
+    eos = model.generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    pad, lengths = pad_token(tokenizer), []
+    for row in sequences[:, prompt_length:].tolist():
+        n = next((i for i, token in enumerate(row) if token in ends), len(row))
+        while n and row[n - 1] == pad:
+            n -= 1
+        lengths.append(n)
+    return lengths
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

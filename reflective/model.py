@@ -234,7 +234,7 @@ class ReflectiveModel:
         self, sequences: Tensor, prompt_length: int, scores: TrajectoryScores, lengths: list[int] | None = None
     ) -> list[Candidate]:
         """Text, spans and answer of every scored sequence."""
-        lengths = lengths or response_lengths(sequences, prompt_length, self.tokenizer)
+        lengths = lengths or response_lengths(sequences, prompt_length, self.model, self.tokenizer)
         found = []
         for i, (row, length) in enumerate(zip(sequences[:, prompt_length:].tolist(), lengths, strict=True)):
             tokens = row[:length]

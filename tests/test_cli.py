@@ -14,7 +14,7 @@ import reflective as rf
 def run(*args, stdin=None, code=0, **env):
     done = subprocess.run(
         [sys.executable, "-c", "from reflective.cli import main; main()", *map(str, args)],
-        input=stdin, capture_output=True, text=True, timeout=300, env={**os.environ, **env},
+        input=stdin, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **env},
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     return done

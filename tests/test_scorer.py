@@ -107,6 +107,21 @@ def test_finished_text_gives_the_stream_s_answer(at):
         torch.testing.assert_close(stream.step_scores[i], scores, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", [{"do_sample": False, "suppress_tokens": [2], "max_new_tokens": 100}, {"cache_implementation": "static"}])
+def test_ways_of_generating(how):
+    net, head, (ids, mask) = tiny.model(), tiny.head(), prompts((6, 9, 4, 9))
+    scorer = rf.StreamScorer(net, head, tiny.steps())
+    out = decode(scorer, net, ids, mask, **how)
+    assert_agrees(scorer.result(out), net, head, out, mask, "predict")
+
+
+def test_output_objects_are_taken_too():
+    net, head, (ids, mask) = tiny.model(), tiny.head(), prompts()
+    scorer = rf.StreamScorer(net, head, tiny.steps())
+    out = decode(scorer, net, ids, mask, return_dict_in_generate=True)
+    assert torch.equal(scorer.result(out).score, scorer.result(out.sequences).score)
+
+
 def test_schedules_agree_to_the_bit():
     net, head, (ids, mask) = tiny.model(), tiny.head(), prompts()
     results = []
