@@ -3,14 +3,16 @@
     pytest benchmarks/bench_decode_step.py --benchmark-group-by=group
 
 ``rows`` sequences end a step; 0 is the idle step. Every entry first passes the correctness gate; nothing is asserted
-about time.
+about time. A whole run writes ``results/decode_step.csv``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from peers import Expression
+from record import write
 from torch import Tensor
 
 from reflective import kernels, ops
@@ -83,20 +85,40 @@ def check(step: Step, tallies: Tallies, head: tuple[Tensor, ...]) -> None:
     assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
 
 
+@pytest.fixture(scope="module")
+def results() -> Iterator[list[dict[str, Any]]]:
+    """Rows of the CSV; written when all entries have run."""
+    rows: list[dict[str, Any]] = []
+    yield rows
+    if len(rows) == 2 * 2 * 5 * len(IMPLEMENTATIONS):
+        write("decode_step", rows)
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize("H", [576, 1536])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_decode_step(benchmark, dtype: torch.dtype, H: int, rows: int, name: str) -> None:
+def test_decode_step(benchmark, results, dtype: torch.dtype, H: int, rows: int, name: str) -> None:
     head = random_head(H, dtype)
     step, tallies = IMPLEMENTATIONS[name](head)
     check(step, tallies, head)
     ids, hidden = inputs(rows, H, dtype)
     benchmark.group = f"decode_step {dtype} H={H} rows={rows}"
-    benchmark.extra_info.update(
-        implementation=name,
-        capability=torch.ops.reflective.cpu_capability(),
-        threads=torch.get_num_threads(),
-        w1_bytes=head[0].nbytes,
+    benchmark.pedantic(step, args=(ids, hidden), rounds=200, iterations=5, warmup_rounds=10)
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    microseconds = 1e6 * torch.tensor(benchmark.stats.stats.data)
+    q20, q50, q80 = microseconds.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    results.append(
+        {
+            "implementation": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "H": H,
+            "rows": rows,
+            "q20_us": round(q20, 2),
+            "q50_us": round(q50, 2),
+            "q80_us": round(q80, 2),
+            "w1_bytes": head[0].nbytes,
+            "w1_GB_per_s": round(head[0].nbytes / q50 / 1e3, 2) if rows else "",
+        }
     )
-    benchmark.pedantic(step, args=(ids, hidden), rounds=50, iterations=5, warmup_rounds=5)

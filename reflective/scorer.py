@@ -86,7 +86,7 @@ class StreamScorer:
         self._read: StreamState | None = None  # the state that the last result was read from
         self._weights: tuple[Tensor, ...] = ()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._forward = inspect.signature(model.forward)
+        self._inputs = tuple(inspect.signature(model.forward).parameters)  # names, for positional arguments
         self.host_seconds = 0.0
         self._batch = 0  # sequences of the current generation; 0 before the first
         self._seen = 0  # columns consumed, a host-side twin of the state's SEEN
@@ -141,8 +141,7 @@ class StreamScorer:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         began = time.perf_counter()
-        given = self._forward.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
+        given = dict(zip(self._inputs, args, strict=False)) | kwargs
         ids, cache = given.get("input_ids"), given.get("past_key_values")
         if ids is None:
             raise ValueError("StreamScorer reads token ids: call the model with input_ids, not inputs_embeds")

@@ -165,12 +165,13 @@ def recorded(path: Path, settings: dict[str, Any], make: Callable[[int], Iterato
 def fit(
     rollouts: Rollouts,
     *,
-    epochs: int = 8,
-    warmup: int = 4,
+    epochs: int = 16,
+    warmup: int = 16,
     lr: float = 3e-4,
     batch: int = 64,
     weight_decay: float = 0.01,
     within_questions: bool = True,
+    class_balance: bool = True,
     seed: int = 0,
     progress: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> SPRM:
@@ -180,11 +181,13 @@ def fit(
     head reads raw hidden states.
 
     Args:
-        epochs: passes over the questions; of these ``warmup`` in plain BCE before the dynamic weights switch on. From a
-            random start they lock in noise.
+        epochs: passes over the questions; of these ``warmup`` in plain BCE before the dynamic weights switch on, all of
+            them by default: on the embedded model's validation questions the AUC within questions was 0.82 so, 0.78
+            with the weights on from epoch 8 or 12, and 0.55 with them on from the random start.
         batch: trajectories a step, all samples of a question together.
         within_questions: use only questions with both outcomes and weigh the two sides of each equally, so that nothing
-            can be learnt from how hard a question is. False balances the two outcomes over the batch.
+            can be learnt from how hard a question is.
+        class_balance: weigh the two outcomes of a batch against each other, see ``sprm_loss``.
         progress: called with epoch and its mean loss.
 
     Raises:
@@ -214,7 +217,7 @@ def fit(
             index = torch.arange(len(trajectories)).repeat_interleave(steps_of[trajectories])
             loss = sprm_loss(
                 head(x[rows]).squeeze(-1), index, y[trajectories], dynamic=epoch >= warmup,
-                class_balance=not within_questions, trajectory_weight=weight[trajectories],
+                class_balance=class_balance, trajectory_weight=weight[trajectories],
             )  # fmt: skip
             optimizer.zero_grad()
             loss.backward()
