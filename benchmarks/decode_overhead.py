@@ -15,17 +15,7 @@ from record import write
 from torch import Tensor
 
 import reflective as rf
-
-
-def published(model: rf.ReflectiveModel, sequences: Tensor, prompt: int) -> list[Tensor]:
-    """Step scores as the published pipeline gets them: text by text, all hidden states and logits kept."""
-    found = []
-    for ids in sequences.split(1):
-        with torch.no_grad():
-            hidden = model.model(ids, output_hidden_states=True).hidden_states[-2]
-            mask = model.steps.mask(ids, prompt_lengths=prompt)[0].roll(-1)
-            found.append(model.head(hidden[0, mask]).squeeze(-1).sigmoid())
-    return found
+from reflective.published import second_pass
 
 
 def main() -> None:
@@ -64,7 +54,7 @@ def main() -> None:
                     plain, seconds[False] = decode()
             assert torch.equal(plain, out), "the scorer changed what was decoded"
             began = time.perf_counter()
-            reference = published(model, out, P)
+            reference = [second_pass(model, text, P) for text in out.split(1)]
             second_pass = time.perf_counter() - began
             for ours, theirs in zip(scores.step_scores, reference, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)

@@ -17,6 +17,7 @@ import torch
 from record import write
 
 import reflective as rf
+from reflective.published import second_pass
 
 WAYS = ("published", "forward", "score")
 
@@ -31,12 +32,11 @@ def run(model: rf.ReflectiveModel, way: str, ids: torch.Tensor) -> list[float]:
     """The step scores of ``ids`` (none for the bare forward, whose time is the yardstick)."""
     if way == "score":
         return rf.score(model.model, model.head, model.steps, ids, at=model.config.at).step_scores[0].tolist()
+    if way == "published":
+        return second_pass(model, ids, None).tolist()
     with torch.no_grad():
-        out = model.model(ids, output_hidden_states=way == "published")
-        if way == "forward":
-            return []
-        mask = model.steps.mask(ids)[0].roll(-1)
-        return model.head(out.hidden_states[-2][0, mask]).squeeze(-1).sigmoid().tolist()
+        model.model(ids)
+    return []
 
 
 def status(field: str) -> int:

@@ -16,16 +16,17 @@ from reflective.train import Metric, Rollouts, evaluate, fit
 
 # One line a question asked of the data.
 VARIANTS = {
-    "plain BCE": {},
-    "plain BCE, not balanced within questions": {"within_questions": False},
-    "plain BCE, no class balance": {"class_balance": False},
-    "plain BCE, neither balance": {"within_questions": False, "class_balance": False},
+    "plain BCE, 24 epochs": {},
+    "plain BCE, no balance": {"within_questions": False},
+    "plain BCE, class balance too": {"class_balance": True},
+    "plain BCE, class balance alone": {"within_questions": False, "class_balance": True},
     "dynamic weights from epoch 12": {"warmup": 12},
     "dynamic weights from epoch 8": {"warmup": 8},
-    "dynamic weights from epoch 8, not balanced within questions": {"warmup": 8, "within_questions": False},
+    "dynamic weights from epoch 8, class balance alone": {"warmup": 8, "within_questions": False, "class_balance": True},
     "dynamic weights from the start": {"warmup": 0},
     "plain BCE, 8 epochs": {"epochs": 8, "warmup": 8},
-    "plain BCE, 24 epochs": {"epochs": 24, "warmup": 24},
+    "plain BCE, 16 epochs": {"epochs": 16, "warmup": 16},
+    "plain BCE, 48 epochs": {"epochs": 48, "warmup": 48},
 }
 
 

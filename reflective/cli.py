@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:  # imported late at run time: torch and transformers take seconds, --help should not
+if TYPE_CHECKING:  # at run time inside the commands, so that --help need not wait for torch
     from .model import Generation, ReflectiveModel
 
 app = typer.Typer(
@@ -21,8 +21,9 @@ app = typer.Typer(
     help="Score an LLM's reasoning while the LLM decodes it.",
 )  # fmt: skip
 
+Line = TypeVar("Line", str, bytes)
 ModelOption = Annotated[
-    str, typer.Option(help="Directory or Hub id of model, tokenizer and head; 'default' is the embedded SmolLM2-135M.")
+    str, typer.Option(help="Directory of model, tokenizer and head; 'default' is the embedded SmolLM2-135M.")
 ]
 HeadOption = Annotated[Path | None, typer.Option(help="Head and reflective.json, where they lie apart from the model.")]
 FetchOption = Annotated[bool, typer.Option("--fetch", help="Download the default model's weights if they are missing.")]
@@ -35,7 +36,7 @@ def main() -> None:
     """Entry point: bad input ends in one line on stderr and exit code 2, not in a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
@@ -129,21 +130,23 @@ def score(
     Every line comes back with score, n_steps, step_scores and step_spans. Broken lines are reported by number, the rest is
     scored, and the exit code is 1.
     """
-    if text is None and source != "-" and not Path(source).is_file():
+    if text is None and source != "-" and not Path(source).exists():
         raise FileNotFoundError(f"source: {source!r} does not exist; give a JSONL file, '-' for stdin, or --text")
-    reflective_model = _load(model, head, fetch)
-    lines = [json.dumps({"text": text})] if text is not None else _lines(source)
+    lines = [json.dumps({"text": text}).encode()] if text is not None else _lines(source)
     broken = 0
     with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as target:
+        reflective_model = _load(model, head, fetch)
         for number, line in enumerate(_progress("lines", lines), 1):
             if not line.strip():
                 continue
             try:
                 scored = _score_line(reflective_model, line)
-                print(json.dumps(scored), file=target, flush=True)
+                _print_json(scored, target)
                 fault = scored["error"]
-            except ValueError as error:
-                fault = str(error)
+            except (ValueError, TypeError, IndexError, RecursionError) as error:
+                # TypeError: text that no tokenizer takes (lone surrogates); IndexError: longer than learned positions;
+                # RecursionError: brackets without end.
+                fault = f"{type(error).__name__}: {error}"
             if fault:
                 broken += 1
                 print(f"line {number}: {fault}", file=sys.stderr)
@@ -152,8 +155,8 @@ def score(
         raise typer.Exit(1)
 
 
-def _score_line(model: "ReflectiveModel", line: str) -> dict[str, Any]:
-    record = json.loads(line)  # its JSONDecodeError is a ValueError
+def _score_line(model: "ReflectiveModel", line: bytes) -> dict[str, Any]:
+    record = json.loads(line)  # JSONDecodeError and UnicodeDecodeError are ValueErrors
     fields = record if isinstance(record, dict) else {}
     wrong = [k for k in ("text", "prompt", "question", "response") if not isinstance(fields.get(k, ""), str)]
     if wrong:
@@ -170,9 +173,9 @@ def _score_line(model: "ReflectiveModel", line: str) -> dict[str, Any]:
     (candidate,) = model.score(prompt, [response])
     return {
         **record,
-        "score": None if candidate.error else candidate.score,  # JSON has no NaN
+        "score": candidate.score,
         "n_steps": len(candidate.step_scores),
-        "step_scores": [None if math.isnan(s) else s for s in candidate.step_scores],
+        "step_scores": candidate.step_scores,
         "step_spans": candidate.step_spans,
         "error": candidate.error,
     }
@@ -188,8 +191,8 @@ def train(
     samples: Annotated[int, typer.Option(min=2, help="Responses to each question.")] = 8,
     temperature: Annotated[float, typer.Option(min=0.01)] = 0.7,
     max_new_tokens: TokensOption = 64,
-    epochs: Annotated[int, typer.Option(min=1)] = 16,
-    warmup: Annotated[int, typer.Option(min=0, help="Epochs in plain BCE before the dynamic weights switch on.")] = 16,
+    epochs: Annotated[int, typer.Option(min=1)] = 24,
+    warmup: Annotated[int, typer.Option(min=0, help="Epochs in plain BCE before the dynamic weights switch on.")] = 24,
     batch: Annotated[int, typer.Option(min=1, help="Trajectories decoded together.")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
     fetch: FetchOption = False,
@@ -219,7 +222,9 @@ def _load(model: str, head: Path | None, fetch: bool, *, untrained: bool = False
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if model == "default":
-        return ReflectiveModel.default(fetch=fetch)
+        return ReflectiveModel.default(head=head, fetch=fetch)
+    if not Path(model).is_dir():
+        raise FileNotFoundError(f"model: {model!r} is no directory; give one, or 'default'")
     return ReflectiveModel.from_pretrained(model, head=head, untrained=untrained)
 
 
@@ -233,12 +238,22 @@ def _record(question: str, generation: "Generation") -> dict[str, Any]:
     }
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value), flush=True)
+def _print_json(value: Any, file: TextIO | None = None) -> None:
+    print(json.dumps(_without_nan(value)), file=file, flush=True)
 
 
-def _lines(source: str) -> Iterable[str]:
-    return sys.stdin if source == "-" else Path(source).read_text(encoding="utf-8").splitlines()
+def _without_nan(value: Any) -> Any:
+    """``value`` with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _lines(source: str) -> Iterable[bytes]:
+    """Lines as bytes: JSON strings may hold what str.splitlines takes for line ends, and one bad byte spoils one line."""
+    return sys.stdin.buffer if source == "-" else Path(source).read_bytes().split(b"\n")
 
 
 def _stdin_lines() -> Iterator[str]:
@@ -254,6 +269,6 @@ def _bars() -> Progress:
     )  # fmt: skip
 
 
-def _progress(name: str, items: Iterable[str]) -> Iterator[str]:
+def _progress(name: str, items: Iterable[Line]) -> Iterator[Line]:
     with _bars() as bars:
         yield from bars.track(items, total=len(items) if isinstance(items, list) else None, description=name)

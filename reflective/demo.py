@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from .model import Generation, ReflectiveModel
 from .plot import sparkline
+from .published import second_pass
 from .scorer import StreamScorer
 
 _REFRESH_S = 0.1
@@ -38,20 +39,16 @@ def run(
             on_step=board.update if board else None,
         )  # fmt: skip
     scoring = generation.scoring_seconds
-    return generation, Costs(generation.seconds - scoring, scoring, second_pass(model, generation))
+    return generation, Costs(generation.seconds - scoring, scoring, second_pass_seconds(model, generation))
 
 
-def second_pass(model: ReflectiveModel, generation: Generation) -> float:
-    """Seconds that the published pipeline would now spend: every finished text once more through the whole model, one at
-    a time, all hidden states and logits kept, the head on the step-tokens' rows."""
+def second_pass_seconds(model: ReflectiveModel, generation: Generation) -> float:
+    """What the published pipeline would now spend: every finished text once more through the model, one at a time."""
     prompt = model.encode(generation.prompt)
     began = time.perf_counter()
     for candidate in generation.candidates:
         ids = torch.cat([prompt, torch.tensor([candidate.token_ids], device=prompt.device)], 1)
-        with torch.no_grad():
-            states = model.model(ids, output_hidden_states=True).hidden_states[-2]
-            mask = model.steps.mask(ids, prompt_lengths=prompt.shape[1])[0].roll(-1)
-            model.head(states[0, mask].to(model.head.dtype)).sigmoid()
+        second_pass(model, ids, prompt.shape[1])
     return time.perf_counter() - began
 
 

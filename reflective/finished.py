@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .backbone import Backbone
-from .backends import choose_backend
-from .scorer import At, _one_of, check_parts
+from .backend import choose_backend
+from .scorer import At, check_parts, one_of
 from .scores import TrajectoryScores
 from .sprm import SPRM
-from .steps import StepTokens, padding
+from .steps import StepTokens, integers, padding
 
 
 def score(
@@ -32,7 +32,7 @@ def score(
 
     Args:
         model, head, steps, at, backend: as for ``StreamScorer``.
-        input_ids: [B, T], or a list of B sequences of any lengths.
+        input_ids: [B, T], [T] for one, or a list of B sequences of any lengths.
         attention_mask: [B, T], 0 at left or right padding. None: no padding.
         prompt_lengths: tokens of each prompt, padding not counted; only steps after it are scored. None: the whole text.
         batch_tokens: padded tokens a forward; rows are batched by length under this limit, one row at the least.
@@ -40,7 +40,7 @@ def score(
     Raises:
         ValueError: bad input, named.
     """
-    _one_of("at", at, ("predict", "token"))
+    one_of("at", at, ("predict", "token"))
     backbone = Backbone.of(model)
     steps = check_parts(backbone, head, steps)
     engine = choose_backend(backend, backbone.device, backbone.dtype)
@@ -49,6 +49,8 @@ def score(
     if not isinstance(input_ids, Tensor):
         input_ids, attention_mask = _pad(input_ids, attention_mask)
     ids = input_ids.to(backbone.device)
+    if ids.dim() == 1:
+        ids = ids[None]
     mask = steps.mask(ids, attention_mask, prompt_lengths)  # [B, T]; checks the input
     pad, length = padding(attention_mask, ids.shape, backbone.device)
 
@@ -81,7 +83,7 @@ def _pad(sequences: Sequence, attention_mask: Tensor | None) -> tuple[Tensor, Te
     """A list of sequences as right-padded ids [B, T] and their mask."""
     if attention_mask is not None:
         raise ValueError("attention_mask: leave it out when input_ids is a list; each sequence has its own length")
-    rows = [torch.as_tensor(s, dtype=torch.int64) for s in sequences]
+    rows = [integers(f"input_ids[{i}]", s) for i, s in enumerate(sequences)]
     if not rows or any(r.dim() != 1 or not len(r) for r in rows):
         raise ValueError("input_ids: expected at least one sequence, each a flat list of at least one token id")
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)

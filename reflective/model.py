@@ -31,7 +31,8 @@ class Config:
         rule, delimiter: of the step-tokens, see ``StepTokens.from_tokenizer``.
         at: which state is a step's feature.
         prompt: text around a question, with ``{question}``; None asks the tokenizer's chat template.
-        stop: regular expression that ends a response; None leaves that to the end-of-sequence token.
+        stop: regular expression that ends a response, looked for in its newest 24 tokens; None leaves that to the
+            end-of-sequence token.
         answer: regular expression whose first group is the answer within a response; None: no answers are read.
     """
 
@@ -41,6 +42,14 @@ class Config:
     prompt: str | None = None
     stop: str | None = None
     answer: str | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> "Config":
+        """The contents of a ``reflective.json``; ValueError, naming the file, where it is none."""
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is not a valid {CONFIG_NAME}: {error}") from error
 
 
 @dataclass
@@ -115,7 +124,7 @@ class ReflectiveModel:
         device_map: Any = None,
         untrained: bool = False,
     ) -> "ReflectiveModel":
-        """Load a directory (or Hub id) with a transformers model, its tokenizer and a head.
+        """Load a directory with a transformers model, its tokenizer and a head.
 
         Args:
             path: model and tokenizer.
@@ -124,11 +133,12 @@ class ReflectiveModel:
             untrained: start from a random head where there is none, to train it.
 
         Raises:
-            FileNotFoundError, ValueError: the head is missing or is none, see ``SPRM.from_pretrained``.
+            FileNotFoundError, ValueError: the head is missing or is none, see ``SPRM.from_pretrained``; a broken
+                ``reflective.json``.
         """
         home = Path(head or path).expanduser()
         file = (home if home.is_dir() else home.parent) / CONFIG_NAME
-        config = Config(**json.loads(file.read_text())) if file.is_file() else Config()
+        config = Config.read(file) if file.is_file() else Config()
         sprm = None if untrained and not SPRM.found(home) else SPRM.from_pretrained(home)  # first: it fails fast
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
         if sprm is None:
@@ -136,11 +146,11 @@ class ReflectiveModel:
         return cls(model, AutoTokenizer.from_pretrained(path), sprm.to(model.dtype), config)
 
     @classmethod
-    def default(cls, *, fetch: bool = False) -> "ReflectiveModel":
-        """SmolLM2-135M-Instruct with the head that this package ships, see ``reflective.default``."""
+    def default(cls, *, head: str | Path | None = None, fetch: bool = False) -> "ReflectiveModel":
+        """SmolLM2-135M-Instruct with the head that this package ships, or another, see ``reflective.default``."""
         from .default import load
 
-        return load(fetch=fetch)
+        return load(head=head, fetch=fetch)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write model, tokenizer, head and ``reflective.json`` into a directory that ``from_pretrained`` reads."""
@@ -206,7 +216,7 @@ class ReflectiveModel:
         scorer = StreamScorer(self.model, self.head, self.steps, schedule, self.config.at, backend=backend)
         out = sample(
             self.model, self.tokenizer, scorer, ids.expand(n, -1),
-            shared=ids.shape[1] - 1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            shared=0 if self.model.generation_config.cache_implementation else ids.shape[1] - 1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
             stop=self.config.stop, on_step=on_step and (lambda seen: _watch(on_step, seen, scorer)),
         )  # fmt: skip
         scores = scorer.result(out.sequences)
@@ -217,11 +227,15 @@ class ReflectiveModel:
     def score(self, prompt: str, responses: Sequence[str]) -> list[Candidate]:
         """Score finished responses to one formatted ``prompt``, by a forward of the truncated backbone.
 
-        ``prompt`` and response are tokenized apart, as they were when the response was decoded.
+        ``prompt`` and response are tokenized apart, as they were when the response was decoded. An empty prompt has the
+        responses scored as whole texts.
+
+        Raises:
+            ValueError: no response, or an empty one.
         """
         head = self.encode(prompt)[0].cpu() if prompt else torch.empty(0, dtype=torch.int64)
         rows = [
-            torch.cat([head, torch.tensor(self.tokenizer(r, add_special_tokens=False).input_ids, dtype=torch.int64)])
+            torch.cat([head, torch.tensor(self.tokenizer(r, add_special_tokens=not prompt).input_ids, dtype=torch.int64)])
             for r in responses
         ]
         scores = score(
@@ -239,7 +253,7 @@ class ReflectiveModel:
         for i, (row, length) in enumerate(zip(sequences[:, prompt_length:].tolist(), lengths, strict=True)):
             tokens = row[:length]
             text = self._decode(tokens)
-            ends = [len(self._decode(tokens[: p - prompt_length + 1])) for p in scores.step_positions[i].tolist()]
+            ends = self._ends(tokens, [p - prompt_length for p in scores.step_positions[i].tolist()])
             found.append(
                 Candidate(
                     text=text,
@@ -252,6 +266,16 @@ class ReflectiveModel:
                 )
             )
         return found
+
+    def _ends(self, tokens: list[int], steps: list[int]) -> list[int]:
+        """Where in the decoded text each step-token ends. Decodes two steps at a time: a token's text depends on its
+        neighbours, but decoding every prefix anew would take seconds for a thousand steps."""
+        ends, length, anchor, last = [], 0, 0, 0
+        for step in steps:
+            length += len(self._decode(tokens[anchor : step + 1])) - len(self._decode(tokens[anchor:last]))
+            ends.append(length)
+            anchor, last = last, step + 1
+        return ends
 
     def answer(self, text: str) -> str | None:
         """What the checkpoint's answer pattern finds in a response."""

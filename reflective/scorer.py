@@ -3,6 +3,8 @@
 import inspect
 import time
 import warnings
+import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .backbone import Backbone
-from .backends import Backend, choose_backend
+from .backend import Backend, choose_backend
 from .scores import TrajectoryScores
 from .sprm import SPRM
 from .state import StreamState, hash_ids
@@ -72,14 +74,18 @@ class StreamScorer:
         max_steps: int = 16_384,
         record_features: bool = False,
     ) -> None:
-        _one_of("schedule", schedule, ("deferred", "immediate"))
-        _one_of("at", at, ("predict", "token"))
-        _one_of("scope", scope, ("response", "text"))
+        one_of("schedule", schedule, ("deferred", "immediate"))
+        one_of("at", at, ("predict", "token"))
+        one_of("scope", scope, ("response", "text"))
         if buffer_rows < 1 or max_steps < 1:
             raise ValueError(f"buffer_rows={buffer_rows} and max_steps={max_steps} must be at least 1")
         self.backbone = Backbone.of(model)
         self.head, self.schedule, self.at, self.scope = head, schedule, at, scope
         self.steps = check_parts(self.backbone, head, steps)
+        pad = getattr(model.generation_config, "pad_token_id", None)
+        if steps.step_ids is not None and pad in steps.step_ids:
+            # After a sequence's end generate feeds it padding, which must not count as steps.
+            raise ValueError(f"steps: the padding token {pad} is a step-token; give the model another pad_token_id")
         self.backend: Backend = choose_backend(backend, self.backbone.device, self.backbone.dtype)
         self.buffer_rows, self.max_steps, self.record_features = buffer_rows, max_steps, record_features
         self._state: StreamState | None = None
@@ -91,6 +97,7 @@ class StreamScorer:
         self._batch = 0  # sequences of the current generation; 0 before the first
         self._seen = 0  # columns consumed, a host-side twin of the state's SEEN
         self._ids: Tensor | None = None  # of the forward in progress
+        self._cache: Callable[[], Any] = lambda: None  # weak reference to the cache of the last forward
         self._announced: Tensor | None = None  # the whole prompt, when `begin` gave it
         self._recorded: list[tuple[Tensor, Tensor]] = []  # (rows, owners) moved out of the buffer
         self._recorded_last: list[tuple[Tensor, Tensor]] = []  # of the token that was never fed back
@@ -113,15 +120,23 @@ class StreamScorer:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._ids = [], None
+        self._handles, self._ids, self._announced = [], None, None
 
     # -- the stream --------------------------------------------------------------------------------------------------
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Announce the prompts [B, P] of the next generation. Needed only where part of them is in the cache already.
+        """Announce the prompts of the next generation, while attached.
 
-        ``generate(input_ids, past_key_values=cache)`` with a cache that holds the prompt's first columns shows the
-        scorer only the rest; what it must know of the cached part (tags, open delimiters) it reads from here.
+        Needed only where they do not come in one forward on an empty cache: because the cache holds their first columns
+        already (what the scorer must know of these, tags and open delimiters, it reads from here), or because they are
+        prefilled in pieces.
+
+        Args:
+            input_ids: [B, P] int64, the whole prompts.
+            attention_mask: [B, P], 0 at left padding.
+
+        Raises:
+            ValueError: no prompt, an empty one, or padding that is not on the left.
         """
         self._begin(*_prompt(input_ids, attention_mask, self.backbone.device), prompt_length=input_ids.shape[1])
         self._announced = input_ids
@@ -147,8 +162,8 @@ class StreamScorer:
             raise ValueError("StreamScorer reads token ids: call the model with input_ids, not inputs_embeds")
         if cache is None and given.get("use_cache") is False:
             raise ValueError("StreamScorer needs the KV cache (use_cache=True); for finished text use rf.score")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if past == 0 and self._announced is None:
+        past = self._cached(cache, ids.shape[1])
+        if past == 0 and (self._announced is None or self._seen):
             batch, pad = _prompt(ids, given.get("attention_mask"), self.backbone.device, given.get("position_ids"))
             self._begin(batch, pad, prompt_length=ids.shape[1])
         elif past > 0 and self._seen == 0 and self._announced is not None:
@@ -158,10 +173,26 @@ class StreamScorer:
                 f"the cache holds {past} tokens but the scorer has seen {self._seen}: the cache was filled before the "
                 "scorer was attached (announce the whole prompt with scorer.begin), or decoded tokens were rolled back"
             )
+        if past and ids.shape[1] > 1 and self._announced is None:
+            raise RuntimeError(
+                f"{ids.shape[1]} tokens at once after the prompt: if the prompt comes in pieces (chunked prefill, a "
+                "further turn on the same cache), announce the whole of it with scorer.begin"
+            )
         if len(ids) != self._batch:
             raise RuntimeError(f"this forward has {len(ids)} sequences, the generation began with {self._batch}")
         self._ids = ids
         self.host_seconds += time.perf_counter() - began
+
+    def _cached(self, cache: Any, new: int) -> int:
+        """Tokens in the cache before this forward."""
+        if cache is None:
+            return 0
+        # A static cache counts on the device: asking it at every token would stall the host. What it would tell of a
+        # rolled-back cache, the ids' hash tells when the result is asked for.
+        if new == 1 and self._seen and getattr(cache, "is_compileable", False) and self._cache() is cache:
+            return self._seen
+        self._cache = weakref.ref(cache)
+        return int(cache.get_seq_length())
 
     def _skip_cached(self, past: int) -> None:
         """Consume the announced prompt's first ``past`` columns, whose states are in the cache only."""
@@ -174,20 +205,22 @@ class StreamScorer:
         self._consume(self._announced[:, :past].to(b.device), unknown.expand(-1, past, -1))
 
     def _on_features(self, hidden: Tensor) -> None:
-        if self._ids is None:
-            raise RuntimeError(f"call {type(self.backbone.model).__name__} itself, not its inner decoder, when scoring")
+        if self._ids is None:  # the decoder alone, as rf.score runs it: no part of the stream
+            return
         began = time.perf_counter()
         ids, self._ids = self._ids, None
         self._consume(ids.to(hidden.device), hidden.detach())
         self.host_seconds += time.perf_counter() - began
 
     def _consume(self, ids: Tensor, hidden: Tensor) -> None:
-        # While recording, the buffer must not empty itself in mid-forward: long forwards go in pieces that fit it.
-        piece = max(1, self._state.slots.shape[0] // self._batch) if self.record_features else ids.shape[1]
-        for ids_piece, hidden_piece in zip(ids.split(piece, 1), hidden.split(piece, 1), strict=True):
-            if self.record_features:
+        if self.record_features:
+            # The buffer must not empty itself in mid-forward: long forwards go in pieces that fit it.
+            piece = max(1, self._state.slots.shape[0] // self._batch)
+            for ids_piece, hidden_piece in zip(ids.split(piece, 1), hidden.split(piece, 1), strict=True):
                 self._record(self._state, self._recorded)
-            self._run(self._state, ids_piece, hidden_piece)
+                self._run(self._state, ids_piece, hidden_piece)
+        else:
+            self._run(self._state, ids, hidden)
         self._seen += ids.shape[1]
 
     def _run(self, state: StreamState, ids: Tensor, hidden: Tensor) -> None:
@@ -222,7 +255,9 @@ class StreamScorer:
         """
         began = time.perf_counter()
         if not self._batch:
-            raise RuntimeError("nothing to score: no forward ran while this scorer was attached")
+            raise RuntimeError(
+                f"nothing to score: no forward of {type(self.backbone.model).__name__} ran while this scorer was attached"
+            )
         state, self._recorded_last = self._state, []
         if self.record_features:
             self._record(state, self._recorded)
@@ -296,13 +331,14 @@ def check_parts(backbone: Backbone, head: SPRM, steps: StepTokens) -> StepTokens
 
 
 def _prompt(
-    ids: Tensor, attention_mask: Tensor | None, device: torch.device, position_ids: Tensor | None = None
+    ids: Tensor, attention_mask: Tensor | dict[str, Tensor] | None, device: torch.device, position_ids: Tensor | None = None
 ) -> tuple[int, Tensor]:
     """``(B, columns of left padding [B])`` of the prompts [B, P]."""
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"input_ids: shape {list(ids.shape)}; expected at least one prompt of at least one token")
-    if attention_mask is not None and attention_mask.dim() != 2 and position_ids is not None:
-        # A static cache gets its 4-d mask ready-made; the positions still tell how many columns are padding.
+    ready_made = isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2)
+    if ready_made and position_ids is not None and position_ids.dim() == 2:
+        # A static cache gets its 4-d mask, or one a kind of layer; the positions still tell how much is padding.
         return len(ids), (ids.shape[1] - 1 - position_ids[:, -1]).expand(len(ids)).to(device)
     pad, length = padding(attention_mask, ids.shape, device)
     if (length < ids.shape[1]).any():
@@ -310,6 +346,7 @@ def _prompt(
     return len(ids), pad
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError, naming the argument, unless ``value`` is among ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}")

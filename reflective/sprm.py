@@ -75,9 +75,10 @@ class SPRM(nn.Sequential):
 
     @classmethod
     def _from_state(cls, state: object, file: Path, dtype: torch.dtype | None) -> "SPRM":
-        if not isinstance(state, dict) or set(state) != set(_KEYS):
+        tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+        if not tensors or set(state) != set(_KEYS):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"{file} is not an SPRM head: expected the keys {list(_KEYS)}, found {keys}")
+            raise ValueError(f"{file} is not an SPRM head: expected tensors under {list(_KEYS)}, found {keys}")
         w1 = state["0.weight"]
         expected = [tuple(w1.shape), w1.shape[:1], (1, w1.shape[0]), (1,)] if w1.dim() == 2 else None
         if expected is None or [tuple(state[k].shape) for k in _KEYS] != [tuple(s) for s in expected]:

@@ -1,6 +1,6 @@
 """The per-sequence state of a decode stream. The kernels and this class know its fields; nothing else does."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +32,9 @@ class StreamState:
         """
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            # Decoding may run in inference mode once and outside it the next time; plain tensors serve both.
+            with torch.inference_mode(False):
+                return torch.zeros(shape, dtype=dtype, device=device)
 
         return cls(
             seq=zeros(n, layout.SEQ_FIELDS, dtype=torch.int64),
@@ -48,7 +50,7 @@ class StreamState:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields in the order in which ``decode_step`` takes them."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return tuple(vars(self).values())
 
     def clone(self) -> "StreamState":
         return StreamState(*(t.clone() for t in self.tensors()))

@@ -178,14 +178,14 @@ class StepTokens:
     def check_model(self, vocab_size: int) -> None:
         """Whether a model with ``vocab_size`` token ids can go with the tokenizer that these step-tokens are from.
 
-        Models often pad their vocabulary, so a tokenizer may have fewer entries: 1,024 or a tenth, whichever is more.
+        Models often pad their vocabulary, and tokenizers carry entries that no model was trained on, so the sizes may
+        differ: by 1,024 or a tenth, whichever is more.
 
         Raises:
-            ValueError: the model lacks an id with a meaning to the rule, or the tokenizer has far fewer entries.
+            ValueError: the model lacks an id with a meaning to the rule, or the sizes are further apart.
         """
         self._check_covered(vocab_size)
-        missing = vocab_size - self.vocab_size
-        if self.rule is not None and missing > max(1024, vocab_size / 10):
+        if self.rule is not None and abs(vocab_size - self.vocab_size) > max(1024, vocab_size / 10):
             raise ValueError(
                 f"tokenizer and model differ: the tokenizer has {self.vocab_size} entries, the model's vocabulary "
                 f"{vocab_size}; build StepTokens from the model's own tokenizer"
@@ -219,7 +219,7 @@ class StepTokens:
             ValueError: an empty batch or row, a hole in ``attention_mask``, an id outside [0, V), a prompt longer than
                 its text, wrong shapes or dtypes.
         """
-        ids = _integers("input_ids", input_ids)
+        ids = integers("input_ids", input_ids)
         if ids.dim() == 1:
             ids = ids[None]
         if ids.dim() != 2:
@@ -236,7 +236,7 @@ class StepTokens:
             )
         start = pad
         if prompt_lengths is not None:
-            prompt = _integers("prompt_lengths", prompt_lengths).to(ids.device)
+            prompt = integers("prompt_lengths", prompt_lengths).to(ids.device)
             if prompt.shape not in ((), (1,), pad.shape):
                 raise ValueError(f"prompt_lengths has shape {list(prompt.shape)}: give one number or [{len(pad)}]")
             prompt = prompt.expand_as(pad)
@@ -420,7 +420,8 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
             raise ValueError(f"{name}: id {i} is outside the vocabulary, [0, {vocab_size})")
 
 
-def _integers(name: str, value: Any) -> Tensor:
+def integers(name: str, value: Any) -> Tensor:
+    """``value`` as an int64 tensor; ValueError, naming ``name``, for what holds no integers."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError) as error:

@@ -1,10 +1,13 @@
 """Questions with checkable answers, for training and evaluating a head."""
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+_STRETCH = 20_000
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,13 @@ def split(questions: Iterator[Question], *sizes: int) -> list[list[Question]]:
     for size in sizes:
         part: list[Question] = []
         while len(part) < size:
-            try:
-                question = next(questions)
-            except StopIteration:
-                raise ValueError(f"not enough different questions: {sum(sizes)} asked for, {len(seen)} there") from None
-            if question.text not in seen:
-                seen.add(question.text)
-                part.append(question)
+            # The tasks repeat themselves for ever; a stretch of nothing new is their end.
+            fresh = (q for q in itertools.islice(questions, _STRETCH) if q.text not in seen)
+            question = next(fresh, None)
+            if question is None:
+                raise ValueError(f"not enough different questions: {sum(sizes)} asked for, {len(seen)} found")
+            seen.add(question.text)
+            part.append(question)
         parts.append(part)
     return parts
 

@@ -1,5 +1,6 @@
 """Train a head from outcomes alone: roll out with the scorer recording features, fit, measure on unseen questions."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -162,16 +163,24 @@ def recorded(path: Path, settings: dict[str, Any], make: Callable[[int], Iterato
     return Rollouts.join(parts)
 
 
+def fingerprint(model: ReflectiveModel) -> str:
+    """A hash of every 997th weight of the backbone: which model made the rollouts, wherever its files lie."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.model.state_dict().items()):
+        digest.update(name.encode() + weight.flatten()[::997].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def fit(
     rollouts: Rollouts,
     *,
-    epochs: int = 16,
-    warmup: int = 16,
+    epochs: int = 24,
+    warmup: int = 24,
     lr: float = 3e-4,
     batch: int = 64,
     weight_decay: float = 0.01,
     within_questions: bool = True,
-    class_balance: bool = True,
+    class_balance: bool = False,
     seed: int = 0,
     progress: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> SPRM:
@@ -182,12 +191,13 @@ def fit(
 
     Args:
         epochs: passes over the questions; of these ``warmup`` in plain BCE before the dynamic weights switch on, all of
-            them by default: on the embedded model's validation questions the AUC within questions was 0.82 so, 0.78
-            with the weights on from epoch 8 or 12, and 0.55 with them on from the random start.
+            them by default: on questions held back, plain BCE ranked best and the weights cost accuracy even after a
+            warm-up (``benchmarks/results/head_schedules.csv``).
         batch: trajectories a step, all samples of a question together.
         within_questions: use only questions with both outcomes and weigh the two sides of each equally, so that nothing
             can be learnt from how hard a question is.
-        class_balance: weigh the two outcomes of a batch against each other, see ``sprm_loss``.
+        class_balance: weigh the two outcomes of a batch against each other, see ``sprm_loss``; adds nothing to the
+            balance within questions.
         progress: called with epoch and its mean loss.
 
     Raises:
@@ -335,9 +345,11 @@ def train(model: ReflectiveModel, settings: Settings, output: Path, bars: Any) -
         bars: a ``rich.progress.Progress``.
 
     Raises:
-        ValueError: an unknown task, too few questions, or nothing to learn from.
+        ValueError: an unknown task, too few questions, no answer pattern, or nothing to learn from.
     """
     s = settings
+    if model.config.answer is None:
+        raise ValueError(f"model: its {CONFIG_NAME} has no answer pattern, so no answer can be judged")
     if s.task in TASKS:
         questions = TASKS[s.task](s.seed)
     elif Path(s.task).is_file():
@@ -356,7 +368,8 @@ def train(model: ReflectiveModel, settings: Settings, output: Path, bars: Any) -
             )  # fmt: skip
 
         depends = {k: getattr(s, k) for k in ("task", "samples", "temperature", "max_new_tokens", "batch", "seed")}
-        rollouts[name] = recorded(output / name, {**depends, "questions": [q.text for q in chosen]}, make)
+        depends |= {"model": fingerprint(model), "use": asdict(model.config), "questions": [q.text for q in chosen]}
+        rollouts[name] = recorded(output / name, depends, make)
     bar = bars.add_task("fit", total=s.epochs)
     head = fit(
         rollouts["train"], epochs=s.epochs, warmup=s.warmup, seed=s.seed, progress=lambda epoch, loss: bars.advance(bar)

@@ -1,5 +1,6 @@
 """The command line, run as a user runs it: in a process of its own, piped."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -55,21 +56,24 @@ def test_generate(checkpoint):
 def test_score_jsonl_with_broken_lines(checkpoint, tmp_path):
     lines = [
         {"text": "some text a e", "id": 1},
-        "{broken",
+        "{broken\u2028",
         {"prompt": "Q: x\n", "response": "nabecod!"},
         {"question": "x", "response": "nabecod!"},
         {"question": "x"},
         {"text": 5},
         [1],
         {"text": ""},
+        {"text": "lone \ud800 surrogate"},
+        "[" * 100_000,
     ]
     source = tmp_path / "in.jsonl"
-    source.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+    text = "".join((x if isinstance(x, str) else json.dumps(x)) + "\r\n" for x in lines)
+    source.write_bytes(text.encode() + b'{"text": "\xff"}\n\n')
     done = run("score", source, "--model", checkpoint, "-o", tmp_path / "out.jsonl", code=1)
     assert done.stdout == ""
-    for number in (2, 5, 6, 7, 8):
+    for number in (2, 5, 6, 7, 8, 9, 10, 11):
         assert f"line {number}: " in done.stderr
-    assert "5 line(s) could not be scored" in done.stderr
+    assert "8 line(s) could not be scored" in done.stderr
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [r["n_steps"] for r in found] == [3, 3, 3] and found[0]["id"] == 1
     assert found[1]["score"] == found[2]["score"] and 0 < found[1]["score"] < 1
@@ -79,6 +83,21 @@ def test_score_jsonl_with_broken_lines(checkpoint, tmp_path):
     assert json.loads(piped.stdout) == found[0] and piped.stderr == ""
     assert json.loads(run("score", "--model", checkpoint, "--text", "some text a e").stdout)["score"] == found[0]["score"]
     assert "does not exist" in run("score", tmp_path / "none.jsonl", "--model", checkpoint, code=2).stderr
+
+
+def test_a_head_of_one_s_own_on_the_default_model(default_model, tmp_path):
+    other = rf.SPRM(576)
+    other.save_pretrained(tmp_path)
+    (tmp_path / "reflective.json").write_text(json.dumps(dataclasses.asdict(default_model.config)))
+    line = json.dumps({"text": "1 + 2 = 3.\n\n3 + 4 = 7.\n\nThe answer is 7.\n\n"})
+    scores = [json.loads(run("score", *args, stdin=line).stdout)["score"] for args in ((), ("--head", tmp_path))]
+    assert scores[0] != scores[1]
+    assert "no file, nor a directory" in run("score", "--head", "/nowhere", stdin=line, code=2).stderr
+
+
+def test_outputs_that_cannot_be_written_fail_before_anything_is_loaded(tmp_path):
+    assert "error:" in run("score", "--model", tmp_path, "-o", tmp_path, stdin="{}", code=2).stderr
+    assert "is no directory" in run("generate", "--model", tmp_path / "none", "x", code=2).stderr
 
 
 def test_demo(default_model, tmp_path):

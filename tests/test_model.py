@@ -6,7 +6,7 @@ import string
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import reflective as rf
@@ -73,6 +73,36 @@ def test_score_text(small):
     assert len(one.step_scores) == 3 and 0 < one.score < 1 and one.text == "nabecod!"
     assert (two.score, two.step_scores) == (0.0, [])
     assert [one.text[a:b] for a, b in one.step_spans] == ["na", "be", "co"]
+
+
+def test_text_scored_whole_begins_as_the_tokenizer_begins_it(small, monkeypatch):
+    given = []
+    monkeypatch.setattr("reflective.model.score", lambda *args, **kwargs: given.append(args[3]) or 1 / 0)
+    core = Tokenizer.from_str(small.tokenizer.backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    with_bos = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    model = rf.ReflectiveModel(small.model, with_bos, small.head, small.config)
+    for prompt, starts in (("", [1]), ("p", [1, with_bos.encode("p", add_special_tokens=False)[0]])):
+        with pytest.raises(ZeroDivisionError):
+            model.score(prompt, ["abc"])
+        ids = given.pop()[0].tolist()
+        assert ids == starts + with_bos.encode("abc", add_special_tokens=False)
+
+
+def test_spans_of_many_steps_are_those_of_whole_prefixes(small):
+    text = "naïve 中文 é a b — e\U0001f600o " * 20
+    tokens = small.tokenizer(text).input_ids
+    steps = [i for i, t in enumerate(small.tokenizer.convert_ids_to_tokens(tokens)) if t in DELIMITERS]
+    assert len(steps) > 60
+    assert small._ends(tokens, steps) == [len(small.tokenizer.decode(tokens[: s + 1])) for s in steps]
+
+
+def test_a_broken_config_is_named(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    for content in ('{"rule": "text",', '{"rules": "text"}'):
+        (tmp_path / "reflective.json").write_text(content)
+        with pytest.raises(ValueError, match=r"reflective\.json is not a valid"):
+            rf.ReflectiveModel.from_pretrained(tmp_path)
 
 
 def test_save_and_load(small, tmp_path):

@@ -1,12 +1,13 @@
 """StreamScorer against rf.score, the definition, and an independent second pass over the same trajectories."""
 
 import copy
+import inspect
 import itertools
 
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
 
 import reflective as rf
 
@@ -212,6 +213,70 @@ def test_cached_prefix_announced_by_begin():
     assert_agrees(scorer.result(out), net, head, out, mask, "predict")
 
 
+def test_a_prompt_in_pieces_must_be_announced():
+    net, head = tiny.model(), tiny.head()
+    ids, mask = prompts((12, 12))
+    ids[:, 6], ids[:, 5] = tiny.STEP_IDS[0], 7
+    scorer = rf.StreamScorer(net, head, tiny.steps())
+    with pytest.raises(RuntimeError, match="announce the whole of it with scorer.begin"):
+        decode(scorer, net, ids, mask, prefill_chunk_size=5)
+    torch.manual_seed(3)
+    with scorer:
+        scorer.begin(ids)
+        out = net.generate(ids, attention_mask=mask, prefill_chunk_size=5, suppress_tokens=[2], **SAMPLING)
+    assert_agrees(scorer.result(out), net, head, out, mask, "predict")
+
+
+def test_begin_concerns_the_next_generation_only():
+    net, head = tiny.model(), tiny.head()
+    ids, _ = prompts((6, 6))
+    scorer = rf.StreamScorer(net, head, tiny.steps())
+    with scorer:
+        scorer.begin(ids)  # abandoned
+    other, other_mask = prompts((7, 7, 7))
+    with scorer:
+        scorer.begin(other)
+        torch.manual_seed(3)
+        net.generate(other, attention_mask=other_mask, **SAMPLING)
+        torch.manual_seed(4)
+        out = net.generate(other, attention_mask=other_mask, suppress_tokens=[2], **SAMPLING)
+    assert_agrees(scorer.result(out), net, head, out, other_mask, "predict")
+
+
+def test_finished_text_may_be_scored_while_a_stream_is_attached():
+    net, head, (ids, mask) = tiny.model(), tiny.head(), prompts()
+    scorer = rf.StreamScorer(net, head, tiny.steps())
+    with scorer:
+        out = net.generate(ids, attention_mask=mask, **SAMPLING)
+        before = scorer.result(out).score
+        rf.score(net, head, tiny.steps(), out.clamp_min(5))
+        assert torch.equal(scorer.result(out).score, before)
+
+
+def test_inference_mode_and_plain_mode_may_alternate():
+    net, head, (ids, mask) = tiny.model(), tiny.head(), prompts((6, 9, 4, 9))
+    scorer = rf.StreamScorer(net, head, tiny.steps())
+    with torch.inference_mode():
+        decode(scorer, net, ids, mask)
+    out = decode(scorer, net, ids, mask)
+    assert_agrees(scorer.result(out), net, head, out, mask, "predict")
+
+
+def test_a_static_cache_is_not_asked_at_every_token(monkeypatch):
+    net, head, (ids, mask) = tiny.model(), tiny.head(), prompts((6, 9, 4, 9, 8))
+    scorer, asked = rf.StreamScorer(net, head, tiny.steps()), []
+    length = StaticCache.get_seq_length
+    monkeypatch.setattr(StaticCache, "get_seq_length", lambda *a, **k: asked.append(_in_scorer()) or length(*a, **k))
+    for seed in (3, 4):  # the second generation may get the first one's cache again
+        out = decode(scorer, net, ids, mask, seed=seed, cache_implementation="static", suppress_tokens=[2])
+        assert_agrees(scorer.result(out), net, head, out, mask, "predict")
+    assert sum(asked) <= 4
+
+
+def _in_scorer():
+    return any(frame.filename.endswith("scorer.py") and frame.function == "_cached" for frame in inspect.stack()[1:4])
+
+
 def test_two_scorers_on_one_model_do_not_meet():
     net, (ids, mask) = tiny.model(), prompts()
     first = rf.StreamScorer(net, tiny.head(seed=0), tiny.steps())
@@ -330,6 +395,8 @@ def test_parts_that_do_not_fit():
         rf.score(net, tiny.head(torch.bfloat16), steps, [[1, 2, 3]])
     with pytest.raises(ValueError, match="vocabular"):
         rf.StreamScorer(net, head, rf.StepTokens(step_ids=[tiny.VOCAB]))
+    with pytest.raises(ValueError, match="the padding token 0 is a step-token"):
+        rf.StreamScorer(net, head, tiny.steps(step_ids=[0, 5]))
     with pytest.raises(ValueError, match="encoder-decoder"):
         rf.StreamScorer(T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=2, num_heads=2)), head, steps)
     config = LlamaConfig(**{**tiny._SIZES, "num_hidden_layers": 1})
@@ -361,8 +428,6 @@ def test_streams_that_cannot_be_scored():
         net(torch.full((2, 1), 7), past_key_values=cache)
     with scorer, pytest.raises(RuntimeError, match="attached already"):
         scorer.__enter__()
-    with scorer, pytest.raises(RuntimeError, match="call LlamaForCausalLM itself"):
-        net.model(ids)
 
     with scorer:
         cache = net(ids).past_key_values

@@ -652,3 +652,12 @@ IDS = [[0, 0, 3, 0], [0, 0, 0, 3]]
 def test_bad_input_of_mask(arguments, message):
     with pytest.raises(ValueError, match=message):
         StepTokens([3]).mask(*arguments)
+
+
+@pytest.mark.parametrize("size", [50_000, 70_000])
+def test_a_tokenizer_much_larger_or_smaller_than_the_model_is_refused(size):
+    steps = StepTokens([5], vocab_size=size)
+    steps.rule = "contains"  # as from a tokenizer
+    steps.check_model(size)
+    with pytest.raises(ValueError, match="tokenizer and model differ"):
+        steps.check_model(60_000)

@@ -1,5 +1,6 @@
 """Training: recorded rollouts, the fit, and the measures, each against a case whose answer is known."""
 
+import copy
 import json
 
 import pytest
@@ -73,8 +74,10 @@ def test_questions_are_distinct_and_disjoint():
     texts = [q.text for q in first + second]
     assert len(set(texts)) == 500
     assert all(eval(q.text) == int(q.answer) for q in first)
-    with pytest.raises(ValueError, match="not enough different questions"):
+    with pytest.raises(ValueError, match="not enough different questions: 301 asked for, 300 found"):
         tasks.split(iter(first), 301)
+    with pytest.raises(ValueError, match="not enough different questions: 9 asked for, 8 found"):
+        tasks.split(tasks.sums(0, low=1, high=2), 9)  # the task itself never ends
 
 
 def test_chain_sum():
@@ -125,5 +128,9 @@ def test_a_run_end_to_end_and_resumed(tmp_path, default_model):
         train.train(
             default_model, train.Settings(**{**vars(settings), "temperature": 0.9}), tmp_path, Progress(disable=True)
         )
+    unanswering = copy.copy(default_model)
+    unanswering.config = Config(rule="text")
+    with pytest.raises(ValueError, match="no answer pattern"):
+        train.train(unanswering, settings, tmp_path, Progress(disable=True))
     with pytest.raises(ValueError, match="neither one of sums, chain_sum nor a JSONL file"):
         train.train(default_model, train.Settings(**{**vars(settings), "task": "maths"}), tmp_path, Progress(disable=True))

@@ -1,6 +1,8 @@
 """Which code does the work: chosen once, by name or by device, and never exchanged silently."""
 
+import functools
 import importlib.metadata
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +16,9 @@ NAMES = ("cuda", "triton", "cpu", "torch")
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the ops; the signatures are those of the definitions in ``reflective.kernels``."""
+    """One implementation of the ops in the decode stream; the signatures are those of the definitions in ``reflective.kernels``."""
 
     name: str
-    step_mask: Callable[..., Any]
     score_rows: Callable[..., Any]
     decode_step: Callable[..., Any]
     flush: Callable[..., Any]
@@ -55,6 +56,9 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
         usable = (n for n in NAMES if infos[n].available and _why_not(n, device, dtype) is None)
         # An interpreted kernel is for tests: on CPU tensors it runs only where asked for by name.
         name = next(n for n in usable if not (n == "triton" and device.type == "cpu"))
+        if name == "torch":
+            wanted = "cpu" if device.type == "cpu" else "triton"
+            _say_once(_why_not(wanted, device, dtype) or infos[wanted].detail)
     elif name not in infos:
         raise ValueError(f"backend={name!r}; expected one of {', '.join(map(repr, NAMES))}")
     elif not infos[name].available:
@@ -67,7 +71,7 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
         source = ops.triton_kernels()
     else:
         source = torch.ops.reflective
-    return Backend(name, *(getattr(source, op) for op in ("step_mask", "score_rows", "decode_step", "flush")))
+    return Backend(name, *(getattr(source, op) for op in ("score_rows", "decode_step", "flush")))
 
 
 def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -78,6 +82,11 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name in ("cuda", "triton") and device.type != "cuda" and not (name == "triton" and ops.triton_interpreted()):
         return f"the model is on {device}"
     return None
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    warnings.warn(f"reflective runs on its plain-PyTorch definition, its slowest backend: {why}", stacklevel=4)
 
 
 def _triton_detail() -> str:
