@@ -25,6 +25,7 @@ bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks/bench_decode_step.py
 	$(VENV)/bin/python benchmarks/decode_overhead.py
 	$(VENV)/bin/python benchmarks/finished_text.py
+	$(VENV)/bin/python benchmarks/report.py --write
 
 # One build serves several torch versions: a wheel made here, loaded and tested by another torch (downloads that torch).
 OTHER_TORCH ?= torch==2.11.0
