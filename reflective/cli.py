@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -215,12 +216,10 @@ def train(
 
 
 def _load(model: str, head: Path | None, fetch: bool, *, untrained: bool = False) -> "ReflectiveModel":
-    from transformers.utils import logging
-
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before transformers is imported: tqdm reads it then
     from .model import ReflectiveModel
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     if model == "default":
         return ReflectiveModel.default(head=head, fetch=fetch)
     if not Path(model).is_dir():
