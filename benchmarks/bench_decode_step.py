@@ -104,7 +104,7 @@ def test_decode_step(benchmark, results, dtype: torch.dtype, H: int, rows: int, 
     check(step, tallies, head)
     ids, hidden = inputs(rows, H, dtype)
     benchmark.group = f"decode_step {dtype} H={H} rows={rows}"
-    benchmark.pedantic(step, args=(ids, hidden), rounds=200, iterations=5, warmup_rounds=10)
+    benchmark.pedantic(step, args=(ids, hidden), rounds=1000, iterations=5, warmup_rounds=20)
     if benchmark.stats is None:  # --benchmark-disable
         return
     microseconds = 1e6 * torch.tensor(benchmark.stats.stats.data)

@@ -72,7 +72,9 @@ def main() -> None:
     found = {}
     for way in WAYS:
         command = [sys.executable, __file__, "--way", way, "--tokens", str(args.tokens), "--repeats", str(args.repeats)]
-        found[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        found[way] = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        )
     torch.testing.assert_close(
         torch.tensor(found["score"]["scores"]), torch.tensor(found["published"]["scores"]), rtol=1e-3, atol=1e-5
     )

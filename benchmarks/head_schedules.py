@@ -22,7 +22,11 @@ VARIANTS = {
     "plain BCE, class balance alone": {"within_questions": False, "class_balance": True},
     "dynamic weights from epoch 12": {"warmup": 12},
     "dynamic weights from epoch 8": {"warmup": 8},
-    "dynamic weights from epoch 8, class balance alone": {"warmup": 8, "within_questions": False, "class_balance": True},
+    "dynamic weights from epoch 8, class balance alone": {
+        "warmup": 8,
+        "within_questions": False,
+        "class_balance": True,
+    },
     "dynamic weights from the start": {"warmup": 0},
     "plain BCE, 8 epochs": {"epochs": 8, "warmup": 8},
     "plain BCE, 16 epochs": {"epochs": 16, "warmup": 16},

@@ -18,7 +18,11 @@ RESULTS = Path(__file__).parent / "results"
 def environment() -> dict[str, str]:
     """Hardware, versions and commit of this run."""
     git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True, cwd=RESULTS, check=False
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+        capture_output=True,
+        text=True,
+        cwd=RESULTS,
+        check=False,
     )
     return {
         "cpu": _cpu(),

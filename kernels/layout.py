@@ -21,7 +21,7 @@ COUNT, LOG_SUM, MIN, LAST = range(4)
 TALLY_FIELDS = 4
 
 # A step's region: AFTER_THINK and AFTER_END flags, taken before the step's own token is counted as a tag. Which regions
-# count is decided when the result is read, because a second tag changes the answer (DESIGN: "tags seen twice").
+# count is decided when the result is read: a second tag means that the tags bound nothing.
 AFTER_THINK, AFTER_END = 1, 2
 N_REGIONS = 4
 
@@ -39,8 +39,4 @@ LOG_FLOOR = math.log(1e-10)  # a step's log-score is never below this (paper sec
 
 def counted_regions(n_think: int, n_end: int) -> list[int]:
     """Regions whose steps count, for the number of think-start and think-end tags in a whole text."""
-    return [
-        r
-        for r in range(N_REGIONS)
-        if (n_think != 1 or r & AFTER_THINK) and (n_end != 1 or not r & AFTER_END)
-    ]
+    return [r for r in range(N_REGIONS) if (n_think != 1 or r & AFTER_THINK) and (n_end != 1 or not r & AFTER_END)]

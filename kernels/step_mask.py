@@ -6,7 +6,9 @@ from torch import Tensor
 from .layout import END, NEXT_STATE, STEP, THINK
 
 
-def step_mask(ids: Tensor, token_class: Tensor, transition: Tensor, pad: Tensor, length: Tensor, start: Tensor) -> Tensor:
+def step_mask(
+    ids: Tensor, token_class: Tensor, transition: Tensor, pad: Tensor, length: Tensor, start: Tensor
+) -> Tensor:
     """True at ``t`` where a step ends, ``a + 2 <= t <= e`` and ``t`` is in scope (text indices, without padding).
 
     ``a`` is the index of the think-start tag if it occurs exactly once, else 0; ``e`` that of the think-end tag if it
@@ -36,4 +38,6 @@ def step_mask(ids: Tensor, token_class: Tensor, transition: Tensor, pad: Tensor,
     is_think, is_end = (entry & THINK) != 0, (entry & END) != 0
     first = torch.where(is_think.sum(1) == 1, is_think.int().argmax(1), pad)  # a, as a column
     last = torch.where(is_end.sum(1) == 1, is_end.int().argmax(1), length)  # e, as a column
-    return ((entry & STEP) != 0) & (column >= first[:, None] + 2) & (column <= last[:, None]) & (column >= start[:, None])
+    return (
+        ((entry & STEP) != 0) & (column >= first[:, None] + 2) & (column <= last[:, None]) & (column >= start[:, None])
+    )

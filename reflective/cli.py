@@ -65,7 +65,9 @@ def _root(
 
 @app.command()
 def demo(
-    question: Annotated[str, typer.Argument(help="A sum; the default model's prompt shows it four worked ones.")] = "8 + 13 + 6",
+    question: Annotated[
+        str, typer.Argument(help="A sum; the default model's prompt shows it four worked ones.")
+    ] = "8 + 13 + 6",
     n: Annotated[int, typer.Option("-n", min=1, help="Candidates.")] = 8,
     seed: SeedOption = 0,
     max_new_tokens: TokensOption = 64,
@@ -92,7 +94,9 @@ def demo(
 
 @app.command()
 def generate(
-    questions: Annotated[list[str] | None, typer.Argument(help="Questions; none, or '-': one a line from stdin.")] = None,
+    questions: Annotated[
+        list[str] | None, typer.Argument(help="Questions; none, or '-': one a line from stdin.")
+    ] = None,
     model: ModelOption = "default",
     head: HeadOption = None,
     effort: Annotated[str, typer.Option(help="low, medium or high: 2, 8 or 32 candidates.")] = "medium",
@@ -184,9 +188,13 @@ def _score_line(model: "ReflectiveModel", line: bytes) -> dict[str, Any]:
 
 @app.command()
 def train(
-    output: Annotated[Path, typer.Argument(help="Directory for rollouts, head and report; an interrupted run goes on there.")],
+    output: Annotated[
+        Path, typer.Argument(help="Directory for rollouts, head and report; an interrupted run goes on there.")
+    ],
     model: ModelOption = "default",
-    task: Annotated[str, typer.Option(help="sums, chain_sum (reasoning-gym), or a JSONL file of question and answer.")] = "sums",
+    task: Annotated[
+        str, typer.Option(help="sums, chain_sum (reasoning-gym), or a JSONL file of question and answer.")
+    ] = "sums",
     questions: Annotated[int, typer.Option(min=2, help="Questions to train on.")] = 640,
     eval_questions: Annotated[int, typer.Option(min=1, help="Other questions to measure on.")] = 320,
     samples: Annotated[int, typer.Option(min=2, help="Responses to each question.")] = 8,

@@ -235,7 +235,9 @@ class ReflectiveModel:
         """
         head = self.encode(prompt)[0].cpu() if prompt else torch.empty(0, dtype=torch.int64)
         rows = [
-            torch.cat([head, torch.tensor(self.tokenizer(r, add_special_tokens=not prompt).input_ids, dtype=torch.int64)])
+            torch.cat(
+                [head, torch.tensor(self.tokenizer(r, add_special_tokens=not prompt).input_ids, dtype=torch.int64)]
+            )
             for r in responses
         ]
         scores = score(

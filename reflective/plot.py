@@ -28,8 +28,12 @@ def plot_trajectory(candidate: Candidate, path: str | Path, *, title: str = "") 
     ax.barh(rows, candidate.step_scores, color="#4477aa", height=0.6)
     for row, score in zip(rows, candidate.step_scores, strict=True):
         inside = score > 0.15  # at the bar's base, where the mean's line seldom is
-        ax.text(0.01 if inside else score + 0.01, row, f"{score:.2f}", va="center", color="w" if inside else "k", fontsize=9)
-    ax.axvline(candidate.score, color="#cc3311", lw=1.5, label=f"trajectory score (geometric mean) {candidate.score:.3f}")
+        ax.text(
+            0.01 if inside else score + 0.01, row, f"{score:.2f}", va="center", color="w" if inside else "k", fontsize=9
+        )
+    ax.axvline(
+        candidate.score, color="#cc3311", lw=1.5, label=f"trajectory score (geometric mean) {candidate.score:.3f}"
+    )
     ax.set_yticks(rows, [s if len(s) <= 48 else s[:47] + "…" for s in steps])
     ax.set(xlim=(0, 1), xlabel="step score", title=title)
     ax.invert_yaxis()

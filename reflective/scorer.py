@@ -200,7 +200,9 @@ class StreamScorer:
             raise ValueError("scope='text' scores the prompt too, so no part of it may be in the cache beforehand")
         b = self.backbone
         if past >= self._announced.shape[1]:
-            raise ValueError(f"the cache holds {past} tokens, all of the announced prompt; leave at least one to decode")
+            raise ValueError(
+                f"the cache holds {past} tokens, all of the announced prompt; leave at least one to decode"
+            )
         unknown = torch.zeros(self._batch, 1, b.hidden_size, dtype=b.dtype, device=b.device)
         self._consume(self._announced[:, :past].to(b.device), unknown.expand(-1, past, -1))
 
@@ -273,7 +275,9 @@ class StreamScorer:
         self._read = state
         found = [state.sequence(i) for i in range(self._batch)]
         if any(f.n_steps > len(f.columns) for f in found):
-            warnings.warn(f"more than max_steps={self.max_steps} steps: their single scores were not kept", stacklevel=2)
+            warnings.warn(
+                f"more than max_steps={self.max_steps} steps: their single scores were not kept", stacklevel=2
+            )
         self.host_seconds += time.perf_counter() - began
         return TrajectoryScores.collect(
             [f.log_sum for f in found],
@@ -331,7 +335,10 @@ def check_parts(backbone: Backbone, head: SPRM, steps: StepTokens) -> StepTokens
 
 
 def _prompt(
-    ids: Tensor, attention_mask: Tensor | dict[str, Tensor] | None, device: torch.device, position_ids: Tensor | None = None
+    ids: Tensor,
+    attention_mask: Tensor | dict[str, Tensor] | None,
+    device: torch.device,
+    position_ids: Tensor | None = None,
 ) -> tuple[int, Tensor]:
     """``(B, columns of left padding [B])`` of the prompts [B, P]."""
     if ids.dim() != 2 or 0 in ids.shape:

@@ -377,7 +377,11 @@ def train(model: ReflectiveModel, settings: Settings, output: Path, bars: Any) -
     metrics = evaluate(rollouts["eval"], head)
     head.to(model.model.dtype).save_pretrained(output)
     (output / CONFIG_NAME).write_text(json.dumps(asdict(model.config), indent=2) + "\n")
-    report = {"settings": asdict(s), "metrics": {k: asdict(m) for k, m in metrics.items()}}
+    counts = {
+        name: {"trajectories": len(r.outcome), "steps": len(r.features), "correct": float(r.outcome.mean())}
+        for name, r in rollouts.items()
+    }
+    report = {"settings": asdict(s), "rollouts": counts, "metrics": {k: asdict(m) for k, m in metrics.items()}}
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return metrics
 

@@ -50,7 +50,9 @@ def test_generate(checkpoint):
         (("--effort", "extreme"), "effort='extreme'"),
     ):
         assert message in run("generate", "--model", checkpoint, *args, "x", code=2).stderr
-    assert "no file, nor a directory" in run("generate", "--model", checkpoint, "--head", "/nowhere", "x", code=2).stderr
+    assert (
+        "no file, nor a directory" in run("generate", "--model", checkpoint, "--head", "/nowhere", "x", code=2).stderr
+    )
 
 
 def test_score_jsonl_with_broken_lines(checkpoint, tmp_path):
@@ -81,7 +83,9 @@ def test_score_jsonl_with_broken_lines(checkpoint, tmp_path):
 
     piped = run("score", "--model", checkpoint, stdin=json.dumps(lines[0]) + "\n")
     assert json.loads(piped.stdout) == found[0] and piped.stderr == ""
-    assert json.loads(run("score", "--model", checkpoint, "--text", "some text a e").stdout)["score"] == found[0]["score"]
+    assert (
+        json.loads(run("score", "--model", checkpoint, "--text", "some text a e").stdout)["score"] == found[0]["score"]
+    )
     assert "does not exist" in run("score", tmp_path / "none.jsonl", "--model", checkpoint, code=2).stderr
 
 

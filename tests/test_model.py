@@ -62,9 +62,7 @@ def test_seed_repeats_a_run_and_finished_text_agrees(small):
     assert [c.text for c in a.candidates] == [c.text for c in b.candidates]
     assert a.candidates == b.candidates
     rows = [torch.cat([small.encode(a.prompt)[0], torch.tensor(c.token_ids)]) for c in a.candidates]
-    finished = rf.score(
-        small.model, small.head, small.steps, rows, prompt_lengths=small.encode(a.prompt).shape[1]
-    )
+    finished = rf.score(small.model, small.head, small.steps, rows, prompt_lengths=small.encode(a.prompt).shape[1])
     assert finished.score.tolist() == pytest.approx([c.score for c in a.candidates], rel=1e-4)
 
 

@@ -108,7 +108,9 @@ def test_finished_text_gives_the_stream_s_answer(at):
         torch.testing.assert_close(stream.step_scores[i], scores, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", [{"do_sample": False, "suppress_tokens": [2], "max_new_tokens": 100}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize(
+    "how", [{"do_sample": False, "suppress_tokens": [2], "max_new_tokens": 100}, {"cache_implementation": "static"}]
+)
 def test_ways_of_generating(how):
     net, head, (ids, mask) = tiny.model(), tiny.head(), prompts((6, 9, 4, 9))
     scorer = rf.StreamScorer(net, head, tiny.steps())
@@ -391,14 +393,20 @@ def test_parts_that_do_not_fit():
     net, head, steps = tiny.model(), tiny.head(), tiny.steps()
     with pytest.raises(ValueError, match=r"hidden size 32 differs from the 64 of LlamaForCausalLM"):
         rf.StreamScorer(net, tiny.head(hidden=32), steps)
-    with pytest.raises(ValueError, match=r"dtype torch.bfloat16 differs from the torch.float32.*head.to\(torch.float32\)"):
+    with pytest.raises(
+        ValueError, match=r"dtype torch.bfloat16 differs from the torch.float32.*head.to\(torch.float32\)"
+    ):
         rf.score(net, tiny.head(torch.bfloat16), steps, [[1, 2, 3]])
     with pytest.raises(ValueError, match="vocabular"):
         rf.StreamScorer(net, head, rf.StepTokens(step_ids=[tiny.VOCAB]))
     with pytest.raises(ValueError, match="the padding token 0 is a step-token"):
         rf.StreamScorer(net, head, tiny.steps(step_ids=[0, 5]))
     with pytest.raises(ValueError, match="encoder-decoder"):
-        rf.StreamScorer(T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=2, num_heads=2)), head, steps)
+        rf.StreamScorer(
+            T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=2, num_heads=2)),
+            head,
+            steps,
+        )
     config = LlamaConfig(**{**tiny._SIZES, "num_hidden_layers": 1})
     with pytest.raises(ValueError, match="has 1 layer"):
         rf.StreamScorer(LlamaForCausalLM(config), head, steps)

@@ -112,11 +112,14 @@ def test_a_run_end_to_end_and_resumed(tmp_path, default_model):
     assert 0 <= metrics["pass@1"].value <= 1
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["settings"]["questions"] == 4 and written["metrics"]["any@n"]["value"] == metrics["any@n"].value
+    assert written["rollouts"]["train"]["trajectories"] == 16 and written["rollouts"]["eval"]["trajectories"] == 8
     head = rf.SPRM.from_pretrained(tmp_path)
     assert head.hidden_size == 576
     assert Config(**json.loads((tmp_path / "reflective.json").read_text())) == default_model.config
 
-    kept = train.Rollouts.join([train.Rollouts.load(str(f)) for f in sorted((tmp_path / "train").glob("*.safetensors"))])
+    kept = train.Rollouts.join(
+        [train.Rollouts.load(str(f)) for f in sorted((tmp_path / "train").glob("*.safetensors"))]
+    )
     assert len(kept.outcome) == 16 and len(kept.features) == len(kept.trajectory) > 16
     last = max((tmp_path / "train").glob("*.safetensors"))
     before = train.Rollouts.load(str(last))
@@ -133,4 +136,6 @@ def test_a_run_end_to_end_and_resumed(tmp_path, default_model):
     with pytest.raises(ValueError, match="no answer pattern"):
         train.train(unanswering, settings, tmp_path, Progress(disable=True))
     with pytest.raises(ValueError, match="neither one of sums, chain_sum nor a JSONL file"):
-        train.train(default_model, train.Settings(**{**vars(settings), "task": "maths"}), tmp_path, Progress(disable=True))
+        train.train(
+            default_model, train.Settings(**{**vars(settings), "task": "maths"}), tmp_path, Progress(disable=True)
+        )
