@@ -24,6 +24,7 @@ test: $(VENV)/.test
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks/bench_decode_step.py
 	$(VENV)/bin/python benchmarks/decode_overhead.py
+	$(VENV)/bin/python benchmarks/decode_overhead_stepwise.py
 	$(VENV)/bin/python benchmarks/finished_text.py
 	$(VENV)/bin/python benchmarks/report.py --write
 

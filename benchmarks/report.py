@@ -46,23 +46,21 @@ def decode_step() -> list[tuple[str, str, str]]:
 
 def decode_overhead() -> list[tuple[str, str, str]]:
     lines = []
-    for schedule in ("deferred", "immediate"):
-        found = [r for r in rows("decode_overhead") if r["schedule"] == schedule]
-        mid = {k: median(float(r[k]) for r in found) for k in found[0] if k.endswith("_s") or k in _SHARES}
-        kept = [float(r["throughput_kept"]) for r in found]
-        low, high = min(kept), max(kept)
+    for step in rows("decode_overhead_stepwise"):
+        found = [r for r in rows("decode_overhead") if r["schedule"] == step["schedule"]]
+        share, host, again = (
+            median(float(r[k]) for r in found) for k in ("scorer_share", "scorer_host_s", "second_pass_s")
+        )
+        median_kept, total_kept = (100 * float(step[f"throughput_kept_{k}"]) for k in ("median", "total"))
         lines.append(
             (
-                f"SmolLM2-135M, 8 x 256 tokens, {schedule}",
-                f"{100 * mid['scorer_share']:.2f} % of the time is spent in the scorer; tokens/s against a run without it, "
-                + f"{len(found)} pairs: median {100 * mid['throughput_kept']:.1f} %, from {100 * low:.0f} to {100 * high:.0f} %",
-                f"{1e3 * mid['scorer_host_s']:.0f} ms instead of a {mid['second_pass_s']:.1f} s second pass",
+                f"SmolLM2-135M, 8 x 256 tokens, {step['schedule']}",
+                f"{median_kept:.1f} % of the tokens/s without scorer (median of {step['decode_steps']} paired steps; "
+                + f"{total_kept:.1f} % in total), {100 * share:.2f} % of the time spent in the scorer",
+                f"{1e3 * host:.0f} ms instead of a {again:.1f} s second pass",
             )
         )
     return lines
-
-
-_SHARES = ("throughput_kept", "scorer_share")
 
 
 def finished_text() -> list[tuple[str, str, str]]:
