@@ -35,6 +35,8 @@ TokensOption = Annotated[int, typer.Option(min=1, help="Tokens a candidate at mo
 
 def main() -> None:
     """Entry point: bad input ends in one line on stderr and exit code 2, not in a traceback."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before transformers is imported: tqdm reads it then
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
@@ -224,8 +226,6 @@ def train(
 
 
 def _load(model: str, head: Path | None, fetch: bool, *, untrained: bool = False) -> "ReflectiveModel":
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # before transformers is imported: tqdm reads it then
     from .model import ReflectiveModel
 
     if model == "default":
