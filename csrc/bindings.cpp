@@ -1,16 +1,26 @@
-// torch.ops.reflective.* on CPU tensors. The only file that knows torch, and of it only libtorch's stable ABI: one
-// build serves every torch from 2.11 and every Python from 3.10. The schemas are stated in reflective/ops.py.
+// torch.ops.reflective.* on CPU and, with REFLECTIVE_CUDA, on CUDA tensors. The only file that knows torch, and of it only
+// libtorch's stable ABI: one build serves every torch from 2.11 and every Python from 3.10, with and without CUDA. The
+// schemas are stated in reflective/ops.py. With REFLECTIVE_EMULATION the CUDA kernels answer for CPU tensors under
+// torch.ops.reflective_emulation.*, and nothing else is there: see tests/emulation.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef REFLECTIVE_CUDA
+#include <dlfcn.h>
+#endif
+
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "capability.h"
 #include "decode_step.h"
+#ifdef REFLECTIVE_CUDA
+#include "gpu_ops.h"
+#endif
 #include "layout.h"
 #include "parallel.h"
 #include "score_rows.h"
@@ -18,31 +28,35 @@
 
 namespace reflective {
 
-void parallel_for(int64_t n, int64_t grain, RangeFunction function, void* context) {
-  if (n <= grain) {
-    if (n > 0) function(0, n, context);
-  } else if (torch_parallel_for(0, n, grain, function, context) != TORCH_SUCCESS) {
-    throw std::runtime_error("a thread of reflective failed");
-  }
-}
-
 namespace {
 
 using torch::stable::Tensor;
 
-enum class Type { int64, int32, int8, float64, float32, bfloat16 };
+enum class Type { int64, int32, int8, float64, float32, bfloat16, float16, float8_e4m3fn };
 constexpr int64_t ANY = -1;  // a size that may be anything
 
 int32_t code(Type type) {
   static const int32_t codes[] = {aoti_torch_dtype_int64(),   aoti_torch_dtype_int32(),   aoti_torch_dtype_int8(),
-                                  aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16()};
+                                  aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                                  aoti_torch_dtype_float16(), aoti_torch_dtype_float8_e4m3fn()};
   return codes[static_cast<int>(type)];
 }
 
 const char* name_of(Type type) {
-  static const char* const names[] = {"int64", "int32", "int8", "float64", "float32", "bfloat16"};
+  static const char* const names[] = {"int64",   "int32",    "int8",    "float64",
+                                      "float32", "bfloat16", "float16", "float8_e4m3fn"};
   return names[static_cast<int>(type)];
 }
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+// Set within an op on a GPU: all of its tensors must be there. On CPU the dispatcher has seen to it.
+thread_local bool on_gpu = false;
+thread_local int32_t gpu_index = -1;
 
 // One argument, looked at once.
 struct Argument {
@@ -53,9 +67,10 @@ struct Argument {
 
   Argument(const char* name, const Tensor& tensor, Type type, std::initializer_list<int64_t> expected)
       : name(name), sizes(tensor.sizes().data()), strides(tensor.strides().data()), dim(tensor.dim()) {
-    int32_t dtype;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-    if (dtype != code(type)) fail(std::string("must be ") + name_of(type));
+    if (dtype_of(tensor) != code(type)) fail(std::string("must be ") + name_of(type));
+    if (on_gpu && tensor.get_device_index() != gpu_index) {
+      fail("is not on the device of the other tensors, cuda:" + std::to_string(gpu_index));
+    }
     bool matches = dim == static_cast<int64_t>(expected.size());
     for (int64_t d = 0; matches && d < dim; ++d) {
       matches = expected.begin()[d] == ANY || expected.begin()[d] == sizes[d];
@@ -85,35 +100,79 @@ struct Argument {
     return *this;
   }
 
+  // Rows are of a multiple of 16 bytes and begin at one, as the GPU reads them.
+  const Argument& aligned(int64_t element) const {
+    if (sizes[dim - 1] * element % 16 != 0) fail("must have rows of a multiple of 16 bytes on a GPU");
+    bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    for (int64_t d = 0; d + 1 < dim; ++d) fits &= sizes[d] == 1 || strides[d] * element % 16 == 0;
+    if (!fits) fail("must have rows that begin at multiples of 16 bytes on a GPU");
+    return *this;
+  }
+
   template <class T>
   T* as() const {
     return static_cast<T*>(data);
   }
 };
 
-Type head_type(const Tensor& w1) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(w1.get(), &dtype));
-  if (dtype == code(Type::float32)) return Type::float32;
-  if (dtype == code(Type::bfloat16)) return Type::bfloat16;
+Type feature_type(HeadType type) {
+  switch (type) {
+    case HeadType::float32: return Type::float32;
+    case HeadType::bfloat16:
+    case HeadType::e4m3_bfloat16: return Type::bfloat16;
+    default: return Type::float16;
+  }
+}
+
+bool is_e4m3(HeadType type) { return type == HeadType::e4m3_bfloat16 || type == HeadType::e4m3_float16; }
+
+Type weight_type(HeadType type) { return is_e4m3(type) ? Type::float8_e4m3fn : feature_type(type); }
+
+Type bias_type(HeadType type) { return is_e4m3(type) ? Type::float32 : feature_type(type); }
+
+int64_t element_size(Type type) { return type == Type::float8_e4m3fn ? 1 : type == Type::float32 ? 4 : 2; }
+
+HeadType head_type(const Tensor& w1, const Tensor& features) {
+  const int32_t weights = dtype_of(w1), rows = dtype_of(features);
+  if (weights == code(Type::float32)) return HeadType::float32;
+  if (weights == code(Type::bfloat16)) return HeadType::bfloat16;
+#ifdef REFLECTIVE_CUDA
+  if (on_gpu) {
+    if (weights == code(Type::float16)) return HeadType::float16;
+    if (weights == code(Type::float8_e4m3fn)) {
+      return rows == code(Type::float16) ? HeadType::e4m3_float16 : HeadType::e4m3_bfloat16;
+    }
+    throw std::runtime_error("w1 must be float32, bfloat16, float16 or float8_e4m3fn");
+  }
+#endif
+  static_cast<void>(rows);
   throw std::runtime_error("w1 must be float32 or bfloat16: the compiled CPU backend has no other head");
 }
 
-Head make_head(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
-  const Type type = head_type(w1);
-  const Argument weights("w1", w1, type, {ANY, ANY});
+const void* make_b2(const Tensor& b2, HeadType type) { return Argument("b2", b2, bias_type(type), {1}).data; }
+
+Head make_head(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor* b2, const Tensor& features) {
+  const HeadType type = head_type(w1, features);
+  const Argument weights("w1", w1, weight_type(type), {ANY, ANY});
   const int64_t units = weights.sizes[0], width = weights.sizes[1];
   if (units == 0) weights.fail("must have at least one row");
+  if (on_gpu) weights.aligned(element_size(weight_type(type)));
   return {weights.dense().data,
-          Argument("b1", b1, type, {units}).dense().data,
-          Argument("w2", w2, type, {1, units}).dense().data,
-          Argument("b2", b2, type, {1}).data,
+          Argument("b1", b1, bias_type(type), {units}).dense().data,
+          Argument("w2", w2, bias_type(type), {1, units}).dense().data,
+          b2 ? make_b2(*b2, type) : nullptr,
           units,
           width,
-          type == Type::bfloat16};
+          type};
 }
 
-Type type_of(const Head& head) { return head.is_bfloat16 ? Type::bfloat16 : Type::float32; }
+// Rows of features: `tensor`'s last dimension is one.
+Argument features_of(const char* name, const Tensor& tensor, const Head& head, std::initializer_list<int64_t> expected) {
+  const Type type = feature_type(head.type);
+  const Argument rows(name, tensor, type, expected);
+  if (on_gpu) rows.aligned(element_size(type));
+  return rows;
+}
 
 Ids make_ids(const Tensor& ids) {
   const Argument a("ids", ids, Type::int64, {ANY, ANY});
@@ -126,100 +185,363 @@ Automaton make_automaton(const Tensor& token_class, const Tensor& transition) {
   return {classes.dense().as<int32_t>(), table.dense().as<int32_t>(), classes.sizes[0], table.sizes[0], table.sizes[1]};
 }
 
-// Everything but what only decode_step touches.
-Stream make_buffer(const Head& head, const Tensor& tally, const Tensor& step_score, const Tensor& slots,
-                   const Tensor& slot_owner, const Tensor& n_slots) {
+// What tally_slots needs of the stream.
+Stream make_tallies(const Tensor& tally, const Tensor& step_score, const Tensor& slot_owner, const Tensor& n_slots) {
   const Argument sums("tally", tally, Type::float64, {ANY, N_REGIONS, TALLY_FIELDS});
   const Argument log("step_score", step_score, Type::float32, {sums.sizes[0], ANY});
-  const Argument buffer("slots", slots, type_of(head), {ANY, head.width});
-  if (buffer.sizes[0] == 0) buffer.fail("must have at least one row");
+  const Argument owners("slot_owner", slot_owner, Type::int32, {ANY, OWNER_FIELDS});
   Stream stream{};
   stream.tally = sums.dense().as<double>();
   stream.step_score = log.dense().as<float>();
-  stream.slots = buffer.dense().data;
-  stream.slot_owner =
-      Argument("slot_owner", slot_owner, Type::int32, {buffer.sizes[0], OWNER_FIELDS}).dense().as<int32_t>();
+  stream.slot_owner = owners.dense().as<int32_t>();
   stream.n_slots = Argument("n_slots", n_slots, Type::int32, {1}).as<int32_t>();
   stream.sequences = sums.sizes[0];
   stream.log_capacity = log.sizes[1];
-  stream.slot_capacity = buffer.sizes[0];
+  stream.slot_capacity = owners.sizes[0];
   return stream;
 }
 
-Tensor step_mask_cpu(const Tensor& ids, const Tensor& token_class, const Tensor& transition, const Tensor& pad,
-                     const Tensor& length, const Tensor& start) {
-  const Ids tokens = make_ids(ids);
-  const Automaton automaton = make_automaton(token_class, transition);
-  const auto column = [&](const char* name, const Tensor& tensor) {
-    return Argument(name, tensor, Type::int64, {tokens.batch}).dense().as<int64_t>();
-  };
-  const int64_t shape[] = {tokens.batch, tokens.length};
-  Tensor mask = torch::stable::new_empty(ids, {shape, 2}, torch::headeronly::ScalarType::Bool);
-  step_mask(tokens, automaton, column("pad", pad), column("length", length), column("start", start),
-            static_cast<bool*>(mask.data_ptr()));
-  return mask;
+// Everything but what only decode_step touches.
+Stream make_buffer(const Head& head, const Tensor& tally, const Tensor& step_score, const Tensor& slots,
+                   const Tensor& slot_owner, const Tensor& n_slots, const Tensor& workspace) {
+  Stream stream = make_tallies(tally, step_score, slot_owner, n_slots);
+  const Argument buffer = features_of("slots", slots, head, {stream.slot_capacity, head.width});
+  if (buffer.sizes[0] == 0) buffer.fail("must have at least one row");
+  stream.slots = buffer.dense().data;
+  if (on_gpu) {
+    const Argument scratch("workspace", workspace, Type::float32, {ANY});
+    const int64_t rows = stream.slot_capacity + stream.sequences;
+    const int64_t size = WORKSPACE_HEADER + rows * ((head.units + UNIT_GROUP - 1) / UNIT_GROUP + 2);
+    if (scratch.sizes[0] < size) scratch.fail("must hold " + std::to_string(size) + " floats");
+    stream.workspace = scratch.dense().as<float>();
+  }
+  return stream;
 }
 
-Tensor score_rows_cpu(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
-  const Head head = make_head(w1, b1, w2, b2);
-  const Argument rows("features", features, type_of(head), {ANY, head.width});
-  const int64_t count = rows.sizes[0];
-  Tensor out = torch::stable::new_empty(features, {&count, 1}, torch::headeronly::ScalarType::Float);
-  score_rows(head, {rows.dense(1).data, rows.strides[0], count}, static_cast<float*>(out.data_ptr()));
-  return out;
-}
+struct DecodeStep {
+  Ids ids;
+  Hidden hidden;
+  Automaton automaton;
+  Head head;
+  Stream stream;
+};
 
-void decode_step_cpu(const Tensor& ids, const Tensor& hidden, const Tensor& token_class, const Tensor& transition,
-                     const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& seq,
-                     const Tensor& tally, const Tensor& last_hidden, const Tensor& step_column,
-                     const Tensor& step_region, const Tensor& step_score, const Tensor& slots, const Tensor& slot_owner,
-                     const Tensor& n_slots, bool at_predict, bool immediate) {
+DecodeStep make_decode_step(const Tensor& ids, const Tensor& hidden, const Tensor& token_class,
+                            const Tensor& transition, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                            const Tensor& b2, const Tensor& seq, const Tensor& tally, const Tensor& last_hidden,
+                            const Tensor& step_column, const Tensor& step_region, const Tensor& step_score,
+                            const Tensor& slots, const Tensor& slot_owner, const Tensor& n_slots,
+                            const Tensor& workspace) {
   const Ids tokens = make_ids(ids);
-  const Head head = make_head(w1, b1, w2, b2);
-  const Argument states("hidden", hidden, type_of(head), {tokens.batch, tokens.length, head.width});
-  Stream stream = make_buffer(head, tally, step_score, slots, slot_owner, n_slots);
+  const Head head = make_head(w1, b1, w2, &b2, hidden);
+  const Argument states = features_of("hidden", hidden, head, {tokens.batch, tokens.length, head.width});
+  Stream stream = make_buffer(head, tally, step_score, slots, slot_owner, n_slots, workspace);
   const int64_t n = stream.sequences, capacity = stream.log_capacity;
   if (tokens.batch > n) {
     throw std::runtime_error("ids has " + std::to_string(tokens.batch) + " sequences, the state holds " +
                              std::to_string(n));
   }
   stream.seq = Argument("seq", seq, Type::int64, {n, SEQ_FIELDS}).dense().as<int64_t>();
-  stream.last_hidden = Argument("last_hidden", last_hidden, type_of(head), {n, head.width}).dense().data;
+  stream.last_hidden = features_of("last_hidden", last_hidden, head, {n, 2, head.width}).dense().data;
   stream.step_column = Argument("step_column", step_column, Type::int32, {n, capacity}).dense().as<int32_t>();
   stream.step_region = Argument("step_region", step_region, Type::int8, {n, capacity}).dense().as<int8_t>();
-  decode_step(tokens, {states.dense(2).data, states.strides[0], states.strides[1]},
-              make_automaton(token_class, transition), head, stream, at_predict, immediate);
+  return {tokens, {states.dense(2).data, states.strides[0], states.strides[1]}, make_automaton(token_class, transition),
+          head, stream};
+}
+
+struct StepMask {
+  Ids ids;
+  Automaton automaton;
+  const int64_t *pad, *length, *start;
+  Tensor mask;
+};
+
+StepMask make_step_mask(const Tensor& ids, const Tensor& token_class, const Tensor& transition, const Tensor& pad,
+                        const Tensor& length, const Tensor& start) {
+  const Ids tokens = make_ids(ids);
+  const auto column = [&](const char* name, const Tensor& tensor) {
+    return Argument(name, tensor, Type::int64, {tokens.batch}).dense().as<int64_t>();
+  };
+  const int64_t shape[] = {tokens.batch, tokens.length};
+  return {tokens,
+          make_automaton(token_class, transition),
+          column("pad", pad),
+          column("length", length),
+          column("start", start),
+          torch::stable::new_empty(ids, {shape, 2}, torch::headeronly::ScalarType::Bool)};
+}
+
+Tensor new_floats(const Tensor& like, int64_t count) {
+  return torch::stable::new_empty(like, {&count, 1}, torch::headeronly::ScalarType::Float);
+}
+
+struct HeadOnRows {
+  Head head;
+  Rows rows;
+  Tensor out;
+};
+
+HeadOnRows make_head_on_rows(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                             const Tensor* b2) {
+  const Head head = make_head(w1, b1, w2, b2, features);
+  const Argument rows = features_of("features", features, head, {ANY, head.width});
+  return {head, {rows.dense(1).data, rows.strides[0], rows.sizes[0]}, new_floats(features, rows.sizes[0])};
+}
+
+const float* make_logits(const Tensor& logits, const Stream& stream) {
+  return Argument("logits", logits, Type::float32, {stream.slot_capacity}).dense().as<float>();
+}
+
+#define DECODE_STEP_TENSORS                                                                                         \
+  const Tensor &ids, const Tensor &hidden, const Tensor &token_class, const Tensor &transition, const Tensor &w1,   \
+      const Tensor &b1, const Tensor &w2, const Tensor &b2, const Tensor &seq, const Tensor &tally,                 \
+      const Tensor &last_hidden, const Tensor &step_column, const Tensor &step_region, const Tensor &step_score,    \
+      const Tensor &slots, const Tensor &slot_owner, const Tensor &n_slots, const Tensor &workspace
+#define DECODE_STEP_NAMES                                                                                       \
+  token_class, transition, w1, b1, w2, b2, seq, tally, last_hidden, step_column, step_region,      \
+      step_score, slots, slot_owner, n_slots, workspace
+
+}  // namespace
+
+#ifndef REFLECTIVE_EMULATION
+
+void parallel_for(int64_t n, int64_t grain, RangeFunction function, void* context) {
+  if (n <= grain) {
+    if (n > 0) function(0, n, context);
+  } else if (torch_parallel_for(0, n, grain, function, context) != TORCH_SUCCESS) {
+    throw std::runtime_error("a thread of reflective failed");
+  }
+}
+
+namespace {
+
+Tensor step_mask_cpu(const Tensor& ids, const Tensor& token_class, const Tensor& transition, const Tensor& pad,
+                     const Tensor& length, const Tensor& start) {
+  const StepMask call = make_step_mask(ids, token_class, transition, pad, length, start);
+  step_mask(call.ids, call.automaton, call.pad, call.length, call.start, static_cast<bool*>(call.mask.data_ptr()));
+  return call.mask;
+}
+
+Tensor score_rows_cpu(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+  const HeadOnRows call = make_head_on_rows(features, w1, b1, w2, &b2);
+  score_rows(call.head, call.rows, static_cast<float*>(call.out.data_ptr()));
+  return call.out;
+}
+
+Tensor logit_rows_cpu(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                      const std::optional<Tensor>& b2) {
+  const HeadOnRows call = make_head_on_rows(features, w1, b1, w2, b2 ? &*b2 : nullptr);
+  logit_rows(call.head, call.rows, static_cast<float*>(call.out.data_ptr()));
+  return call.out;
+}
+
+void decode_step_cpu(DECODE_STEP_TENSORS, bool at_predict, bool immediate) {
+  const DecodeStep call = make_decode_step(ids, hidden, DECODE_STEP_NAMES);
+  decode_step(call.ids, call.hidden, call.automaton, call.head, call.stream, at_predict, immediate);
 }
 
 void flush_cpu(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& tally,
-               const Tensor& step_score, const Tensor& slots, const Tensor& slot_owner, const Tensor& n_slots) {
-  const Head head = make_head(w1, b1, w2, b2);
-  flush(head, make_buffer(head, tally, step_score, slots, slot_owner, n_slots));
+               const Tensor& step_score, const Tensor& slots, const Tensor& slot_owner, const Tensor& n_slots,
+               const Tensor& workspace) {
+  const Head head = make_head(w1, b1, w2, &b2, slots);
+  flush(head, make_buffer(head, tally, step_score, slots, slot_owner, n_slots, workspace));
+}
+
+void tally_slots_cpu(const Tensor& logits, const Tensor& b2, const Tensor& tally, const Tensor& step_score,
+                     const Tensor& slot_owner, const Tensor& n_slots) {
+  const Stream stream = make_tallies(tally, step_score, slot_owner, n_slots);
+  const HeadType type = head_type(b2, b2);
+  const void* const bias = make_b2(b2, type);
+  tally_slots(make_logits(logits, stream),
+              type == HeadType::bfloat16 ? to_float(*static_cast<const bfloat16*>(bias)) : *static_cast<const float*>(bias),
+              stream);
 }
 
 std::string cpu_capability() { return capability().name; }
 
+// "sm_80 sm_90", "" where the build had no CUDA.
+std::string compiled_cuda_architectures() {
+#ifdef REFLECTIVE_CUDA
+  return REFLECTIVE_CUDA_ARCHITECTURES;
+#else
+  return "";
+#endif
+}
+
 }  // namespace
+
+#endif
+
+#ifdef REFLECTIVE_CUDA
+
+namespace {
+
+#ifdef REFLECTIVE_EMULATION
+
+cudaStream_t current_stream(int32_t) { return nullptr; }
+
+#else
+
+// Only a libtorch with CUDA has this function, and this extension also loads beside one without.
+cudaStream_t current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const auto function = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  if (!function) throw std::runtime_error("this torch has no aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+#endif
+
+// While it lives, the tensor's device is the current one and all other arguments must be there.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& tensor) : before_(gpu::current_device()), index_(tensor.get_device_index()) {
+    if (index_ >= 0 && before_ != index_) gpu::set_device(index_);
+    on_gpu = true;
+    gpu_index = index_;
+  }
+  ~OnDeviceOf() {
+    on_gpu = false;
+    if (index_ >= 0 && before_ != index_) gpu::set_device(before_);
+  }
+  OnDeviceOf(const OnDeviceOf&) = delete;
+
+  cudaStream_t stream() const { return current_stream(index_); }
+
+ private:
+  const int before_, index_;  // index_: -1 under emulation
+};
+
+// `rows` itself wherever a GPU can read it as it lies, as it can what a model puts out; else a copy.
+Tensor readable(const Tensor& rows) {
+  const auto sizes = rows.sizes(), strides = rows.strides();
+  const int64_t dim = rows.dim(), element = rows.element_size();
+  bool fits = reinterpret_cast<uintptr_t>(rows.data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    fits &= sizes[d] == 1 || (d == dim - 1 ? strides[d] == 1 : strides[d] * element % 16 == 0);
+  }
+  if (fits) return rows;
+  Tensor copy = torch::stable::new_empty(rows, sizes);
+  return torch::stable::copy_(copy, rows);
+}
+
+Tensor step_mask_cuda(const Tensor& ids, const Tensor& token_class, const Tensor& transition, const Tensor& pad,
+                      const Tensor& length, const Tensor& start) {
+  const OnDeviceOf device(ids);
+  const StepMask call = make_step_mask(ids, token_class, transition, pad, length, start);
+  gpu::step_mask(call.ids, call.automaton, call.pad, call.length, call.start, static_cast<bool*>(call.mask.data_ptr()),
+                 device.stream());
+  return call.mask;
+}
+
+Tensor score_rows_cuda(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+  const OnDeviceOf device(features);
+  const Tensor rows = readable(features);
+  const HeadOnRows call = make_head_on_rows(rows, w1, b1, w2, &b2);
+  const Tensor sums = new_floats(features, gpu::row_sums_size(call.head, call.rows.count));
+  gpu::score_rows(call.head, call.rows, static_cast<float*>(sums.data_ptr()), static_cast<float*>(call.out.data_ptr()),
+                  device.stream());
+  return call.out;
+}
+
+Tensor logit_rows_cuda(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                       const std::optional<Tensor>& b2) {
+  const OnDeviceOf device(features);
+  const Tensor rows = readable(features);
+  const HeadOnRows call = make_head_on_rows(rows, w1, b1, w2, b2 ? &*b2 : nullptr);
+  const Tensor sums = new_floats(features, gpu::row_sums_size(call.head, call.rows.count));
+  gpu::logit_rows(call.head, call.rows, static_cast<float*>(sums.data_ptr()), static_cast<float*>(call.out.data_ptr()),
+                  device.stream());
+  return call.out;
+}
+
+void decode_step_cuda(DECODE_STEP_TENSORS, bool at_predict, bool immediate) {
+  const OnDeviceOf device(ids);
+  const Tensor states = readable(hidden);
+  const DecodeStep call = make_decode_step(ids, states, DECODE_STEP_NAMES);
+  if (call.ids.batch > call.stream.slot_capacity) {
+    throw std::runtime_error("slots has " + std::to_string(call.stream.slot_capacity) + " rows; " +
+                             std::to_string(call.ids.batch) + " sequences need at least as many");
+  }
+  gpu::decode_step(call.ids, call.hidden, call.automaton, call.head, call.stream, at_predict, immediate,
+                   device.stream());
+}
+
+void flush_cuda(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& tally,
+                const Tensor& step_score, const Tensor& slots, const Tensor& slot_owner, const Tensor& n_slots,
+                const Tensor& workspace) {
+  const OnDeviceOf device(slots);
+  const Head head = make_head(w1, b1, w2, &b2, slots);
+  gpu::flush(head, make_buffer(head, tally, step_score, slots, slot_owner, n_slots, workspace), device.stream());
+}
+
+void tally_slots_cuda(const Tensor& logits, const Tensor& b2, const Tensor& tally, const Tensor& step_score,
+                      const Tensor& slot_owner, const Tensor& n_slots) {
+  const OnDeviceOf device(logits);
+  const Stream stream = make_tallies(tally, step_score, slot_owner, n_slots);
+  const HeadType type = head_type(b2, b2);
+  gpu::tally_slots(make_logits(logits, stream), make_b2(b2, type), type, stream, device.stream());
+}
+
+}  // namespace
+
+#endif
+
 }  // namespace reflective
+
+#ifdef REFLECTIVE_EMULATION
+
+STABLE_TORCH_LIBRARY_IMPL(reflective_emulation, CPU, m) {
+  m.impl("step_mask", TORCH_BOX(&reflective::step_mask_cuda));
+  m.impl("score_rows", TORCH_BOX(&reflective::score_rows_cuda));
+  m.impl("logit_rows", TORCH_BOX(&reflective::logit_rows_cuda));
+  m.impl("decode_step", TORCH_BOX(&reflective::decode_step_cuda));
+  m.impl("flush", TORCH_BOX(&reflective::flush_cuda));
+  m.impl("tally_slots", TORCH_BOX(&reflective::tally_slots_cuda));
+}
+
+#else
 
 STABLE_TORCH_LIBRARY_FRAGMENT(reflective, m) {
   m.def("cpu_capability() -> str");
   m.def("compiled_cpu_capabilities() -> str");
   m.def("set_cpu_capability(str name) -> ()");
+  m.def("compiled_cuda_architectures() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reflective, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&reflective::cpu_capability));
   m.impl("compiled_cpu_capabilities", TORCH_BOX(&reflective::compiled_capabilities));
   m.impl("set_cpu_capability", TORCH_BOX(&reflective::set_capability));
+  m.impl("compiled_cuda_architectures", TORCH_BOX(&reflective::compiled_cuda_architectures));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reflective, CPU, m) {
   m.impl("step_mask", TORCH_BOX(&reflective::step_mask_cpu));
   m.impl("score_rows", TORCH_BOX(&reflective::score_rows_cpu));
+  m.impl("logit_rows", TORCH_BOX(&reflective::logit_rows_cpu));
   m.impl("decode_step", TORCH_BOX(&reflective::decode_step_cpu));
   m.impl("flush", TORCH_BOX(&reflective::flush_cpu));
+  m.impl("tally_slots", TORCH_BOX(&reflective::tally_slots_cpu));
 }
+
+#ifdef REFLECTIVE_CUDA
+
+STABLE_TORCH_LIBRARY_IMPL(reflective, CUDA, m) {
+  m.impl("step_mask", TORCH_BOX(&reflective::step_mask_cuda));
+  m.impl("score_rows", TORCH_BOX(&reflective::score_rows_cuda));
+  m.impl("logit_rows", TORCH_BOX(&reflective::logit_rows_cuda));
+  m.impl("decode_step", TORCH_BOX(&reflective::decode_step_cuda));
+  m.impl("flush", TORCH_BOX(&reflective::flush_cuda));
+  m.impl("tally_slots", TORCH_BOX(&reflective::tally_slots_cuda));
+}
+
+#endif
 
 // `import reflective._C` is what loads the registrations above; the module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
@@ -227,3 +549,5 @@ PyMODINIT_FUNC PyInit__C() {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }
+
+#endif

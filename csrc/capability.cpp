@@ -83,7 +83,7 @@ bool agrees_with_emulation(const ScoreKernel& kernel) {
   };
   const auto w1 = values(UNITS * WIDTH, 1), b1 = values(UNITS, 2), w2 = values(UNITS, 3), b2 = values(1, 4);
   const auto features = values(COUNT * WIDTH, 5);
-  const Head head{w1.data(), b1.data(), w2.data(), b2.data(), UNITS, WIDTH, true};
+  const Head head{w1.data(), b1.data(), w2.data(), b2.data(), UNITS, WIDTH, HeadType::bfloat16};
   const Rows rows{features.data(), WIDTH, COUNT};
   auto partial_sums = [&](const ScoreKernel& k) {
     std::vector<char> packed(k.packed_bytes(COUNT, WIDTH));

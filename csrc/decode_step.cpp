@@ -2,13 +2,17 @@
 
 #include <cstring>
 
+#include "score_rows.h"
+
 namespace reflective {
 
 void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automaton, const Head& head,
                  const Stream& stream, bool at_predict, bool immediate) {
-  const int64_t element = head.is_bfloat16 ? sizeof(bfloat16) : sizeof(float);
+  const int64_t element = head.is_bfloat16() ? sizeof(bfloat16) : sizeof(float);
   const int64_t row_bytes = head.width * element;
   char* const last_hidden = static_cast<char*>(stream.last_hidden);
+  // Half SEEN & 1 is the state at the last column consumed.
+  const auto last_row = [&](int64_t b, int64_t seen) { return last_hidden + (2 * b + (seen & 1)) * row_bytes; };
   const auto hidden_row = [&](int64_t b, int64_t j) {
     return static_cast<const char*>(hidden.data) + (b * hidden.batch_stride + j * hidden.stride) * element;
   };
@@ -32,7 +36,7 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automato
         const int64_t region = (s[N_THINK] > 0 ? AFTER_THINK : 0) + (s[N_END] > 0 ? AFTER_END : 0);
         const char* feature = !at_predict ? hidden_row(b, j)
                               : j > 0     ? hidden_row(b, j - 1)
-                                          : last_hidden + b * row_bytes;
+                                          : last_row(b, column);
         std::memcpy(static_cast<char*>(stream.slots) + slot * row_bytes, feature, row_bytes);
         int32_t* const owner = stream.slot_owner + slot * OWNER_FIELDS;
         owner[OWNER_SEQUENCE] = static_cast<int32_t>(b);
@@ -49,7 +53,7 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automato
   }
   if (ids.length > 0) {
     for (int64_t b = 0; b < ids.batch; ++b) {
-      std::memcpy(last_hidden + b * row_bytes, hidden_row(b, ids.length - 1), row_bytes);
+      std::memcpy(last_row(b, stream.seq[b * SEQ_FIELDS + SEEN]), hidden_row(b, ids.length - 1), row_bytes);
     }
   }
   if (immediate) flush(head, stream);

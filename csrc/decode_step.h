@@ -1,14 +1,14 @@
 #pragma once
 
 #include "automaton.h"
-#include "score_rows.h"
+#include "head.h"
 
 namespace reflective {
 
 // The stream's state, see kernels/decode_step.py for its fields; all contiguous. `flush` needs only the second half.
 struct Stream {
   int64_t* seq;          // [sequences, SEQ_FIELDS]
-  void* last_hidden;     // [sequences, width]
+  void* last_hidden;     // [sequences, 2, width]
   int32_t* step_column;  // [sequences, log_capacity]
   int8_t* step_region;   // [sequences, log_capacity]
 
@@ -18,6 +18,7 @@ struct Stream {
   int32_t* slot_owner;  // [slot_capacity, OWNER_FIELDS]
   int32_t* n_slots;     // [1]
   int64_t sequences, log_capacity, slot_capacity;
+  float* workspace;  // [workspace_size(slot_capacity + sequences, units)], on GPUs only
 };
 
 struct Hidden {  // [batch, length, width] in the head's dtype
@@ -33,6 +34,9 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automato
 // Scores slots[:n_slots] into their owners' tallies and step logs, in slot order; empties the buffer: see
 // kernels/flush.py.
 void flush(const Head& head, const Stream& stream);
+
+// The second half of flush: logits [slot_capacity] without b2, those from n_slots on undefined.
+void tally_slots(const float* logits, double b2, const Stream& stream);
 
 // Throws std::out_of_range if the buffer cannot hold as many rows as it says it does.
 void check_n_slots(const Stream& stream);

@@ -36,6 +36,9 @@ constexpr int64_t STEP = 1 << 16;
 constexpr int64_t THINK = 1 << 17;
 constexpr int64_t END = 1 << 18;
 
+constexpr int64_t WORKSPACE_HEADER = 64;
+constexpr int64_t UNIT_GROUP = 16;
+
 constexpr uint64_t HASH_FACTOR = 6364136223846793005;
 constexpr double LOG_FLOOR = -23.025850929940457;  // ln 1e-10
 

@@ -34,7 +34,7 @@ bool is_finite(const bfloat16* row, int64_t width) {
 }
 
 bool is_finite(const Head& head, const Rows& rows, int64_t m) {
-  return head.is_bfloat16 ? is_finite(static_cast<const bfloat16*>(rows.data) + m * rows.stride, head.width)
+  return head.is_bfloat16() ? is_finite(static_cast<const bfloat16*>(rows.data) + m * rows.stride, head.width)
                           : is_finite(static_cast<const float*>(rows.data) + m * rows.stride, head.width);
 }
 
@@ -42,12 +42,9 @@ double scalar(const void* data, bool is_bfloat16) {
   return is_bfloat16 ? to_float(*static_cast<const bfloat16*>(data)) : *static_cast<const float*>(data);
 }
 
-float log_score(double logit) {  // a NaN stays one
-  const double value = std::min(logit, 0.0) - std::log1p(std::exp(-std::abs(logit)));
-  return static_cast<float>(value < LOG_FLOOR ? LOG_FLOOR : value);
-}
-
-void score_pass(const Head& head, const Rows& rows, const ScoreKernel& kernel, float* out) {
+// finish(logit) is what goes into `out`.
+template <class Finish>
+void score_pass(const Head& head, const Rows& rows, const ScoreKernel& kernel, Finish finish, float* out) {
   // Grows to its largest use, then nothing is allocated.
   thread_local std::vector<float> partial;
   thread_local std::vector<char> packed;
@@ -65,25 +62,37 @@ void score_pass(const Head& head, const Rows& rows, const ScoreKernel& kernel, f
   parallel_for(blocks, WORK_PER_THREAD / work_per_block + 1,
                [&](int64_t begin, int64_t end) { kernel.partial_sums(head, input, begin, end, sums); });
 
-  const double b2 = scalar(head.b2, head.is_bfloat16);
+  const double b2 = head.b2 ? scalar(head.b2, head.is_bfloat16()) : 0;
   for (int64_t m = 0; m < rows.count; ++m) {
     double logit = 0;
     for (int64_t block = 0; block < blocks; ++block) logit += sums[m * blocks + block];
-    out[m] = is_finite(head, rows, m) ? log_score(logit + b2) : std::numeric_limits<float>::quiet_NaN();
+    out[m] = is_finite(head, rows, m) ? finish(logit + b2) : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+template <class Finish>
+void score_passes(const Head& head, const Rows& rows, Finish finish, float* out) {
+  const Capability& path = capability();
+  const ScoreKernel& kernel = head.is_bfloat16() ? *path.bfloat16 : *path.float32;
+  const int64_t row_bytes = rows.stride * (head.is_bfloat16() ? sizeof(bfloat16) : sizeof(float));
+  for (int64_t m = 0; m < rows.count; m += ROWS_PER_PASS) {
+    const Rows pass{static_cast<const char*>(rows.data) + m * row_bytes, rows.stride,
+                    std::min(ROWS_PER_PASS, rows.count - m)};
+    score_pass(head, pass, kernel, finish, out + m);
   }
 }
 
 }  // namespace
 
-void score_rows(const Head& head, const Rows& rows, float* out) {
-  const Capability& path = capability();
-  const ScoreKernel& kernel = head.is_bfloat16 ? *path.bfloat16 : *path.float32;
-  const int64_t row_bytes = rows.stride * (head.is_bfloat16 ? sizeof(bfloat16) : sizeof(float));
-  for (int64_t m = 0; m < rows.count; m += ROWS_PER_PASS) {
-    const Rows pass{static_cast<const char*>(rows.data) + m * row_bytes, rows.stride,
-                    std::min(ROWS_PER_PASS, rows.count - m)};
-    score_pass(head, pass, kernel, out + m);
-  }
+float log_score(double logit) {
+  const double value = std::min(logit, 0.0) - std::log1p(std::exp(-std::abs(logit)));
+  return static_cast<float>(value < LOG_FLOOR ? LOG_FLOOR : value);
+}
+
+void score_rows(const Head& head, const Rows& rows, float* out) { score_passes(head, rows, log_score, out); }
+
+void logit_rows(const Head& head, const Rows& rows, float* out) {
+  score_passes(head, rows, [](double logit) { return static_cast<float>(logit); }, out);
 }
 
 }  // namespace reflective

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "head.h"
+
 namespace reflective {
 
 using bfloat16 = uint16_t;  // the bits
@@ -17,28 +19,18 @@ inline float to_float(bfloat16 x) {
   return value;
 }
 
-// float32, or bfloat16 if `is_bfloat16`; W1 as nn.Linear stores it.
-struct Head {
-  const void* w1;  // [units, width]
-  const void* b1;  // [units]
-  const void* w2;  // [units]
-  const void* b2;  // [1]
-  int64_t units, width;
-  bool is_bfloat16;
-};
-
-// [count, width] in the head's dtype, rows `stride` elements apart.
-struct Rows {
-  const void* data;
-  int64_t stride, count;
-};
-
 // out[m] = max(logsigmoid(w2 . relu(W1 rows[m] + b1) + b2), LOG_FLOOR); NaN for a row that is not finite.
 //
 // The order of every sum is fixed by the row alone: a row has the same bits in any batch, at any place, on any number
 // of threads. Each (row, unit) dot product walks the width once in its own vector of lanes; UNIT_BLOCK units give one
 // partial sum of relu(z) * w2; partial sums are added in block order in float64.
 void score_rows(const Head& head, const Rows& rows, float* out);
+
+// out[m] = w2 . relu(W1 rows[m] + b1) + b2, the latter if there is one; NaN for a row that is not finite.
+void logit_rows(const Head& head, const Rows& rows, float* out);
+
+// max(logsigmoid(logit), LOG_FLOOR); a NaN stays one.
+float log_score(double logit);
 
 constexpr int64_t UNIT_BLOCK = 32;
 

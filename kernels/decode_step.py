@@ -30,13 +30,13 @@ def decode_step(
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     seq: Tensor, tally: Tensor, last_hidden: Tensor,
     step_column: Tensor, step_region: Tensor, step_score: Tensor,
-    slots: Tensor, slot_owner: Tensor, n_slots: Tensor,
+    slots: Tensor, slot_owner: Tensor, n_slots: Tensor, workspace: Tensor,
     at_predict: bool, immediate: bool,
 ) -> None:  # fmt: skip
     """Consume ``q`` tokens of each of the first ``B`` sequences.
 
     A token is a step if the automaton says so, its text index is at least 2 and its column is in scope. The step's
-    feature is ``h[t-1]`` (``at_predict``; across calls it is ``last_hidden``) or ``h[t]``. The feature goes to the next
+    feature is ``h[t-1]`` (``at_predict``; across calls it is in ``last_hidden``) or ``h[t]``. The feature goes to the next
     free slot; a full buffer is flushed first. ``immediate`` flushes before returning.
 
     Args:
@@ -45,27 +45,30 @@ def decode_step(
         w1, b1, w2, b2: the head, see ``score_rows``.
         seq: [N, SEQ_FIELDS] int64, N >= B. Mutated, as is everything below.
         tally: [N, N_REGIONS, TALLY_FIELDS] float64.
-        last_hidden: [N, H], the state at the last column consumed.
+        last_hidden: [N, 2, H]; half ``SEEN & 1`` is the state at the last column consumed. Two halves, because within one
+            launch some blocks still read the old state while others write the new one; which is which needs no flag.
         step_column: [N, C] int32, step_region: [N, C] int8, step_score: [N, C] float32 (log domain): the step log. Steps
             past its capacity C still count in ``tally``.
         slots: [R, H], slot_owner: [R, OWNER_FIELDS] int32, n_slots: [1] int32: rows gathered and not yet scored.
+        workspace: [layout.workspace_size(R + N, K)] float32, zeroed when it is allocated; the kernels' own.
         at_predict: whether the feature is ``h[t-1]``.
         immediate: whether every score exists when the call ends.
     """
     B, q = ids.shape
     log_capacity = step_column.shape[1]
-    s = seq[:B]
+    s, row = seq[:B], torch.arange(B, device=ids.device)
     for j in range(q):
         column = s[:, SEEN].clone()
         text = column >= s[:, PAD]  # not left padding
         entry = transition[token_class[ids[:, j]].long(), s[:, AUTOMATON]].long() * text
         is_step = ((entry & STEP) != 0) & (column - s[:, PAD] >= 2) & (column >= s[:, START])
         region = (s[:, N_THINK] > 0).long() + 2 * (s[:, N_END] > 0).long()  # AFTER_THINK | AFTER_END
-        feature = last_hidden[:B] if at_predict else hidden[:, j]
+        previous = last_hidden[row, column & 1] if j == 0 else hidden[:, j - 1]
+        feature = previous if at_predict else hidden[:, j]
 
         for b in is_step.nonzero().flatten().tolist():
             if int(n_slots) == slots.shape[0]:
-                flush(w1, b1, w2, b2, tally, step_score, slots, slot_owner, n_slots)
+                flush(w1, b1, w2, b2, tally, step_score, slots, slot_owner, n_slots, workspace)
             slot, step = int(n_slots), int(s[b, N_STEPS])
             slots[slot] = feature[b]
             slot_owner[slot, OWNER_SEQUENCE] = b
@@ -82,6 +85,7 @@ def decode_step(
         s[:, N_END] += (entry & END) != 0
         s[:, HASH] = s[:, HASH] * HASH_FACTOR + ids[:, j] + 1
         s[:, SEEN] += 1
-        last_hidden[:B] = hidden[:, j]
+    if q:
+        last_hidden[row, s[:, SEEN] & 1] = hidden[:, -1]
     if immediate:
-        flush(w1, b1, w2, b2, tally, step_score, slots, slot_owner, n_slots)
+        flush(w1, b1, w2, b2, tally, step_score, slots, slot_owner, n_slots, workspace)

@@ -2,26 +2,17 @@
 
 from torch import Tensor
 
-from .layout import COUNT, LAST, LOG_SUM, MIN
-from .score_rows import score_rows
+from .logit_rows import logit_rows
+from .tally_slots import tally_slots
 
 
 def flush(
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-    tally: Tensor, step_score: Tensor, slots: Tensor, slot_owner: Tensor, n_slots: Tensor,
+    tally: Tensor, step_score: Tensor, slots: Tensor, slot_owner: Tensor, n_slots: Tensor, workspace: Tensor,
 ) -> None:  # fmt: skip
     """``score_rows(slots[:n_slots])``, each score written to its owner's step log and tally in slot order; empties the buffer.
 
-    Mutates ``tally``, ``step_score`` and ``n_slots``. Arguments: see ``decode_step``.
+    Mutates ``tally``, ``step_score``, ``n_slots`` and ``workspace``. Arguments: see ``decode_step``.
     """
-    n = int(n_slots)
-    scores = score_rows(slots[:n], w1, b1, w2, b2)
-    for (sequence, step, region), score in zip(slot_owner[:n].tolist(), scores, strict=True):
-        sums = tally[sequence, region]
-        sums[MIN] = score if sums[COUNT] == 0 else sums[MIN].minimum(score)
-        sums[COUNT] += 1
-        sums[LOG_SUM] += score
-        sums[LAST] = score
-        if step < step_score.shape[1]:
-            step_score[sequence, step] = score
-    n_slots.zero_()
+    no_b2 = b2.new_zeros(1)
+    tally_slots(logit_rows(slots[: int(n_slots)], w1, b1, w2, b2), no_b2, tally, step_score, slot_owner, n_slots)

@@ -33,6 +33,10 @@ OWNER_FIELDS = 3
 NEXT_STATE = 0xFFFF
 STEP, THINK, END = 1 << 16, 1 << 17, 1 << 18
 
+# The workspace, float32 [workspace_size]: a header that is zero between calls (counters of arrived blocks), then sums.
+WORKSPACE_HEADER = 64
+UNIT_GROUP = 16  # units that share a line of partial sums at the least: one tile of the tensor cores' product
+
 HASH_FACTOR = 6364136223846793005  # Knuth's MMIX multiplier; hash <- hash * factor + id + 1, modulo 2**64
 LOG_FLOOR = math.log(1e-10)  # a step's log-score is never below this (paper section 3.2: scores clamped at 1e-10)
 
@@ -40,3 +44,8 @@ LOG_FLOOR = math.log(1e-10)  # a step's log-score is never below this (paper sec
 def counted_regions(n_think: int, n_end: int) -> list[int]:
     """Regions whose steps count, for the number of think-start and think-end tags in a whole text."""
     return [r for r in range(N_REGIONS) if (n_think != 1 or r & AFTER_THINK) and (n_end != 1 or not r & AFTER_END)]
+
+
+def workspace_size(rows: int, units: int) -> int:
+    """Floats of workspace that scoring ``rows`` rows at once takes at most, for a head of ``units`` units."""
+    return WORKSPACE_HEADER + rows * (-(-units // UNIT_GROUP) + 2)

@@ -146,7 +146,7 @@ class StreamScorer:
         if state is None or len(state.seq) < batch:
             b = self.backbone
             state = self._state = StreamState.allocate(
-                batch, b.hidden_size, buffer_rows=max(self.buffer_rows, batch), max_steps=self.max_steps,
+                batch, b.hidden_size, self.head.width, buffer_rows=max(self.buffer_rows, batch), max_steps=self.max_steps,
                 dtype=b.dtype, device=b.device,
             )  # fmt: skip
         start = torch.full_like(pad, prompt_length if self.scope == "response" else 0)
@@ -232,9 +232,7 @@ class StreamScorer:
         )  # fmt: skip
 
     def _flush(self, state: StreamState) -> None:
-        self.backend.flush(
-            *self._weights, state.tally, state.step_score, state.slots, state.slot_owner, state.n_slots
-        )  # fmt: skip
+        self.backend.flush(*self._weights, *state.buffer())
 
     def _record(self, state: StreamState, record: list[tuple[Tensor, Tensor]]) -> None:
         """Move the buffer's rows to ``record``, and score them."""
@@ -267,7 +265,7 @@ class StreamScorer:
             state = state.clone()  # decoding may go on, so the unfed token is consumed by a copy
             if self.at == "token":
                 state.silence()
-            no_hidden = state.last_hidden.new_zeros(self._batch, unseen.shape[1], self.backbone.hidden_size)
+            no_hidden = state.slots.new_zeros(self._batch, unseen.shape[1], self.backbone.hidden_size)
             self._run(state, unseen, no_hidden)
         if self.record_features:
             self._record(state, self._recorded_last)

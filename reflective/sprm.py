@@ -31,6 +31,11 @@ class SPRM(nn.Sequential):
         return self[0].in_features
 
     @property
+    def width(self) -> int:
+        """Hidden units, K."""
+        return self[0].out_features
+
+    @property
     def dtype(self) -> torch.dtype:
         return self[0].weight.dtype
 

@@ -14,21 +14,24 @@ class StreamState:
 
     seq: Tensor  # [N, SEQ_FIELDS] int64
     tally: Tensor  # [N, N_REGIONS, TALLY_FIELDS] float64
-    last_hidden: Tensor  # [N, H]
+    last_hidden: Tensor  # [N, 2, H]
     step_column: Tensor  # [N, C] int32
     step_region: Tensor  # [N, C] int8
     step_score: Tensor  # [N, C] float32, natural log
     slots: Tensor  # [R, H]
     slot_owner: Tensor  # [R, OWNER_FIELDS] int32
     n_slots: Tensor  # [1] int32
+    workspace: Tensor  # [layout.workspace_size(R + N, K)] float32
 
     @classmethod
     def allocate(
-        cls, n: int, hidden_size: int, *, buffer_rows: int, max_steps: int, dtype: torch.dtype, device: torch.device
-    ) -> "StreamState":
-        """State for ``n`` sequences, ``buffer_rows`` waiting rows and ``max_steps`` logged steps a sequence.
+        cls, n: int, hidden_size: int, units: int, *, buffer_rows: int, max_steps: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> "StreamState":  # fmt: skip
+        """State for ``n`` sequences, a head of ``units`` units, ``buffer_rows`` waiting rows and ``max_steps`` logged steps a
+        sequence.
 
-        At H = 5120 in bf16, 32 sequences, 256 rows and 16,384 steps this is 7.6 MB.
+        At H = 5120 in bf16, 32 sequences, 256 rows and 16,384 steps this is 8.7 MB.
         """
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -39,18 +42,23 @@ class StreamState:
         return cls(
             seq=zeros(n, layout.SEQ_FIELDS, dtype=torch.int64),
             tally=zeros(n, layout.N_REGIONS, layout.TALLY_FIELDS, dtype=torch.float64),
-            last_hidden=zeros(n, hidden_size, dtype=dtype),
+            last_hidden=zeros(n, 2, hidden_size, dtype=dtype),
             step_column=zeros(n, max_steps, dtype=torch.int32),
             step_region=zeros(n, max_steps, dtype=torch.int8),
             step_score=zeros(n, max_steps, dtype=torch.float32),
             slots=zeros(buffer_rows, hidden_size, dtype=dtype),
             slot_owner=zeros(buffer_rows, layout.OWNER_FIELDS, dtype=torch.int32),
             n_slots=zeros(1, dtype=torch.int32),
+            workspace=zeros(layout.workspace_size(buffer_rows + n, units), dtype=torch.float32),
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields in the order in which ``decode_step`` takes them."""
         return tuple(vars(self).values())
+
+    def buffer(self) -> tuple[Tensor, ...]:
+        """The fields in the order in which ``flush`` takes them."""
+        return self.tally, self.step_score, self.slots, self.slot_owner, self.n_slots, self.workspace
 
     def clone(self) -> "StreamState":
         return StreamState(*(t.clone() for t in self.tensors()))

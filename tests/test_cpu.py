@@ -1,6 +1,5 @@
 """The compiled CPU ops against their definitions, on every instruction set that this processor has."""
 
-import math
 import os
 import subprocess
 import sys
@@ -8,18 +7,31 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import (
+    STATE,
+    STATES,
+    Stream,
+    V,
+    assert_2x,
+    assert_identical,
+    flush_arguments,
+    opcheck_arguments,
+    random_automaton,
+    random_head,
+    random_ids,
+    random_rows,
+)
 from torch import Tensor
 
-from reflective import kernels
+from reflective import kernels, ops
 from reflective.kernels import layout
 
-extension = pytest.importorskip("reflective._C")
+extension = pytest.importorskip("reflective._C", reason=ops.WHY_NO_EXTENSION)
 cpu = torch.ops.reflective
 
 CAPABILITIES = ["portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"]
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 2), (7, 14), (64, 128), (576, 1152), (577, 1154), (65, 1), (100, 37), (33, 64)]  # width, units
-V, CLASSES, STATES = 50, 6, 5
 
 
 @pytest.fixture(params=CAPABILITIES)
@@ -33,77 +45,10 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.set_cpu_capability(before)
 
 
-def random_head(H: int, K: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    """Behind the last weight lies a NaN, so that reading past it shows."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((K, H), H**-0.5), ((K,), 0.1), ((1, K), 4 * K**-0.5), ((1,), 0.1)
-    flat = [torch.randn(math.prod(shape) + 1, generator=g) * scale for shape, scale in shapes]
-    for values in flat:
-        values[-1] = float("nan")
-    return [values.to(dtype)[:-1].view(shape) for values, (shape, _) in zip(flat, shapes, strict=True)]
-
-
-def random_rows(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    """Every dimension but the last is strided; behind each row lie NaN, so that reading past it shows."""
-    *outer, H = shape
-    wide = torch.randn(*outer, H + 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    wide[..., H:] = float("nan")
-    return wide[..., :H]
-
-
-def random_automaton(seed: int) -> tuple[Tensor, Tensor]:
-    """``token_class`` and ``transition`` that mean nothing: a third of the entries end a step."""
-    g = torch.Generator().manual_seed(seed)
-    transition = torch.randint(STATES, (CLASSES, STATES), generator=g, dtype=torch.int32)
-    for flag, share in ((layout.STEP, 0.35), (layout.THINK, 0.05), (layout.END, 0.05)):
-        transition |= flag * (torch.rand(CLASSES, STATES, generator=g) < share).int()
-    return torch.randint(CLASSES, (V,), generator=g, dtype=torch.int32), transition
-
-
-def random_ids(B: int, T: int, seed: int) -> Tensor:
-    return torch.randint(V, (T, B), generator=torch.Generator().manual_seed(seed)).t()
-
-
-def new_state(N: int, H: int, dtype: torch.dtype, *, slots: int = 3, log: int = 7) -> dict[str, Tensor]:
-    """The state before the first token, with everything that has yet to be written poisoned."""
-    nan = float("nan")
-    state = {
-        "seq": torch.zeros(N, layout.SEQ_FIELDS, dtype=torch.int64),
-        "tally": torch.zeros(N, layout.N_REGIONS, layout.TALLY_FIELDS, dtype=torch.float64),
-        "last_hidden": torch.full((N, H), nan, dtype=dtype),
-        "step_column": torch.full((N, log), -7, dtype=torch.int32),
-        "step_region": torch.full((N, log), -7, dtype=torch.int8),
-        "step_score": torch.full((N, log), nan, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
-        "slots": torch.full((slots, H), nan, dtype=dtype),
-        "slot_owner": torch.full((slots, layout.OWNER_FIELDS), -7, dtype=torch.int32),
-        "n_slots": torch.zeros(1, dtype=torch.int32),
-    }
-    state["tally"][..., [layout.MIN, layout.LAST]] = nan
-    state["seq"][:, layout.PAD] = torch.arange(N) % 3 * 4
-    state["seq"][:, layout.START] = state["seq"][:, layout.PAD] + torch.arange(N) % 2 * 6
-    return state
-
-
-def flush_arguments(state: dict[str, Tensor]) -> list[Tensor]:
-    return [state[name] for name in ("tally", "step_score", "slots", "slot_owner", "n_slots")]
-
-
 def stream_case(H: int, dtype: torch.dtype, T: int = 9, **sizes: int) -> tuple:
     """Arguments of one ``decode_step`` over ``T`` tokens of 3 sequences."""
-    state = new_state(3, H, dtype, **sizes)
-    head = random_head(H, 2 * H, dtype)
-    return random_ids(3, T, 5), random_rows(3, T, H, dtype=dtype), *random_automaton(2), *head, *state.values()
-
-
-def assert_2x(ours: Tensor, same_dtype: Tensor, truth: Tensor) -> None:
-    """At most twice the error of the same-dtype definition; a few float32 ulp where that has none."""
-    error, allowed = (ours - truth).abs().max(), (same_dtype - truth).abs().max()
-    ulp = torch.finfo(torch.float32).eps * truth.abs().max().clamp_min(1)
-    assert error <= torch.maximum(2 * allowed, 4 * ulp), f"error {error:.2e}, the definition's {allowed:.2e}"
-
-
-def assert_identical(ours: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    case = Stream(3, T, H, dtype, seed=5, sizes=sizes)
+    return case.ids, case.hidden, *case.automaton, *case.head, *case.state().values()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,38 +116,20 @@ def test_step_mask(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_stream(seed: int, dtype: torch.dtype, at_predict: bool, immediate: bool) -> None:
     """Random tables, random ids in random chunks: one row of the state is not used, and both buffers overflow."""
-    B, T, H = 3, 50, 33
-    head, automaton = random_head(H, 2 * H, dtype), random_automaton(seed)
-    ids, hidden = random_ids(B, T, seed), random_rows(B, T, H, dtype=dtype)
-    ours, same, truth = (new_state(B + 1, H, t) for t in (dtype, dtype, torch.float64))
-    g = torch.Generator().manual_seed(seed)
-    begin = 0
-    while begin < T:
-        end = begin + int(torch.randint(1, 16, (), generator=g))
-        chunk = ids[:, begin:end], hidden[:, begin:end]
-        cpu.decode_step(*chunk, *automaton, *head, *ours.values(), at_predict, immediate)
-        kernels.decode_step(*chunk, *automaton, *head, *same.values(), at_predict, immediate)
-        in_double = [t.double() for t in (chunk[1], *head)]
-        kernels.decode_step(chunk[0], in_double[0], *automaton, *in_double[1:], *truth.values(), at_predict, immediate)
-        begin = end
-    if not immediate:
-        cpu.flush(*head, *flush_arguments(ours))
-        kernels.flush(*head, *flush_arguments(same))
-        kernels.flush(*(t.double() for t in head), *flush_arguments(truth))
-
-    assert (ours["seq"][:B, layout.N_STEPS] > ours["step_score"].shape[1]).any()  # steps past the log's capacity
-    for name in ("seq", "step_column", "step_region", "slot_owner", "n_slots", "last_hidden", "slots"):
-        assert_identical(ours[name], same[name])
-    assert_identical(ours["tally"][..., layout.COUNT], same["tally"][..., layout.COUNT])
-    for name in ("tally", "step_score"):
-        assert_identical(ours[name].isnan(), same[name].isnan())
-        assert_2x(*(state[name].nan_to_num() for state in (ours, same, truth)))
+    case = Stream(3, 50, 33, dtype, seed, N=4, sizes={"slots": 3})
+    chunks, g = [], torch.Generator().manual_seed(seed)
+    while sum(chunks) < case.T:
+        chunks.append(int(torch.randint(1, 16, (), generator=g)))
+    ours, definition, _ = case.check(cpu.decode_step, cpu.flush, chunks, at_predict, immediate)
+    assert (ours["seq"][:, layout.N_STEPS] > ours["step_score"].shape[1]).any()  # steps past the log's capacity
+    for name in ("slot_owner", "slots"):
+        assert_identical(ours[name], definition[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_ops_give_a_row_the_same_bits(capability: str, dtype: torch.dtype) -> None:
     ids, hidden, *rest = stream_case(100, dtype, T=40, slots=40, log=40)
-    tables_and_head, names = rest[:6], list(new_state(1, 1, dtype))
+    tables_and_head, names = rest[:6], STATE
     deferred, immediate = (dict(zip(names, (t.clone() for t in rest[6:]), strict=True)) for _ in range(2))
     cpu.decode_step(ids, hidden, *tables_and_head, *deferred.values(), True, False)
     n = int(deferred["n_slots"])
@@ -247,7 +174,7 @@ def test_an_id_outside_the_vocabulary_changes_nothing(token: int) -> None:
 
 def test_bad_arguments_are_named() -> None:
     names = [a.name for a in cpu.decode_step.default._schema.arguments]
-    case = dict(zip(names, (*stream_case(16, torch.float32), True, True), strict=True))
+    case = dict(zip(names, (*stream_case(16, torch.float32, slots=3), True, True), strict=True))
     wrong = {
         "hidden": [case["hidden"].bfloat16(), case["hidden"].mT.contiguous().mT, case["hidden"][:, :4]],
         "ids": [case["ids"].int(), case["ids"].repeat(2, 1)],
@@ -275,18 +202,9 @@ def test_bad_arguments_are_named() -> None:
         cpu.decode_step(*case.values())
 
 
-@pytest.mark.parametrize("op", ["step_mask", "score_rows", "decode_step", "flush"])
-def test_opcheck(op: str) -> None:
-    ids, hidden, token_class, transition, *rest = stream_case(16, torch.float32)
-    head, state = rest[:4], dict(zip(new_state(1, 1, torch.float32), rest[4:], strict=True))
-    columns = torch.zeros(3, dtype=torch.int64)
-    arguments = {
-        "step_mask": (ids, token_class, transition, columns, columns + 9, columns),
-        "score_rows": (hidden[0], *head),
-        "decode_step": (ids, hidden, token_class, transition, *rest, True, True),
-        "flush": (*head, *flush_arguments(state)),
-    }
-    torch.library.opcheck(getattr(cpu, op).default, arguments[op])
+@pytest.mark.parametrize(("op", "arguments"), opcheck_arguments().items())
+def test_opcheck(op: str, arguments: tuple) -> None:
+    torch.library.opcheck(getattr(cpu, op).default, arguments)
 
 
 def test_compiles_as_one_graph() -> None:

@@ -1,0 +1,458 @@
+// The SPRM head on a GPU: W1 streamed once through shared memory, over tensor cores, into one partial sum a row and a
+// tile of units. Shared by the kernels of score_rows, logit_rows, flush and decode_step.
+//
+// A block owns a tile of up to 5 groups of 16 units. Four of its warps load: a ring of stages of W1's rows and the
+// features' columns, 16 bytes a copy, up to 15 stages ahead. Four multiply: mma.m16n8k16 with the units as its rows and
+// the features as its columns, so that 8 features cost what 1 does. Nothing of [rows, units] leaves the registers.
+//
+// A quad of threads holds 32 columns of a row, 8 in each thread: with the same columns on both sides, which of the 16 places
+// of a product a column takes is free, and 16-byte reads of shared memory are fragments as they are.
+//
+// The order of every sum is fixed by the head and the device's number of multiprocessors: a (unit, row) product walks the
+// width once, in one chain; 16 units are summed by a butterfly, groups and then tiles in order. The number of rows chooses
+// who computes a product and how many are in flight, never their order, so a row has the same bits in any batch.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "gpu.cuh"
+#include "layout.h"
+#include "head.h"
+
+namespace reflective {
+
+struct E4m3 {
+  uint8_t bits;
+};
+
+constexpr int WARP = 32;
+constexpr int COMPUTE_THREADS = 4 * WARP;
+constexpr int THREADS = 2 * COMPUTE_THREADS;  // as many load
+constexpr int GROUP = UNIT_GROUP;
+constexpr int MAX_GROUPS = 5;  // 80 units by 256 rows are 160 sums in each of 128 threads
+constexpr int QUAD_COLUMNS = 32;
+constexpr int MAX_STAGES = 16;
+
+// As the kernels take it: Head, typed, with its tiling. Bias is the type of b1, w2 and b2.
+template <class W_, class T_>
+struct DeviceHead {
+  using W = W_;  // of w1
+  using T = T_;  // of the features
+  static constexpr bool TENSOR_CORES = sizeof(T) == 2;
+  using Bias = std::conditional_t<sizeof(W) == 1, float, W>;
+
+  const W* w1;  // [units, width]
+  const Bias *b1, *w2, *b2;
+  int units, width;
+  int groups;  // a tile
+  int tiles;
+
+  __host__ __device__ int line() const { return tiles + 1; }  // partial sums of a row, and what it is poisoned with
+};
+
+// -- shared memory ---------------------------------------------------------------------------------------------------
+
+// Rows of 32 columns, 16-byte piece by piece. Two rows of float32 would meet in the same banks.
+template <class E>
+__device__ __forceinline__ unsigned char* piece_at(unsigned char* rows, int row, int piece) {
+  if constexpr (sizeof(E) == 4) piece ^= row & 1;
+  return rows + (row * QUAD_COLUMNS * static_cast<int>(sizeof(E)) + piece * 16);
+}
+
+// Eight columns of one row.
+struct Packed {
+  uint4 pairs;
+};
+
+struct Wide {
+  float values[8];
+};
+
+// Columns [8 quad, 8 quad + 8) of a row of E, as the product takes them.
+template <class E, class T>
+__device__ __forceinline__ auto fragment(unsigned char* rows, int row, int quad) {
+  if constexpr (sizeof(E) == 4) {
+    Wide wide;
+    memcpy(wide.values, piece_at<E>(rows, row, 2 * quad), 16);
+    memcpy(wide.values + 4, piece_at<E>(rows, row, 2 * quad + 1), 16);
+    return wide;
+  } else if constexpr (sizeof(E) == 1) {
+    const uint2 codes = *reinterpret_cast<const uint2*>(rows + row * QUAD_COLUMNS + quad * 8);
+    uint32_t low[2], high[2];
+    unpack_e4m3<T>(codes.x, low);
+    unpack_e4m3<T>(codes.y, high);
+    return Packed{{low[0], low[1], high[0], high[1]}};
+  } else {
+    return Packed{*reinterpret_cast<const uint4*>(piece_at<E>(rows, row, quad))};
+  }
+}
+
+// -- products --------------------------------------------------------------------------------------------------------
+
+// Products of 16 units (this thread: unit lane / 4 and that + 8) with 8 rows. On tensor cores a thread has the rows 2 quad
+// and 2 quad + 1 of them, else all 8, each summed over its own quarter of the columns.
+template <class T>
+struct Products {
+  static constexpr int ROWS = sizeof(T) == 2 ? 2 : 8;
+  float low[ROWS], high[ROWS];
+};
+
+template <class T>
+__device__ __forceinline__ void multiply(Products<T>& products, const Packed& low, const Packed& high, const Packed& rows) {
+  float sums[4] = {products.low[0], products.low[1], products.high[0], products.high[1]};
+  const uint4 &a = low.pairs, &b = high.pairs, &f = rows.pairs;
+  mma_16x8x16<T>(sums, {a.x, b.x, a.y, b.y}, {f.x, f.y});
+  mma_16x8x16<T>(sums, {a.z, b.z, a.w, b.w}, {f.z, f.w});
+  products.low[0] = sums[0], products.low[1] = sums[1], products.high[0] = sums[2], products.high[1] = sums[3];
+}
+
+__device__ __forceinline__ float dot(float sum, const Wide& a, const Wide& b) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum = fmaf(a.values[i], b.values[i], sum);
+  return sum;
+}
+
+// -- the tile --------------------------------------------------------------------------------------------------------
+
+// How the four multiplying warps share a tile: with few rows each takes some groups and every row, with many each takes
+// all groups and some rows. TILES: tiles of 8 rows a warp. SLICES: of 32 columns a stage.
+template <int TILES_, bool SPLIT_UNITS_, int SLICES_>
+struct Shape {
+  static constexpr int TILES = TILES_, SLICES = SLICES_;
+  static constexpr bool SPLIT_UNITS = SPLIT_UNITS_;
+  static constexpr int ROWS = 8 * TILES * (SPLIT_UNITS ? 1 : 4);
+  static constexpr int WARP_GROUPS = SPLIT_UNITS ? 2 : MAX_GROUPS;
+};
+
+// Shared memory that partial_sums needs beside the ring.
+constexpr int MAX_SPLIT_ROWS = 64;
+constexpr int GROUP_SUM_BYTES = 2 * MAX_GROUPS * MAX_SPLIT_ROWS * sizeof(float);
+
+struct Ring {
+  float* group_sums;  // [2, MAX_GROUPS, MAX_SPLIT_ROWS]
+  unsigned char* stages;
+  int bytes;
+};
+
+template <class H, class S, class FeatureRow>
+struct TilePass {
+  using W = typename H::W;
+  using T = typename H::T;
+  static constexpr int COLUMNS = S::SLICES * QUAD_COLUMNS;
+  static constexpr int FEATURE_SLICE = S::ROWS * QUAD_COLUMNS * static_cast<int>(sizeof(T));
+
+  const H& head;
+  const FeatureRow& feature_row;
+  const int count;  // rows
+  float* const sums;
+  const Ring& ring;
+  int weight_slice, stage_bytes, depth, row_tiles;
+
+  __device__ TilePass(const H& head, const FeatureRow& feature_row, int count, float* sums, const Ring& ring)
+      : head(head), feature_row(feature_row), count(count), sums(sums), ring(ring) {
+    weight_slice = head.groups * GROUP * QUAD_COLUMNS * static_cast<int>(sizeof(W));
+    stage_bytes = S::SLICES * (weight_slice + FEATURE_SLICE);
+    depth = min(MAX_STAGES, ring.bytes / stage_bytes);
+    row_tiles = (count + S::ROWS - 1) / S::ROWS;
+  }
+
+  // A walk over this block's items, a tile of units and a tile of rows each, column by column and stage by stage.
+  struct Walk {
+    const TilePass& pass;
+    int item, unit_tile, row0, column = 0;
+    unsigned char* stage;
+
+    __device__ explicit Walk(const TilePass& pass) : pass(pass), stage(pass.ring.stages) { enter(blockIdx.x); }
+
+    __device__ __forceinline__ void enter(int next) {
+      item = next, unit_tile = item / pass.row_tiles, row0 = item % pass.row_tiles * S::ROWS;
+    }
+
+    __device__ __forceinline__ bool done() const { return unit_tile >= pass.head.tiles; }
+
+    __device__ __forceinline__ bool last_column() const { return column + COLUMNS >= pass.head.width; }
+
+    __device__ __forceinline__ void advance() {
+      stage += pass.stage_bytes;
+      if (stage == pass.ring.stages + pass.depth * pass.stage_bytes) stage = pass.ring.stages;
+      if (last_column()) {
+        column = 0;
+        enter(item + gridDim.x);
+      } else {
+        column += COLUMNS;
+      }
+    }
+  };
+
+  // Rows of E into a stage: 16 bytes a thread and turn, the same piece of the row in every turn.
+  template <class E, class RowAt>
+  __device__ __forceinline__ void load_rows(unsigned char* slices, int slice_bytes, int rows, int column0,
+                                            const RowAt& row_at) const {
+    constexpr int PIECES = QUAD_COLUMNS * static_cast<int>(sizeof(E)) / 16;  // a row of a slice
+    const int thread = threadIdx.x - COMPUTE_THREADS;
+    const int piece = thread % (S::SLICES * PIECES);
+    const int column = column0 + piece * (16 / static_cast<int>(sizeof(E)));
+    unsigned char* const slice = slices + piece / PIECES * slice_bytes;
+#pragma unroll 4
+    for (int row = thread / (S::SLICES * PIECES); row < rows; row += COMPUTE_THREADS / (S::SLICES * PIECES)) {
+      const E* const source = row_at(row);
+      const bool inside = source != nullptr && column < head.width;
+      copy_async_16(piece_at<E>(slice, row, piece % PIECES), inside ? static_cast<const void*>(source + column) : head.w1,
+                    inside);
+    }
+  }
+
+  __device__ __forceinline__ void load(const Walk& at) const {
+    const int unit0 = at.unit_tile * head.groups * GROUP;
+    load_rows<W>(at.stage, weight_slice, head.groups * GROUP, at.column, [&](int row) -> const W* {
+      return unit0 + row < head.units ? head.w1 + static_cast<int64_t>(unit0 + row) * head.width : nullptr;
+    });
+    // Rows that do not exist are not read: what lies in their places reaches no other row.
+    load_rows<T>(at.stage + S::SLICES * weight_slice, FEATURE_SLICE, min(S::ROWS, count - at.row0), at.column,
+                 [&](int row) { return feature_row(at.row0 + row); });
+  }
+
+  __device__ __forceinline__ int group_of(int i) const {
+    return S::SPLIT_UNITS ? static_cast<int>(threadIdx.x) / WARP + 4 * i : i;
+  }
+
+  __device__ __forceinline__ int row_of(int tile) const {
+    return 8 * (S::SPLIT_UNITS ? tile : static_cast<int>(threadIdx.x) / WARP * S::TILES + tile);
+  }
+
+  __device__ __forceinline__ void multiply_stage(unsigned char* stage,
+                                                 Products<T> (&products)[S::WARP_GROUPS][S::TILES]) const {
+    const int lane = threadIdx.x % WARP, quad = lane % 4;
+#pragma unroll
+    for (int slice = 0; slice < S::SLICES; ++slice) {
+      unsigned char* const weights = stage + slice * weight_slice;
+      unsigned char* const features = stage + S::SLICES * weight_slice + slice * FEATURE_SLICE;
+      decltype(fragment<W, T>(weights, 0, 0)) low[S::WARP_GROUPS], high[S::WARP_GROUPS];
+#pragma unroll
+      for (int i = 0; i < S::WARP_GROUPS; ++i) {
+        if (group_of(i) < head.groups) {
+          low[i] = fragment<W, T>(weights, group_of(i) * GROUP + lane / 4, quad);
+          high[i] = fragment<W, T>(weights, group_of(i) * GROUP + lane / 4 + 8, quad);
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < S::TILES; ++tile) {
+        if constexpr (H::TENSOR_CORES) {
+          const Packed rows = fragment<T, T>(features, row_of(tile) + lane / 4, quad);
+#pragma unroll
+          for (int i = 0; i < S::WARP_GROUPS; ++i) {
+            if (group_of(i) < head.groups) multiply<T>(products[i][tile], low[i], high[i], rows);
+          }
+        } else {
+#pragma unroll
+          for (int r = 0; r < 8; ++r) {
+            const Wide row = fragment<T, T>(features, row_of(tile) + r, quad);
+#pragma unroll
+            for (int i = 0; i < S::WARP_GROUPS; ++i) {
+              if (group_of(i) < head.groups) {
+                products[i][tile].low[r] = dot(products[i][tile].low[r], low[i], row);
+                products[i][tile].high[r] = dot(products[i][tile].high[r], high[i], row);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // sum over a group's 16 units of w2 relu(z + b1), in every thread of the quad column that has the row.
+  __device__ __forceinline__ float group_sum(float low, float high, float b1_low, float b1_high, float w2_low,
+                                             float w2_high) const {
+    if constexpr (!H::TENSOR_CORES) {
+#pragma unroll
+      for (int mask = 1; mask < 4; mask *= 2) {
+        low += __shfl_xor_sync(~0u, low, mask);
+        high += __shfl_xor_sync(~0u, high, mask);
+      }
+    }
+    low += b1_low, high += b1_high;
+    // Not fmaxf, which turns a NaN into 0.
+    float sum = fmaf(w2_high, high < 0 ? 0 : high, w2_low * (low < 0 ? 0 : low));
+#pragma unroll
+    for (int mask = 4; mask < WARP; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+    return sum;
+  }
+
+  __device__ __forceinline__ float bias_at(const typename H::Bias* values, int unit) const {
+    return unit < head.units ? to_float(values[unit]) : 0;
+  }
+
+  // The end of an item: partial sums of its rows, in `group_sums` where the groups are in several warps.
+  __device__ __forceinline__ void reduce(const Walk& at, const Products<T> (&products)[S::WARP_GROUPS][S::TILES],
+                                         float* group_sums) const {
+    constexpr int ROWS = Products<T>::ROWS;
+    const int lane = threadIdx.x % WARP, quad = lane % 4;
+    float totals[S::TILES][ROWS] = {};
+#pragma unroll
+    for (int i = 0; i < S::WARP_GROUPS; ++i) {
+      if (group_of(i) < head.groups) {
+        const int unit = (at.unit_tile * head.groups + group_of(i)) * GROUP + lane / 4;
+        const float b1_low = bias_at(head.b1, unit), b1_high = bias_at(head.b1, unit + 8);
+        const float w2_low = bias_at(head.w2, unit), w2_high = bias_at(head.w2, unit + 8);
+#pragma unroll
+        for (int tile = 0; tile < S::TILES; ++tile) {
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r) {
+            const float sum = group_sum(products[i][tile].low[r], products[i][tile].high[r], b1_low, b1_high, w2_low, w2_high);
+            if constexpr (S::SPLIT_UNITS) {
+              const int row = row_of(tile) + (H::TENSOR_CORES ? 2 * quad + r : r);
+              if (lane < 4) group_sums[group_of(i) * MAX_SPLIT_ROWS + row] = sum;
+            } else {
+              totals[tile][r] += sum;
+            }
+          }
+        }
+      }
+    }
+    if constexpr (!S::SPLIT_UNITS) {
+#pragma unroll
+      for (int tile = 0; tile < S::TILES; ++tile) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const int row = at.row0 + row_of(tile) + (H::TENSOR_CORES ? 2 * quad + r : r);
+          if (lane < 4 && row < count) sums[static_cast<int64_t>(row) * head.line() + at.unit_tile] = totals[tile][r];
+        }
+      }
+    }
+  }
+
+  // The groups' sums of a split item, once a barrier has made them visible.
+  __device__ __forceinline__ void gather(int unit_tile, int row0, const float* group_sums) const {
+    const int row = row0 + threadIdx.x;
+    if (threadIdx.x < S::ROWS && row < count) {
+      float total = 0;
+      for (int group = 0; group < head.groups; ++group) total += group_sums[group * MAX_SPLIT_ROWS + threadIdx.x];
+      sums[static_cast<int64_t>(row) * head.line() + unit_tile] = total;
+    }
+  }
+
+  __device__ __forceinline__ void run_loading() const {
+    Walk ahead(*this);
+    const auto load_next = [&] {
+      if (!ahead.done()) {
+        load(ahead);
+        ahead.advance();
+      }
+      copy_async_commit();
+    };
+    for (int stage = 0; stage < depth - 1; ++stage) load_next();
+    for (Walk at(*this); !at.done(); at.advance()) {
+      wait_for_all_but(depth - 2);
+      __syncthreads();  // this stage is there for all, and the one before it is free
+      load_next();
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void run_multiplying() const {
+    Products<T> products[S::WARP_GROUPS][S::TILES];
+    const auto clear = [&] {
+#pragma unroll
+      for (auto& group : products) {
+#pragma unroll
+        for (auto& tile : group) {
+#pragma unroll
+          for (int r = 0; r < Products<T>::ROWS; ++r) tile.low[r] = tile.high[r] = 0;
+        }
+      }
+    };
+    clear();
+    // Two buffers: an item may end while a slower warp still gathers the one before.
+    float* group_sums = ring.group_sums;
+    int waiting_tile = -1, waiting_row0 = 0;
+    const auto gather_waiting = [&] {
+      if (S::SPLIT_UNITS && waiting_tile >= 0) {
+        gather(waiting_tile, waiting_row0, group_sums);
+        group_sums = ring.group_sums + (ring.group_sums + MAX_GROUPS * MAX_SPLIT_ROWS - group_sums);
+        waiting_tile = -1;
+      }
+    };
+    for (Walk at(*this); !at.done(); at.advance()) {
+      __syncthreads();
+      gather_waiting();
+      multiply_stage(at.stage, products);
+      if (at.last_column()) {
+        reduce(at, products, group_sums);
+        waiting_tile = at.unit_tile, waiting_row0 = at.row0;
+        clear();
+      }
+    }
+    __syncthreads();
+    gather_waiting();
+  }
+
+  __device__ void run() const {
+    if (threadIdx.x < COMPUTE_THREADS) {
+      run_multiplying();
+    } else {
+      run_loading();
+    }
+  }
+
+  // wait_group takes its number from the instruction.
+  __device__ __forceinline__ void wait_for_all_but(int groups) const {
+    switch (groups) {
+#define REFLECTIVE_WAIT(n) \
+  case n: return copy_async_wait<n>();
+      REFLECTIVE_WAIT(14) REFLECTIVE_WAIT(13) REFLECTIVE_WAIT(12) REFLECTIVE_WAIT(11) REFLECTIVE_WAIT(10)
+      REFLECTIVE_WAIT(9) REFLECTIVE_WAIT(8) REFLECTIVE_WAIT(7) REFLECTIVE_WAIT(6) REFLECTIVE_WAIT(5)
+      REFLECTIVE_WAIT(4) REFLECTIVE_WAIT(3) REFLECTIVE_WAIT(2) REFLECTIVE_WAIT(1)
+#undef REFLECTIVE_WAIT
+      default: copy_async_wait<0>();
+    }
+  }
+};
+
+// sums[m, tile] = sum over the tile's units u of w2[u] relu(W1[u] . f[m] + b1[u]) for every row m < count, f[m] =
+// feature_row(m); sums[m, tiles] = 0, or NaN if f[m] is not finite. All threads of all blocks call it with the same
+// arguments; sums [count, tiles + 1] are complete when all blocks are through.
+template <class H, class FeatureRow>
+__device__ void partial_sums(const H& head, const FeatureRow& feature_row, int count, float* sums, const Ring& ring) {
+  using T = typename H::T;
+  // ReLU can swallow an infinite input, so finiteness is asked of the row itself, of each row by one warp of the grid.
+  if (threadIdx.x < COMPUTE_THREADS) {
+    const int lane = threadIdx.x % WARP, warps = gridDim.x * (COMPUTE_THREADS / WARP);
+    for (int row = blockIdx.x + threadIdx.x / WARP * gridDim.x; row < count; row += warps) {
+      const T* const source = feature_row(row);
+      float poison = 0;
+      for (int column = lane; column < head.width; column += WARP) poison = fmaf(to_float(source[column]), 0.0f, poison);
+      const unsigned poisoned = __ballot_sync(~0u, poison != poison);
+      if (lane == 0) sums[static_cast<int64_t>(row) * head.line() + head.tiles] = poisoned ? NAN : 0;
+    }
+  }
+  const auto run = [&](auto shape) { TilePass<H, decltype(shape), FeatureRow>(head, feature_row, count, sums, ring).run(); };
+  if (count <= 8) return run(Shape<1, true, 2>{});
+  if constexpr (!H::TENSOR_CORES) {
+    run(Shape<2, true, 2>{});
+  } else {
+    if (count <= 16) return run(Shape<2, true, 2>{});
+    if (count <= 64) return run(Shape<8, true, 2>{});
+    if (count <= 128) return run(Shape<4, false, 2>{});
+    run(Shape<8, false, 1>{});
+  }
+}
+
+// b2 + sum over the tiles of sums[row]: one warp, a fixed order, the same value in every lane.
+template <class H>
+__device__ __forceinline__ float row_logit(const H& head, const float* sums, int row) {
+  const float* const line = sums + static_cast<int64_t>(row) * head.line();
+  float total = 0;
+  for (int tile = threadIdx.x % WARP; tile < head.line(); tile += WARP) total += load_fresh(line + tile);
+#pragma unroll
+  for (int mask = WARP / 2; mask > 0; mask /= 2) total += __shfl_xor_sync(~0u, total, mask);
+  return total + (head.b2 ? to_float(*head.b2) : 0.0f);
+}
+
+// max(logsigmoid(logit), ln 1e-10); a NaN stays one.
+__device__ __forceinline__ float device_log_score(float logit) {
+  const float value = (logit < 0 ? logit : 0) - log1pf(expf(-fabsf(logit)));
+  return value < static_cast<float>(LOG_FLOOR) ? static_cast<float>(LOG_FLOOR) : value;
+}
+
+}  // namespace reflective

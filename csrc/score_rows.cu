@@ -1,0 +1,64 @@
+#include "launch.cuh"
+
+namespace reflective::gpu {
+namespace {
+
+template <class T>
+struct StridedRows {
+  const T* data;
+  int64_t stride;
+
+  __device__ const T* operator()(int row) const { return data + row * stride; }
+};
+
+template <class H>
+__global__ void __launch_bounds__(THREADS, 1)
+    partial_sums_kernel(H head, StridedRows<typename H::T> rows, int count, float* sums, int ring_bytes) {
+  unsigned char* const shared = shared_memory();
+  const Ring ring{reinterpret_cast<float*>(shared), shared + GROUP_SUM_BYTES, ring_bytes};
+  partial_sums(head, rows, count, sums, ring);
+}
+
+// out[row] = the row's logit or log-score; one warp a row.
+template <class H, bool LOG_SCORE>
+__global__ void __launch_bounds__(THREADS) finish_kernel(H head, const float* sums, int count, float* out) {
+  const int row = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
+  if (row >= count) return;
+  const float logit = row_logit(head, sums, row);
+  if (threadIdx.x % WARP == 0) out[row] = LOG_SCORE ? device_log_score(logit) : logit;
+}
+
+template <bool LOG_SCORE>
+void run(const Head& head, const Rows& rows, float* sums, float* out, cudaStream_t stream) {
+  if (rows.count == 0) return;
+  const Device& on = device();
+  with_head(head, on, [&](auto typed) {
+    using H = decltype(typed);
+    using T = typename H::T;
+    const int count = static_cast<int>(rows.count);
+    const int ring_bytes = on.shared_bytes - GROUP_SUM_BYTES;
+    const int items = typed.tiles * ((count + 7) / 8);  // or fewer, of more rows
+    launch_on<partial_sums_kernel<H>>(on, std::min(on.multiprocessors, items), THREADS, on.shared_bytes, stream, typed,
+                                      StridedRows<T>{static_cast<const T*>(rows.data), rows.stride}, count, sums,
+                                      ring_bytes);
+    launch(finish_kernel<H, LOG_SCORE>, dim3((count + THREADS / WARP - 1) / (THREADS / WARP)), THREADS, 0, stream, typed,
+           sums, count, out);
+  });
+}
+
+}  // namespace
+
+int64_t row_sums_size(const Head& head, int64_t count) {
+  const int tile = groups_per_tile(head.units, device().multiprocessors) * GROUP;
+  return count * ((head.units + tile - 1) / tile + 1);
+}
+
+void score_rows(const Head& head, const Rows& rows, float* sums, float* out, cudaStream_t stream) {
+  run<true>(head, rows, sums, out, stream);
+}
+
+void logit_rows(const Head& head, const Rows& rows, float* sums, float* out, cudaStream_t stream) {
+  run<false>(head, rows, sums, out, stream);
+}
+
+}  // namespace reflective::gpu

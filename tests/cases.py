@@ -1,0 +1,209 @@
+"""Random heads, automata and streams, and the rule by which backends are compared with the definitions.
+
+Whatever has yet to be written is poisoned, and behind the last weight and behind each row lies a NaN: reading there shows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from reflective import kernels
+from reflective.kernels import layout
+
+V, CLASSES, STATES = 50, 6, 7
+NEVER = 2**63 - 1  # a scope that never begins
+FLOAT8 = torch.float8_e4m3fn
+NAN = float("nan")
+STATE = (
+    "seq", "tally", "last_hidden", "step_column", "step_region", "step_score", "slots", "slot_owner", "n_slots", "workspace",
+)  # fmt: skip
+State = dict[str, Tensor]
+
+
+def random_head(
+    H: int, K: int, dtype: torch.dtype, *, seed: int = 0, fp8: bool = False, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """``w1, b1, w2, b2`` of ``dtype``; with ``fp8`` a float8 ``w1`` whose row scales are folded into a float32 rest."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((K, H), H**-0.5), ((K,), 0.1), ((1, K), 4 * K**-0.5), ((1,), 0.1)
+    w1, b1, w2, b2 = (torch.randn(shape, generator=g) * scale for shape, scale in shapes)
+    if fp8:
+        scale = w1.abs().amax(1) / torch.finfo(FLOAT8).max
+        w1, b1, w2 = w1 / scale[:, None], b1 / scale, w2 * scale
+
+    def guarded(t: Tensor, dtype: torch.dtype) -> Tensor:
+        flat = torch.cat([t.flatten(), torch.tensor([NAN])])
+        return flat.to(dtype).to(device)[:-1].view(t.shape)
+
+    rest = torch.float32 if fp8 else dtype
+    return [guarded(w1, FLOAT8 if fp8 else dtype), guarded(b1, rest), guarded(w2, rest), guarded(b2, rest)]
+
+
+def random_rows(*shape: int, dtype: torch.dtype, seed: int = 1, device: torch.device | str = "cpu") -> Tensor:
+    """Contiguous in the last dimension only."""
+    *outer, H = shape
+    wide = torch.randn(*outer, H + 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    wide[..., H:] = NAN
+    return wide.to(device)[..., :H]
+
+
+def random_ids(B: int, T: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """[B, T], transposed in memory."""
+    return torch.randint(V, (T, B), generator=torch.Generator().manual_seed(seed)).to(device).t()
+
+
+def random_automaton(seed: int = 0, step: float = 0.35, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """``token_class`` and ``transition`` that mean nothing: about ``step`` of the entries end a step."""
+    g = torch.Generator().manual_seed(seed)
+    transition = torch.randint(STATES, (CLASSES, STATES), generator=g, dtype=torch.int32)
+    for flag, share in ((layout.STEP, step), (layout.THINK, 0.05), (layout.END, 0.05)):
+        transition |= flag * (torch.rand(CLASSES, STATES, generator=g) < share).int()
+    return torch.randint(CLASSES, (V,), generator=g, dtype=torch.int32).to(device), transition.to(device)
+
+
+def new_state(
+    N: int, H: int, dtype: torch.dtype, *, units: int | None = None, slots: int = 5, log: int = 7,
+    pad: Sequence[int] | None = None, start: Sequence[int] | None = None, device: torch.device | str = "cpu",
+) -> State:  # fmt: skip
+    """The state before the first token, in the order in which ``decode_step`` takes it."""
+    units = 2 * H if units is None else units
+    pad = [i % 3 * 4 for i in range(N)] if pad is None else pad
+    start = [p + i % 2 * 6 for i, p in enumerate(pad)] if start is None else start
+    state = {
+        "seq": torch.zeros(N, layout.SEQ_FIELDS, dtype=torch.int64),
+        "tally": torch.zeros(N, layout.N_REGIONS, layout.TALLY_FIELDS, dtype=torch.float64),
+        "last_hidden": torch.full((N, 2, H), NAN, dtype=dtype),
+        "step_column": torch.full((N, log), -7, dtype=torch.int32),
+        "step_region": torch.full((N, log), -7, dtype=torch.int8),
+        "step_score": torch.full((N, log), NAN, dtype=torch.promote_types(dtype, torch.float32)),
+        "slots": torch.full((slots, H), NAN, dtype=dtype),
+        "slot_owner": torch.full((slots, layout.OWNER_FIELDS), -7, dtype=torch.int32),
+        "n_slots": torch.zeros(1, dtype=torch.int32),
+        "workspace": torch.full((layout.workspace_size(slots + N, units),), NAN),
+    }
+    state["seq"][:, layout.PAD], state["seq"][:, layout.START] = torch.tensor(pad), torch.tensor(start)
+    state["tally"][..., [layout.MIN, layout.LAST]] = NAN
+    state["workspace"][: layout.WORKSPACE_HEADER] = 0
+    return {name: state[name].to(device) for name in STATE}
+
+
+def flush_arguments(state: State) -> list[Tensor]:
+    return [state[name] for name in ("tally", "step_score", "slots", "slot_owner", "n_slots", "workspace")]
+
+
+def newest_hidden(state: State) -> Tensor:
+    """[N, H]: the half of ``last_hidden`` that is defined."""
+    seen = state["seq"][:, layout.SEEN]
+    return state["last_hidden"][torch.arange(len(seen), device=seen.device), seen & 1]
+
+
+@dataclass
+class Stream:
+    """``T`` random tokens of ``B`` sequences, for a state that has room for ``N``."""
+
+    B: int
+    T: int
+    H: int
+    dtype: torch.dtype
+    seed: int = 0
+    fp8: bool = False
+    step: float = 0.35
+    units: int | None = None
+    N: int | None = None
+    device: torch.device | str = "cpu"
+    sizes: dict = field(default_factory=dict)  # keywords of ``new_state``
+
+    def __post_init__(self) -> None:
+        self.units = 2 * self.H if self.units is None else self.units
+        self.ids = random_ids(self.B, self.T, self.seed, self.device)
+        self.hidden = random_rows(self.B, self.T, self.H, dtype=self.dtype, seed=self.seed, device=self.device)
+        self.automaton = random_automaton(self.seed, self.step, self.device)
+        self.head = random_head(
+            self.H, self.units, self.dtype, seed=self.seed, fp8=self.fp8, device=self.device
+        )  # fmt: skip
+
+    def state(self, dtype: torch.dtype | None = None) -> State:
+        return new_state(
+            self.N or self.B, self.H, dtype or self.dtype, units=self.units, device=self.device, **self.sizes
+        )  # fmt: skip
+
+    def feed(
+        self, decode_step: Callable, state: State, chunks: Sequence[int], at_predict: bool, immediate: bool,
+        dtype: torch.dtype | None = None,
+    ) -> State:  # fmt: skip
+        """The tokens in ``chunks``, which may be fewer than all of them; in ``dtype`` instead of the stream's own."""
+        head = [t.to(dtype or t.dtype) for t in self.head]
+        begin = 0
+        for q in chunks:
+            part = self.ids[:, begin : begin + q], self.hidden[:, begin : begin + q].to(dtype or self.dtype)
+            decode_step(*part, *self.automaton, *head, *state.values(), at_predict, immediate)
+            begin += q
+        return state
+
+    def flush(self, flush: Callable, state: State, dtype: torch.dtype | None = None) -> State:
+        flush(*(t.to(dtype or t.dtype) for t in self.head), *flush_arguments(state))
+        return state
+
+    def check(
+        self, decode_step: Callable, flush: Callable, chunks: Sequence[int], at_predict: bool, immediate: bool
+    ) -> tuple[State, State, State]:  # fmt: skip
+        """Compare ``decode_step`` and ``flush`` with the definitions. Returns the states: ours, the definition's, the truth."""
+        states = []
+        for ops, dtype in (
+            ((decode_step, flush), None),
+            ((kernels.decode_step, kernels.flush), None),
+            ((kernels.decode_step, kernels.flush), torch.float64),
+        ):
+            state = self.feed(ops[0], self.state(dtype), chunks, at_predict, immediate, dtype)
+            states.append(state if immediate else self.flush(ops[1], state, dtype))
+        assert_same_state(*states)
+        return tuple(states)
+
+
+def assert_identical(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_2x(ours: Tensor, definition: Tensor, truth: Tensor) -> None:
+    """At most twice the error of the same-dtype definition, or a few float32 ulp where that has none; NaN where it has."""
+    ours, definition, truth = (t.double() for t in (ours, definition, truth))
+    assert_identical(ours.isnan(), truth.isnan())
+    ours, definition, truth = (t.nan_to_num() for t in (ours, definition, truth))
+    if not truth.numel():
+        return
+    error, allowed = (ours - truth).abs().max(), (definition - truth).abs().max()
+    ulp = torch.finfo(torch.float32).eps * truth.abs().max().clamp_min(1)
+    assert error <= torch.maximum(2 * allowed, 4 * ulp), f"error {error:.2e}, the definition's {allowed:.2e}"
+
+
+def assert_same_state(ours: State, definition: State, truth: State) -> None:
+    """Equal where the arithmetic is exact, the 2x rule elsewhere; rows that wait for a flush are left alone."""
+    for name in ("seq", "step_column", "step_region", "n_slots"):
+        assert torch.equal(ours[name], definition[name]), name
+    assert_identical(newest_hidden(ours), newest_hidden(definition))
+    assert not ours["workspace"][: layout.WORKSPACE_HEADER].any(), "the workspace's header is not zero"
+    assert torch.equal(ours["tally"][..., layout.COUNT], truth["tally"][..., layout.COUNT])
+    for sums in (layout.LOG_SUM, layout.MIN, layout.LAST):
+        assert_2x(*(s["tally"][..., sums] for s in (ours, definition, truth)))
+    assert_2x(*(s["step_score"] for s in (ours, definition, truth)))
+
+
+def opcheck_arguments(device: torch.device | str = "cpu", fp8: bool = False) -> dict[str, tuple]:
+    """Arguments for every op by its name."""
+    dtype = torch.bfloat16 if fp8 else torch.float32
+    case = Stream(3, 9, 16, dtype, seed=5, fp8=fp8, device=device)
+    state = case.feed(kernels.decode_step, case.state(), [9], True, False)
+    columns = torch.zeros(3, dtype=torch.int64, device=device)
+    logits = torch.zeros(len(state["slots"]), device=device)
+    buffer = dict(zip(("tally", "step_score", "slots", "slot_owner", "n_slots", "workspace"), flush_arguments(state)))
+    rest = [buffer[name] for name in ("tally", "step_score", "slot_owner", "n_slots")]
+    return {
+        "step_mask": (case.ids, *case.automaton, columns, columns + 9, columns),
+        "score_rows": (case.hidden[0], *case.head),
+        "logit_rows": (case.hidden[0], *case.head[:3]),
+        "decode_step": (case.ids, case.hidden, *case.automaton, *case.head, *state.values(), True, True),
+        "flush": (*case.head, *flush_arguments(state)),
+        "tally_slots": (logits, case.head[3], *rest),
+    }
