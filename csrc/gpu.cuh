@@ -52,6 +52,15 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Four matrices of 8 rows of 16 bytes in shared memory, of which each thread names one row; into fragments, as PTX has
+// them for ldmatrix.x4.
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
 // d += a b over the warp, [16, 16] by [16, 8]; fragments as PTX has them for mma.m16n8k16.
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -59,7 +68,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 #define REFLECTIVE_MMA(T, type)                                                                                   \
   template <>                                                                                                     \
   __device__ __forceinline__ void mma_16x8x16<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                           \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                           \
                  ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                 \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                             \

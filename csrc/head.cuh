@@ -5,9 +5,6 @@
 // features' columns, 16 bytes a copy, up to 15 stages ahead. Four multiply: mma.m16n8k16 with the units as its rows and
 // the features as its columns, so that 8 features cost what 1 does. Nothing of [rows, units] leaves the registers.
 //
-// A quad of threads holds 32 columns of a row, 8 in each thread: with the same columns on both sides, which of the 16 places
-// of a product a column takes is free, and 16-byte reads of shared memory are fragments as they are.
-//
 // The order of every sum is fixed by the head and the device's number of multiprocessors: a (unit, row) product walks the
 // width once, in one chain; 16 units are summed by a butterfly, groups and then tiles in order. The number of rows chooses
 // who computes a product and how many are in flight, never their order, so a row has the same bits in any batch.
@@ -53,59 +50,96 @@ struct DeviceHead {
 
 // -- shared memory ---------------------------------------------------------------------------------------------------
 
-// Rows of 32 columns, 16-byte piece by piece. Two rows of float32 would meet in the same banks.
+// Rows of 32 columns, 16-byte piece by piece, in an order in which reads meet no bank twice: of 16-bit rows 8 below each
+// other, of float32 rows two.
 template <class E>
 __device__ __forceinline__ unsigned char* piece_at(unsigned char* rows, int row, int piece) {
-  if constexpr (sizeof(E) == 4) piece ^= row & 1;
+  if constexpr (sizeof(E) == 2) piece ^= row / 2 % 4;
+  if constexpr (sizeof(E) == 4) piece ^= row % 2;
   return rows + (row * QUAD_COLUMNS * static_cast<int>(sizeof(E)) + piece * 16);
-}
-
-// Eight columns of one row.
-struct Packed {
-  uint4 pairs;
-};
-
-struct Wide {
-  float values[8];
-};
-
-// Columns [8 quad, 8 quad + 8) of a row of E, as the product takes them.
-template <class E, class T>
-__device__ __forceinline__ auto fragment(unsigned char* rows, int row, int quad) {
-  if constexpr (sizeof(E) == 4) {
-    Wide wide;
-    memcpy(wide.values, piece_at<E>(rows, row, 2 * quad), 16);
-    memcpy(wide.values + 4, piece_at<E>(rows, row, 2 * quad + 1), 16);
-    return wide;
-  } else if constexpr (sizeof(E) == 1) {
-    const uint2 codes = *reinterpret_cast<const uint2*>(rows + row * QUAD_COLUMNS + quad * 8);
-    uint32_t low[2], high[2];
-    unpack_e4m3<T>(codes.x, low);
-    unpack_e4m3<T>(codes.y, high);
-    return Packed{{low[0], low[1], high[0], high[1]}};
-  } else {
-    return Packed{*reinterpret_cast<const uint4*>(piece_at<E>(rows, row, quad))};
-  }
 }
 
 // -- products --------------------------------------------------------------------------------------------------------
 
-// Products of 16 units (this thread: unit lane / 4 and that + 8) with 8 rows. On tensor cores a thread has the rows 2 quad
-// and 2 quad + 1 of them, else all 8, each summed over its own quarter of the columns.
+// 32 columns of 16 units, of 8 rows: two halves of 16 columns.
+struct UnitFragment {
+  uint32_t halves[2][4];
+};
+
+struct RowFragment {
+  uint32_t halves[2][2];
+};
+
+// In float32 a thread has 8 columns of its own, of two units and of one row.
+struct Wide {
+  float values[8];
+};
+
+struct WideUnits {
+  Wide low, high;
+};
+
+__device__ __forceinline__ Wide wide(unsigned char* rows, int row, int quad) {
+  Wide wide;
+  memcpy(wide.values, piece_at<float>(rows, row, 2 * quad), 16);
+  memcpy(wide.values + 4, piece_at<float>(rows, row, 2 * quad + 1), 16);
+  return wide;
+}
+
+// Where row `row` of a slice begins, for multiples of 8: the order of pieces repeats there.
+template <class E>
+__device__ __forceinline__ unsigned char* eighth_row(unsigned char* slice, int row) {
+  return slice + row * QUAD_COLUMNS * static_cast<int>(sizeof(E));
+}
+
+// The 16 units at `weights`.
+template <class W, class T>
+__device__ __forceinline__ auto load_units(unsigned char* weights) {
+  const int lane = threadIdx.x % WARP, quad = lane % 4;
+  if constexpr (sizeof(W) == 4) {
+    return WideUnits{wide(weights, lane / 4, quad), wide(weights, lane / 4 + 8, quad)};
+  } else if constexpr (sizeof(W) == 2) {
+    UnitFragment units;
+    load_matrices(units.halves[0], piece_at<W>(weights, lane % 16, lane / 16));
+    load_matrices(units.halves[1], piece_at<W>(weights, lane % 16, lane / 16 + 2));
+    return units;
+  } else {
+    // Eight columns of two units: which of a product's 16 places a column takes is free, if the features agree.
+    UnitFragment units;
+#pragma unroll
+    for (int unit = 0; unit < 2; ++unit) {
+      const uint2 codes = *reinterpret_cast<const uint2*>(weights + (lane / 4 + 8 * unit) * QUAD_COLUMNS + quad * 8);
+      uint32_t first[2], second[2];
+      unpack_e4m3<T>(codes.x, first);
+      unpack_e4m3<T>(codes.y, second);
+      units.halves[0][unit] = first[0], units.halves[0][unit + 2] = first[1];
+      units.halves[1][unit] = second[0], units.halves[1][unit + 2] = second[1];
+    }
+    return units;
+  }
+}
+
+// The 8 rows at `features`, to go with units of W.
+template <class W, class T>
+__device__ __forceinline__ RowFragment load_features(unsigned char* features) {
+  const int lane = threadIdx.x % WARP;
+  if constexpr (sizeof(W) == 2) {
+    uint32_t words[4];
+    load_matrices(words, piece_at<T>(features, lane % 8, lane / 8));
+    return {{{words[0], words[1]}, {words[2], words[3]}}};
+  } else {
+    const uint4 words = *reinterpret_cast<const uint4*>(piece_at<T>(features, lane / 4, lane % 4));
+    return {{{words.x, words.y}, {words.z, words.w}}};
+  }
+}
+
+// Sums of 16 units (this thread: unit lane / 4 and that + 8) with 8 rows: on tensor cores the rows 2 quad and 2 quad + 1
+// of them, [low, low, high, high]; else all 8, each over the thread's own quarter of the columns, [low x 8, high x 8].
 template <class T>
 struct Products {
   static constexpr int ROWS = sizeof(T) == 2 ? 2 : 8;
-  float low[ROWS], high[ROWS];
+  float sums[2 * ROWS];
 };
-
-template <class T>
-__device__ __forceinline__ void multiply(Products<T>& products, const Packed& low, const Packed& high, const Packed& rows) {
-  float sums[4] = {products.low[0], products.low[1], products.high[0], products.high[1]};
-  const uint4 &a = low.pairs, &b = high.pairs, &f = rows.pairs;
-  mma_16x8x16<T>(sums, {a.x, b.x, a.y, b.y}, {f.x, f.y});
-  mma_16x8x16<T>(sums, {a.z, b.z, a.w, b.w}, {f.z, f.w});
-  products.low[0] = sums[0], products.low[1] = sums[1], products.high[0] = sums[2], products.high[1] = sums[3];
-}
 
 __device__ __forceinline__ float dot(float sum, const Wide& a, const Wide& b) {
 #pragma unroll
@@ -185,33 +219,48 @@ struct TilePass {
     }
   };
 
-  // Rows of E into a stage: 16 bytes a thread and turn, the same piece of the row in every turn.
-  template <class E, class RowAt>
-  __device__ __forceinline__ void load_rows(unsigned char* slices, int slice_bytes, int rows, int column0,
-                                            const RowAt& row_at) const {
-    constexpr int PIECES = QUAD_COLUMNS * static_cast<int>(sizeof(E)) / 16;  // a row of a slice
-    const int thread = threadIdx.x - COMPUTE_THREADS;
-    const int piece = thread % (S::SLICES * PIECES);
-    const int column = column0 + piece * (16 / static_cast<int>(sizeof(E)));
-    unsigned char* const slice = slices + piece / PIECES * slice_bytes;
-#pragma unroll 4
-    for (int row = thread / (S::SLICES * PIECES); row < rows; row += COMPUTE_THREADS / (S::SLICES * PIECES)) {
-      const E* const source = row_at(row);
-      const bool inside = source != nullptr && column < head.width;
-      copy_async_16(piece_at<E>(slice, row, piece % PIECES), inside ? static_cast<const void*>(source + column) : head.w1,
-                    inside);
-    }
-  }
+  // What a loading thread brings of `MAX_ROWS` rows of E: the same 16-byte piece of some of them. Their addresses are found
+  // once an item, so that a copy costs an addition.
+  template <class E, int MAX_ROWS>
+  struct Source {
+    static constexpr int PIECES = QUAD_COLUMNS * static_cast<int>(sizeof(E)) / 16;  // of a row of a slice
+    static constexpr int STRIDE = COMPUTE_THREADS / (S::SLICES * PIECES);           // from row to row
+    static constexpr int COPIES = (MAX_ROWS + STRIDE - 1) / STRIDE;
 
-  __device__ __forceinline__ void load(const Walk& at) const {
-    const int unit0 = at.unit_tile * head.groups * GROUP;
-    load_rows<W>(at.stage, weight_slice, head.groups * GROUP, at.column, [&](int row) -> const W* {
-      return unit0 + row < head.units ? head.w1 + static_cast<int64_t>(unit0 + row) * head.width : nullptr;
-    });
-    // Rows that do not exist are not read: what lies in their places reaches no other row.
-    load_rows<T>(at.stage + S::SLICES * weight_slice, FEATURE_SLICE, min(S::ROWS, count - at.row0), at.column,
-                 [&](int row) { return feature_row(at.row0 + row); });
-  }
+    const E* rows[COPIES];  // null: zeros instead
+    int count;              // rows in all
+
+    __device__ __forceinline__ static int piece() { return (threadIdx.x - COMPUTE_THREADS) % (S::SLICES * PIECES); }
+
+    __device__ __forceinline__ static int row(int copy) {
+      return (threadIdx.x - COMPUTE_THREADS) / (S::SLICES * PIECES) + copy * STRIDE;
+    }
+
+    template <class RowAt>
+    __device__ __forceinline__ void enter(int rows_in_all, const RowAt& row_at) {
+      count = rows_in_all;
+#pragma unroll
+      for (int copy = 0; copy < COPIES; ++copy) {
+        if (row(copy) < count) {
+          const E* const source = row_at(row(copy));
+          rows[copy] = source ? source + piece() * (16 / static_cast<int>(sizeof(E))) : nullptr;
+        }
+      }
+    }
+
+    __device__ __forceinline__ void load(unsigned char* slices, int slice_bytes, int column, int width,
+                                         const void* anywhere) const {
+      unsigned char* const slice = slices + piece() / PIECES * slice_bytes;
+      const bool inside = column + piece() * (16 / static_cast<int>(sizeof(E))) < width;
+#pragma unroll
+      for (int copy = 0; copy < COPIES; ++copy) {
+        if (row(copy) < count) {
+          const bool valid = inside && rows[copy];
+          copy_async_16(piece_at<E>(slice, row(copy), piece() % PIECES), valid ? rows[copy] + column : anywhere, valid);
+        }
+      }
+    }
+  };
 
   __device__ __forceinline__ int group_of(int i) const {
     return S::SPLIT_UNITS ? static_cast<int>(threadIdx.x) / WARP + 4 * i : i;
@@ -223,36 +272,38 @@ struct TilePass {
 
   __device__ __forceinline__ void multiply_stage(unsigned char* stage,
                                                  Products<T> (&products)[S::WARP_GROUPS][S::TILES]) const {
-    const int lane = threadIdx.x % WARP, quad = lane % 4;
 #pragma unroll
     for (int slice = 0; slice < S::SLICES; ++slice) {
       unsigned char* const weights = stage + slice * weight_slice;
       unsigned char* const features = stage + S::SLICES * weight_slice + slice * FEATURE_SLICE;
-      decltype(fragment<W, T>(weights, 0, 0)) low[S::WARP_GROUPS], high[S::WARP_GROUPS];
+      decltype(load_units<W, T>(weights)) units[S::WARP_GROUPS];
 #pragma unroll
       for (int i = 0; i < S::WARP_GROUPS; ++i) {
-        if (group_of(i) < head.groups) {
-          low[i] = fragment<W, T>(weights, group_of(i) * GROUP + lane / 4, quad);
-          high[i] = fragment<W, T>(weights, group_of(i) * GROUP + lane / 4 + 8, quad);
-        }
+        if (group_of(i) < head.groups) units[i] = load_units<W, T>(eighth_row<W>(weights, group_of(i) * GROUP));
       }
 #pragma unroll
       for (int tile = 0; tile < S::TILES; ++tile) {
         if constexpr (H::TENSOR_CORES) {
-          const Packed rows = fragment<T, T>(features, row_of(tile) + lane / 4, quad);
+          const RowFragment rows = load_features<W, T>(eighth_row<T>(features, row_of(tile)));
 #pragma unroll
-          for (int i = 0; i < S::WARP_GROUPS; ++i) {
-            if (group_of(i) < head.groups) multiply<T>(products[i][tile], low[i], high[i], rows);
+          for (int half = 0; half < 2; ++half) {  // outside, so that a product need not wait for the one before
+#pragma unroll
+            for (int i = 0; i < S::WARP_GROUPS; ++i) {
+              if (group_of(i) < head.groups) {
+                mma_16x8x16<T>(products[i][tile].sums, units[i].halves[half], rows.halves[half]);
+              }
+            }
           }
         } else {
 #pragma unroll
           for (int r = 0; r < 8; ++r) {
-            const Wide row = fragment<T, T>(features, row_of(tile) + r, quad);
+            const Wide row = wide(eighth_row<T>(features, row_of(tile)), r, threadIdx.x % 4);
 #pragma unroll
             for (int i = 0; i < S::WARP_GROUPS; ++i) {
               if (group_of(i) < head.groups) {
-                products[i][tile].low[r] = dot(products[i][tile].low[r], low[i], row);
-                products[i][tile].high[r] = dot(products[i][tile].high[r], high[i], row);
+                float* const sums = products[i][tile].sums;
+                sums[r] = dot(sums[r], units[i].low, row);
+                sums[r + 8] = dot(sums[r + 8], units[i].high, row);
               }
             }
           }
@@ -299,7 +350,8 @@ struct TilePass {
         for (int tile = 0; tile < S::TILES; ++tile) {
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
-            const float sum = group_sum(products[i][tile].low[r], products[i][tile].high[r], b1_low, b1_high, w2_low, w2_high);
+            const float sum = group_sum(products[i][tile].sums[r], products[i][tile].sums[r + ROWS], b1_low, b1_high,
+                                        w2_low, w2_high);
             if constexpr (S::SPLIT_UNITS) {
               const int row = row_of(tile) + (H::TENSOR_CORES ? 2 * quad + r : r);
               if (lane < 4) group_sums[group_of(i) * MAX_SPLIT_ROWS + row] = sum;
@@ -333,10 +385,21 @@ struct TilePass {
   }
 
   __device__ __forceinline__ void run_loading() const {
+    Source<W, MAX_GROUPS * GROUP> weights;
+    Source<T, S::ROWS> features;
     Walk ahead(*this);
     const auto load_next = [&] {
       if (!ahead.done()) {
-        load(ahead);
+        if (ahead.column == 0) {
+          const int unit0 = ahead.unit_tile * head.groups * GROUP;
+          weights.enter(head.groups * GROUP, [&](int row) -> const W* {
+            return unit0 + row < head.units ? head.w1 + static_cast<int64_t>(unit0 + row) * head.width : nullptr;
+          });
+          // Rows that do not exist are not read: what lies in their places reaches no other row.
+          features.enter(min(S::ROWS, count - ahead.row0), [&](int row) { return feature_row(ahead.row0 + row); });
+        }
+        weights.load(ahead.stage, weight_slice, ahead.column, head.width, head.w1);
+        features.load(ahead.stage + S::SLICES * weight_slice, FEATURE_SLICE, ahead.column, head.width, head.w1);
         ahead.advance();
       }
       copy_async_commit();
@@ -358,7 +421,7 @@ struct TilePass {
 #pragma unroll
         for (auto& tile : group) {
 #pragma unroll
-          for (int r = 0; r < Products<T>::ROWS; ++r) tile.low[r] = tile.high[r] = 0;
+          for (float& sum : tile.sums) sum = 0;
         }
       }
     };

@@ -93,11 +93,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _sprm_loss_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    features_too = ctx.needs_input_grad[0]
-    df, *weights = torch.ops.reflective.sprm_loss_backward(
-        grad, *ctx.saved_tensors, ctx.dropout, ctx.feature_scale, features_too
+    gradients = torch.ops.reflective.sprm_loss_backward(
+        grad, *ctx.saved_tensors, ctx.dropout, ctx.feature_scale, ctx.needs_input_grad[0]
     )
-    return df if features_too else None, *weights, *[None] * 7
+    return *gradients, *[None] * 7
 
 
 torch.library.register_autograd(

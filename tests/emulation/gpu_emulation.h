@@ -682,6 +682,28 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
   });
 }
 
+// Lane i names a row of 16 bytes: row i % 8 of matrix i / 8. Each gets, of each matrix, pair lane % 4 of row lane / 4.
+inline void load_matrices(uint32_t (&words)[4], const void* row) {
+  struct Lane {
+    uint32_t* words;
+    const void* row;
+  } lane{words, row};
+  emulation::grid->in_warp("ldmatrix", ~0u, &lane, [](void* const* lanes) {
+    const void* rows[32];
+    for (int i = 0; i < 32; ++i) {
+      if (!lanes[i]) emulation::grid->fail("ldmatrix by a warp of which threads are missing");
+      rows[i] = static_cast<const Lane*>(lanes[i])->row;
+      if (reinterpret_cast<uintptr_t>(rows[i]) % 16) emulation::grid->fail("ldmatrix of a row that is not aligned");
+    }
+    for (int i = 0; i < 32; ++i) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        const char* row = static_cast<const char*>(rows[8 * matrix + i / 4]);
+        std::memcpy(static_cast<const Lane*>(lanes[i])->words + matrix, row + i % 4 * 4, 4);
+      }
+    }
+  });
+}
+
 inline unsigned arrive(unsigned* counter) {
   const unsigned before = atomicAdd(counter, 1u);
   emulation::grid->give_way();
