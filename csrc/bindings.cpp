@@ -2,7 +2,9 @@
 // libtorch's stable ABI: one build serves every torch from 2.11 and every Python from 3.10, with and without CUDA. The
 // schemas are stated in reflective/ops.py. With REFLECTIVE_EMULATION the CUDA kernels answer for CPU tensors under
 // torch.ops.reflective_emulation.*, and nothing else is there: see tests/emulation.
+#ifndef REFLECTIVE_EMULATION
 #include <Python.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

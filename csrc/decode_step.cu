@@ -336,7 +336,7 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automato
     if (immediate) flush(head, state, stream);
     return;
   }
-  const Device& on = device();
+  const Device on = device();
   with_head(head, on, [&](auto typed) {
     using H = decltype(typed);
     using T = typename H::T;
@@ -358,7 +358,7 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automato
 }
 
 void flush(const Head& head, const Stream& state, cudaStream_t stream) {
-  const Device& on = device();
+  const Device on = device();
   with_head(head, on, [&](auto typed) {
     using H = decltype(typed);
     launch_step(on, Step<H>{typed, {}, nullptr, 0, {}, state, true, true}, stream);
@@ -366,7 +366,7 @@ void flush(const Head& head, const Stream& state, cudaStream_t stream) {
 }
 
 void tally_slots(const float* logits, const void* b2, HeadType type, const Stream& state, cudaStream_t stream) {
-  const Device& on = device();
+  const Device on = device();
   check_fits(state.slot_capacity, on.shared_bytes);
   const auto run = [&](const auto* bias) {
     using Bias = std::remove_const_t<std::remove_pointer_t<decltype(bias)>>;

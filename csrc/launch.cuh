@@ -18,29 +18,20 @@ struct Device {
   int index, multiprocessors, shared_bytes;  // the most that a block can have
 };
 
-// The current one. Asked once a device, not once a call.
-inline const Device& device() {
-  constexpr int MAX_DEVICES = 64;
-  static Device devices[MAX_DEVICES];
-  static std::atomic<bool> known[MAX_DEVICES];
-  int index;
-  check(cudaGetDevice(&index));
-  if (index >= MAX_DEVICES) throw std::runtime_error("device " + std::to_string(index) + ": more than expected");
-  if (!known[index].load(std::memory_order_acquire)) {
-    Device found{index, 0, 0};
-    check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index));
-    check(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-    devices[index] = found;  // two threads write the same
-    known[index].store(true, std::memory_order_release);
-  }
-  return devices[index];
+// The current one.
+inline Device device() {
+  Device device{};
+  check(cudaGetDevice(&device.index));
+  check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, device.index));
+  check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index));
+  return device;
 }
 
 // Launches with `shared_bytes`, more of which than 48 KiB must be asked for, once a kernel and device.
 template <auto kernel, class... A>
 void launch_on(const Device& device, int grid, int block, int shared_bytes, cudaStream_t stream, const A&... arguments) {
   static std::atomic<uint64_t> allowed{0};
-  const uint64_t bit = uint64_t{1} << device.index;
+  const uint64_t bit = uint64_t{1} << device.index % 64;
   if (!(allowed.load(std::memory_order_acquire) & bit)) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes));
     allowed.fetch_or(bit, std::memory_order_release);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS) finish_kernel(H head, const float* su
 template <bool LOG_SCORE>
 void run(const Head& head, const Rows& rows, float* sums, float* out, cudaStream_t stream) {
   if (rows.count == 0) return;
-  const Device& on = device();
+  const Device on = device();
   with_head(head, on, [&](auto typed) {
     using H = decltype(typed);
     using T = typename H::T;
