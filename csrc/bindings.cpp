@@ -213,7 +213,7 @@ Stream make_buffer(const Head& head, const Tensor& tally, const Tensor& step_sco
   if (on_gpu) {
     const Argument scratch("workspace", workspace, Type::float32, {ANY});
     const int64_t rows = stream.slot_capacity + stream.sequences;
-    const int64_t size = WORKSPACE_HEADER + rows * ((head.units + UNIT_GROUP - 1) / UNIT_GROUP + 2);
+    const int64_t size = WORKSPACE_HEADER + rows * ((head.units + UNIT_GROUP - 1) / UNIT_GROUP + 4);
     if (scratch.sizes[0] < size) scratch.fail("must hold " + std::to_string(size) + " floats");
     stream.workspace = scratch.dense().as<float>();
   }

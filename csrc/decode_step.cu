@@ -133,6 +133,7 @@ __device__ __forceinline__ int find_steps(const Step<H>& step, uint16_t* active,
     if (b < step.ids.batch) {
       const Position at(step.state.seq + b * SEQ_FIELDS);
       ends = at.is_step(step.entry(b, at));
+      if (ends) prefetch(step.state.tally + b * N_REGIONS * TALLY_FIELDS);  // one line, for the block that adds to it
       parity = static_cast<unsigned>(at.column & 1);
     }
     const unsigned mates = __ballot_sync(~0u, ends);
@@ -195,9 +196,11 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(Step<H> step) {
 
   float* const scores = reinterpret_cast<float*>(ring.stages);
   int* const keys = reinterpret_cast<int*>(scores + n_rows);
-  for (int row = threadIdx.x / WARP; row < n_rows; row += THREADS / WARP) {
-    const float score = device_log_score(row_logit(step.head, sums, row));
-    if (threadIdx.x % WARP == 0) {
+  constexpr int WARPS = THREADS / WARP, BATCH = 8;
+  for (int first = threadIdx.x / WARP; first < n_rows; first += WARPS * BATCH) {
+    const float score = device_log_score(row_logits<BATCH>(step.head, sums, first, WARPS, n_rows));
+    const int lane = threadIdx.x % WARP, row = first + lane * WARPS;
+    if (lane < BATCH && row < n_rows) {
       const bool is_new = row >= n_waiting;
       const int64_t b = is_new ? active[row - n_waiting] >> 1 : 0;
       const int32_t* const owner = state.slot_owner + row * OWNER_FIELDS;

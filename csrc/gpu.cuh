@@ -52,6 +52,15 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// A barrier of all THREADS of the block, wherever in the code each of its warps is.
+template <int THREADS>
+__device__ __forceinline__ void meet() {
+  asm volatile("barrier.sync.aligned 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+// Brings the line of `address` into the first-level cache, without waiting.
+__device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L1 [%0];" ::"l"(address)); }
+
 // Four matrices of 8 rows of 16 bytes in shared memory, of which each thread names one row; into fragments, as PTX has
 // them for ldmatrix.x4.
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
@@ -120,21 +129,11 @@ __device__ __forceinline__ unsigned arrive(unsigned* counter) {
   return before;
 }
 
-// A load that sees what other blocks wrote: never from this multiprocessor's own cache, never moved by the compiler.
+// A load that sees what other blocks wrote before they arrived: from the second-level cache, not from this
+// multiprocessor's own.
 template <class T>
 __device__ __forceinline__ T load_fresh(const T* address) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  T value;
-  if constexpr (sizeof(T) == 4) {
-    uint32_t bits;
-    asm volatile("ld.relaxed.gpu.b32 %0, [%1];" : "=r"(bits) : "l"(address) : "memory");
-    memcpy(&value, &bits, sizeof value);
-  } else {
-    uint64_t bits;
-    asm volatile("ld.relaxed.gpu.b64 %0, [%1];" : "=l"(bits) : "l"(address) : "memory");
-    memcpy(&value, &bits, sizeof value);
-  }
-  return value;
+  return __ldcg(address);
 }
 
 // Throws std::runtime_error with CUDA's words if the kernel cannot be launched.

@@ -45,7 +45,8 @@ struct DeviceHead {
   int groups;  // a tile
   int tiles;
 
-  __host__ __device__ int line() const { return tiles + 1; }  // partial sums of a row, and what it is poisoned with
+  // Partial sums of a row, what it is poisoned with, and zeros up to a multiple of 16 bytes.
+  __host__ __device__ int line() const { return (tiles + 4) / 4 * 4; }
 };
 
 // -- shared memory ---------------------------------------------------------------------------------------------------
@@ -407,10 +408,10 @@ struct TilePass {
     for (int stage = 0; stage < depth - 1; ++stage) load_next();
     for (Walk at(*this); !at.done(); at.advance()) {
       wait_for_all_but(depth - 2);
-      __syncthreads();  // this stage is there for all, and the one before it is free
+      meet<THREADS>();  // this stage is there for all, and the one before it is free
       load_next();
     }
-    __syncthreads();
+    meet<THREADS>();
   }
 
   __device__ __forceinline__ void run_multiplying() const {
@@ -437,7 +438,7 @@ struct TilePass {
       }
     };
     for (Walk at(*this); !at.done(); at.advance()) {
-      __syncthreads();
+      meet<THREADS>();
       gather_waiting();
       multiply_stage(at.stage, products);
       if (at.last_column()) {
@@ -446,7 +447,7 @@ struct TilePass {
         clear();
       }
     }
-    __syncthreads();
+    meet<THREADS>();
     gather_waiting();
   }
 
@@ -474,7 +475,7 @@ struct TilePass {
 
 // sums[m, tile] = sum over the tile's units u of w2[u] relu(W1[u] . f[m] + b1[u]) for every row m < count, f[m] =
 // feature_row(m); sums[m, tiles] = 0, or NaN if f[m] is not finite. All threads of all blocks call it with the same
-// arguments; sums [count, tiles + 1] are complete when all blocks are through.
+// arguments; sums [count, line] are complete when all blocks are through.
 template <class H, class FeatureRow>
 __device__ void partial_sums(const H& head, const FeatureRow& feature_row, int count, float* sums, const Ring& ring) {
   using T = typename H::T;
@@ -486,7 +487,8 @@ __device__ void partial_sums(const H& head, const FeatureRow& feature_row, int c
       float poison = 0;
       for (int column = lane; column < head.width; column += WARP) poison = fmaf(to_float(source[column]), 0.0f, poison);
       const unsigned poisoned = __ballot_sync(~0u, poison != poison);
-      if (lane == 0) sums[static_cast<int64_t>(row) * head.line() + head.tiles] = poisoned ? NAN : 0;
+      const int place = head.tiles + lane;
+      if (place < head.line()) sums[static_cast<int64_t>(row) * head.line() + place] = lane == 0 && poisoned ? NAN : 0;
     }
   }
   const auto run = [&](auto shape) { TilePass<H, decltype(shape), FeatureRow>(head, feature_row, count, sums, ring).run(); };
@@ -501,15 +503,30 @@ __device__ void partial_sums(const H& head, const FeatureRow& feature_row, int c
   }
 }
 
-// b2 + sum over the tiles of sums[row]: one warp, a fixed order, the same value in every lane.
-template <class H>
-__device__ __forceinline__ float row_logit(const H& head, const float* sums, int row) {
-  const float* const line = sums + static_cast<int64_t>(row) * head.line();
-  float total = 0;
-  for (int tile = threadIdx.x % WARP; tile < head.line(); tile += WARP) total += load_fresh(line + tile);
+// b2 + sum over the tiles of sums[row], in a fixed order by one warp, for the rows first + i * stride < count; in lane i.
+// BATCH rows at once: one after the other, each would wait for the second-level cache.
+template <int BATCH, class H>
+__device__ __forceinline__ float row_logits(const H& head, const float* sums, int first, int stride, int count) {
+  const int lane = threadIdx.x % WARP;
+  float totals[BATCH] = {};
+  for (int place = 4 * lane; place < head.line(); place += 4 * WARP) {
 #pragma unroll
-  for (int mask = WARP / 2; mask > 0; mask /= 2) total += __shfl_xor_sync(~0u, total, mask);
-  return total + (head.b2 ? to_float(*head.b2) : 0.0f);
+    for (int i = 0; i < BATCH; ++i) {
+      const int row = first + i * stride;
+      if (row < count) {
+        const float4 four = load_fresh(reinterpret_cast<const float4*>(sums + static_cast<int64_t>(row) * head.line() + place));
+        totals[i] += (four.x + four.y) + (four.z + four.w);
+      }
+    }
+  }
+  float mine = 0;
+#pragma unroll
+  for (int i = 0; i < BATCH; ++i) {
+#pragma unroll
+    for (int mask = WARP / 2; mask > 0; mask /= 2) totals[i] += __shfl_xor_sync(~0u, totals[i], mask);
+    if (lane == i) mine = totals[i];
+  }
+  return mine + (head.b2 ? to_float(*head.b2) : 0.0f);
 }
 
 // max(logsigmoid(logit), ln 1e-10); a NaN stays one.

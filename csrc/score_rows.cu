@@ -23,9 +23,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 template <class H, bool LOG_SCORE>
 __global__ void __launch_bounds__(THREADS) finish_kernel(H head, const float* sums, int count, float* out) {
   const int row = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
-  if (row >= count) return;
-  const float logit = row_logit(head, sums, row);
-  if (threadIdx.x % WARP == 0) out[row] = LOG_SCORE ? device_log_score(logit) : logit;
+  const float logit = row_logits<1>(head, sums, row, 0, count);
+  if (threadIdx.x % WARP == 0 && row < count) out[row] = LOG_SCORE ? device_log_score(logit) : logit;
 }
 
 template <bool LOG_SCORE>
@@ -50,7 +49,7 @@ void run(const Head& head, const Rows& rows, float* sums, float* out, cudaStream
 
 int64_t row_sums_size(const Head& head, int64_t count) {
   const int tile = groups_per_tile(head.units, device().multiprocessors) * GROUP;
-  return count * ((head.units + tile - 1) / tile + 1);
+  return count * ((head.units + tile - 1) / tile + 4);
 }
 
 void score_rows(const Head& head, const Rows& rows, float* sums, float* out, cudaStream_t stream) {

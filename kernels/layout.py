@@ -48,4 +48,4 @@ def counted_regions(n_think: int, n_end: int) -> list[int]:
 
 def workspace_size(rows: int, units: int) -> int:
     """Floats of workspace that scoring ``rows`` rows at once takes at most, for a head of ``units`` units."""
-    return WORKSPACE_HEADER + rows * (-(-units // UNIT_GROUP) + 2)
+    return WORKSPACE_HEADER + rows * (-(-units // UNIT_GROUP) + 4)

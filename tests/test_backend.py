@@ -9,7 +9,8 @@ import torch
 import reflective as rf
 from reflective import backend, ops
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+compiled_for_cpu = pytest.mark.skipif(ops.WHY_NO_EXTENSION is not None, reason=str(ops.WHY_NO_EXTENSION))
 
 
 def test_every_backend_is_told_of():
@@ -25,7 +26,7 @@ def test_the_fastest_is_chosen_and_named_ones_are_kept():
     with warnings.catch_warnings(record=True):
         assert rf.StreamScorer(tiny.model(), tiny.head(), tiny.steps()).backend.name == fastest
     for name, info in rf.backends().items():
-        if info.available and name != "triton":
+        if info.available and name not in ("cuda", "triton"):
             assert backend.choose_backend(name, CPU, torch.float32).name == name
 
 
@@ -37,17 +38,196 @@ def test_falling_back_is_said_once_with_the_reason(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backend.choose_backend(None, CPU, torch.float32)
-    with pytest.raises(ValueError, match="backend='cpu' is unavailable: no compiler that day"):
-        backend.choose_backend("cpu", CPU, torch.float32)
+    for name in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match=f"backend='{name}' is unavailable: no compiler that day"):
+            backend.choose_backend(name, CPU, torch.float32)
 
 
-@pytest.mark.skipif(ops.WHY_NO_EXTENSION is not None, reason=str(ops.WHY_NO_EXTENSION))
-def test_half_precision_on_cpu_takes_the_definition():
-    with pytest.raises(ValueError, match=r"backend='cpu' cannot be used here: .*not torch.float16"):
-        backend.choose_backend("cpu", CPU, torch.float16)
+@compiled_for_cpu
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [(torch.float16, torch.float16), (torch.bfloat16, torch.float8_e4m3fn), (torch.float32, torch.float8_e4m3fn)],
+)
+def test_heads_that_the_cpu_backend_has_not_take_the_definition(dtype, weights):
+    w1 = torch.empty(4, 2, dtype=weights)
+    with pytest.raises(ValueError, match=f"backend='cpu' cannot be used here: .*not {weights}"):
+        backend.choose_backend("cpu", CPU, dtype, w1)
     backend._say_once.cache_clear()
-    with pytest.warns(UserWarning, match=r"not torch.float16"):
-        assert backend.choose_backend(None, CPU, torch.float16).name == "torch"
+    with pytest.warns(UserWarning, match=f"not {weights}"):
+        assert backend.choose_backend(None, CPU, dtype, w1).name == "torch"
+
+
+@compiled_for_cpu
+def test_half_precision_on_cpu_is_scored():
     net, head = tiny.model(dtype=torch.float16), tiny.head(torch.float16)
-    scores = rf.score(net, head, tiny.steps(), [[5, 6, 7, tiny.STEP_IDS[0], 9]])
+    with warnings.catch_warnings(record=True):
+        scores = rf.score(net, head, tiny.steps(), [[5, 6, 7, tiny.STEP_IDS[0], 9]])
     assert 0 < float(scores.score[0]) < 1
+
+
+# -- GPUs that are not there ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes torch and the extension tell of GPUs of these compute capabilities, with CUDA kernels compiled for ``codes``."""
+
+    def pretend(*capabilities: tuple[int, int], codes: str = "sm_80 sm_90 sm_100 compute_100") -> None:
+        monkeypatch.setattr(ops, "WHY_NO_EXTENSION", None)
+        monkeypatch.setattr(ops, "WHY_NO_TRITON", None)
+        monkeypatch.setattr(ops, "cuda_architectures", lambda: tuple(codes.split()))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda device=None: capabilities[getattr(device, "index", 0) or 0]
+        )
+
+    return pretend
+
+
+def test_why_there_are_no_compiled_cuda_kernels(gpu):
+    gpu((9, 0), codes="")
+    assert "built without CUDA" in rf.backends()["cuda"].detail
+    gpu()
+    assert rf.backends()["cuda"].detail.endswith("no GPU that torch can use")
+    gpu((7, 5))
+    assert rf.backends()["cuda"].detail == "compiled for sm_80 sm_90 sm_100 compute_100, this GPU is sm_75"
+    assert not rf.backends()["cuda"].available
+    gpu((9, 0))
+    assert rf.backends()["cuda"] == backend.BackendInfo(True, "compiled for sm_80 sm_90 sm_100 compute_100")
+
+
+def test_each_gpu_of_several_is_asked(gpu):
+    gpu((7, 5), (9, 0))
+    assert rf.backends()["cuda"].available
+    assert backend.choose_backend(None, torch.device("cuda", 0), torch.bfloat16).name == "triton"
+    assert backend.choose_backend(None, torch.device("cuda", 1), torch.bfloat16).name == "cuda"
+    with pytest.raises(ValueError, match="this GPU is sm_75"):
+        backend.choose_backend("cuda", torch.device("cuda", 0), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("code", "runs", "does_not"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+        ("sm_100a", [(10, 0)], [(9, 0), (10, 3)]),
+        ("sm_100f", [(10, 0), (10, 3)], [(12, 0)]),
+        ("sm_121", [(12, 1)], [(12, 0)]),
+        ("compute_100", [(10, 0), (10, 3), (12, 0)], [(9, 0)]),
+        ("compute_100a", [(10, 0)], [(10, 3), (12, 0)]),
+    ],
+)
+def test_what_runs_where(code, runs, does_not):
+    assert [c for c in runs + does_not if backend._runs_on(c, code)] == runs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights", "runs"),
+    [
+        (torch.float16, torch.float16, True),
+        (torch.bfloat16, torch.float8_e4m3fn, True),
+        (torch.float16, torch.float8_e4m3fn, True),
+        (torch.float32, torch.float8_e4m3fn, False),
+        (torch.float64, torch.float64, False),
+    ],
+)
+def test_heads_on_a_gpu(gpu, dtype, weights, runs):
+    gpu((9, 0))
+    w1 = torch.empty(4, 2, dtype=weights)
+    for name in ("cuda", "triton"):
+        if runs:
+            assert backend.choose_backend(name, CUDA, dtype, w1).name == name
+        else:
+            with pytest.raises(ValueError, match=f"cannot be used here: its heads are .*not {weights}"):
+                backend.choose_backend(name, CUDA, dtype, w1)
+
+
+def test_the_two_gpu_backends_are_measured_but_not_while_a_graph_is_captured(gpu, monkeypatch):
+    gpu((9, 0))
+    w1 = torch.empty(4, 2, dtype=torch.bfloat16)
+    monkeypatch.setattr(backend, "fastest", lambda candidates, *_: candidates[1])
+    assert backend.choose_backend(None, CUDA, torch.bfloat16, w1).name == "triton"
+    assert backend.choose_backend(None, CUDA, torch.bfloat16).name == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backend.choose_backend(None, CUDA, torch.bfloat16, w1).name == "cuda"
+
+
+# -- the measurement -----------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """A clock that stands still but while a fake backend's op runs; it counts the ops, and each really runs."""
+
+    def __init__(self) -> None:
+        self.now, self.calls = 0.0, 0
+
+    def __call__(self, call) -> float:
+        before = self.now
+        call()
+        return self.now - before
+
+    def backend(self, name: str, seconds: float) -> backend.Backend:
+        def timed(op):
+            def run(*arguments):
+                self.now, self.calls = self.now + seconds, self.calls + 1
+                return op(*arguments)
+
+            return run
+
+        slow = {op: timed(function) for op, function in vars(backend._backend("torch")).items() if op != "name"}
+        return backend.Backend(name=name, **slow)
+
+
+@pytest.fixture
+def stopwatch(monkeypatch):
+    monkeypatch.setattr(backend, "_measured", {})
+    return Stopwatch()
+
+
+def test_the_cheaper_backend_is_taken_and_measured_once(stopwatch):
+    cuda, triton = stopwatch.backend("cuda", 3e-6), stopwatch.backend("triton", 2e-6)
+    head = tiny.head()
+
+    def choose(width: int) -> str:
+        return backend.fastest([cuda, triton], CPU, torch.float32, head.weights()[0][:width], stopwatch).name
+
+    assert choose(16) == "triton"
+    assert stopwatch.calls == 2 * 3
+    assert choose(16) == "triton"
+    assert stopwatch.calls == 2 * 3, "measured twice"
+    assert choose(8) == "triton"
+    assert stopwatch.calls == 2 * 2 * 3, "another head is another case"
+    (case, _), seconds = rf.backend.measurements(), list(rf.backend.measurements().values())
+    assert "w1 [16, " in case and "float32" in case
+    assert seconds[0] == {"cuda": pytest.approx(9e-6), "triton": pytest.approx(6e-6)}
+
+
+def test_a_near_tie_stays_with_the_first(stopwatch):
+    candidates = [stopwatch.backend("cuda", 1.05e-6), stopwatch.backend("triton", 1e-6)]
+    assert backend.fastest(candidates, CPU, torch.float32, tiny.head().weights()[0], stopwatch).name == "cuda"
+
+
+def test_one_that_fails_is_left_out_with_a_warning(stopwatch, gpu):
+    def broken(*_):
+        raise OSError("no C compiler")
+
+    triton = backend.Backend("triton", **dict.fromkeys(backend.Backend.__match_args__[1:], broken))
+    candidates = [triton, stopwatch.backend("cuda", 1.0)]
+    with pytest.warns(UserWarning, match="'triton' is not used, as it fails here: no C compiler"):
+        assert backend.fastest(candidates, CPU, torch.float32, tiny.head().weights()[0], stopwatch).name == "cuda"
+    gpu((9, 0))
+    assert "; 3000000.0 us: cpu, w1 [" in rf.backends()["cuda"].detail
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_ops_are_traced_without_a_break(name):
+    if name == "triton" and (ops.WHY_NO_TRITON or not ops.triton_interpreted()):
+        pytest.skip("needs Triton's interpreter")
+    ops_of, head = backend._backend(name), tiny.head()
+    rows = torch.randn(3, head.hidden_size)
+
+    def double(rows):
+        return 2 * ops_of.score_rows(rows, *head.weights())
+
+    torch.testing.assert_close(torch.compile(double, fullgraph=True, backend="aot_eager")(rows), double(rows))

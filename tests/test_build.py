@@ -2,12 +2,16 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,9 +81,10 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sdist, which therefore holds all that a build needs."""
+    """Built from the sdist, which therefore holds all that a build needs; the CUDA kernels take minutes of their own."""
     out = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--no-build-isolation", "--wheel-dir", out, sdist, cwd=out, REFLECTIVE_FORCE_BUILD="1")
+    environment = {"REFLECTIVE_FORCE_BUILD": "1", "REFLECTIVE_SKIP_CUDA_BUILD": "1"}
+    pip("wheel", "--no-build-isolation", "--wheel-dir", out, sdist, cwd=out, **environment)
     return next(out.iterdir())
 
 
@@ -134,12 +139,18 @@ def test_a_forced_build_without_a_compiler_fails() -> None:
     assert "REFLECTIVE_FORCE_BUILD=1, but there is no C++ compiler '/nonexistent/c++'" in done.stdout
 
 
+def build_ext(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """The C++ compiler fails at once: what is looked at is what comes before it."""
+    folders = "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")
+    return setup_py("build_ext", *folders, CXX=shutil.which("false"), **environment)
+
+
 @pytest.mark.parametrize("force", ["0", "1"])
 def test_a_compiler_that_fails(force: str, tmp_path: Path) -> None:
-    folders = "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")
-    done = setup_py("build_ext", *folders, CXX=shutil.which("false"), REFLECTIVE_FORCE_BUILD=force)
+    done = build_ext(tmp_path, REFLECTIVE_FORCE_BUILD=force, REFLECTIVE_SKIP_CUDA_BUILD="1")
     assert (done.returncode != 0) == (force == "1")
     assert ("reflective: the C++ compiler failed" in done.stdout) == (force == "0")
+    assert "CUDA" not in done.stdout
 
 
 def test_without_torch_the_build_names_the_remedy(tmp_path: Path) -> None:
@@ -147,6 +158,121 @@ def test_without_torch_the_build_names_the_remedy(tmp_path: Path) -> None:
     done = setup_py("--version", PYTHONPATH=str(tmp_path))
     assert done.returncode != 0
     assert "pip install --no-build-isolation reflective-kernels" in done.stdout
+
+
+# -- CUDA ----------------------------------------------------------------------------------------------------------------
+
+NO_CUDA = "installing without the compiled CUDA backend (FORCE_CUDA=1 makes this an error)"
+
+
+@pytest.mark.parametrize("force", ["FORCE_CUDA", "REFLECTIVE_FORCE_BUILD"])
+def test_without_nvcc(force: str, tmp_path: Path) -> None:
+    """The second forces only what this machine has the tools for."""
+    told = build_ext(tmp_path, CUDA_HOME="/nonexistent", **{force: "1"}).stdout
+    assert ("reflective: FORCE_CUDA=1, but no nvcc in /nonexistent/bin" in told) == (force == "FORCE_CUDA")
+    assert (f"reflective: no nvcc in /nonexistent/bin; {NO_CUDA}" in told) == (force != "FORCE_CUDA")
+
+
+FAKE_NVCC = """#!/bin/sh
+echo "$@" >> $(dirname "$0")/log
+case "$1" in
+  --version) echo "Cuda compilation tools, release 12.4, V12.4.99" ;;
+  --list-gpu-arch) echo compute_75 compute_80 compute_86 compute_89 compute_90 ;;
+  *) {compile} ;;
+esac
+"""
+COMPILES = 'while [ "$1" != -o ]; do shift; done; touch "$2"'
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``setup.py``'s Nvcc for a compiler that only says that it compiled, in a folder with one source and one header."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "csrc").mkdir()
+    for name in ("kernel.cu", "primitives.cuh"):
+        (tmp_path / "csrc" / name).touch()
+    for name in ("TORCH_CUDA_ARCH_LIST", "NVCC_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("MAX_JOBS", "6")
+
+    def make(compile: str = COMPILES) -> Any:
+        (tmp_path / "bin" / "nvcc").write_text(FAKE_NVCC.format(compile=compile))
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["setup.py", "--version"])
+            return runpy.run_path(str(ROOT / "setup.py"))["Nvcc"]()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("asked", "codes"),
+    [
+        ("", "sm_80 sm_90 compute_90"),  # this nvcc is too old for the default's 10.0
+        ("8.0;9.0+PTX", "sm_80 sm_90 compute_90"),
+        ("7.5 8.6 9.0a", "sm_86 sm_90a"),
+        (" 8.0; 8.0+PTX;", "sm_80 compute_80"),
+    ],
+)
+def test_architectures(nvcc: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, asked: str, codes: str) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert nvcc().architectures() == codes.split()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("8.0;10.0", r"'8.0;10.0': nvcc 12.4 \(.*/bin/nvcc\) is too old to compile for 10.0$"),
+        ("8.0;Hopper", "'Hopper' is no architecture; expected a list such as '8.0;9.0;10.0\\+PTX'"),
+        ("7.5", "nothing to compile for: TORCH_CUDA_ARCH_LIST='7.5'"),
+    ],
+)
+def test_architectures_that_cannot_be(
+    nvcc: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, asked: str, message: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(BaseException, match=message) as raised:
+        nvcc().architectures()
+    assert raised.typename == ("NoCuda" if asked == "7.5" else "SystemExit")
+
+
+def test_cuda_objects_are_made_once_and_again_when_something_changed(nvcc: Callable[..., Any], tmp_path: Path) -> None:
+    compiler, log = nvcc(), tmp_path / "bin" / "log"
+    codes = ["sm_80", "compute_80"]
+
+    def compiles() -> list[str]:
+        before = log.read_text() if log.exists() else ""
+        (made,) = compiler.compile(codes, tmp_path / "build")
+        assert Path(made).exists()
+        return [line for line in log.read_text()[len(before) :].splitlines() if " -c " in line]
+
+    (command,) = compiles()
+    assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_80,code=compute_80 --threads 6" in command
+    assert "fast" not in command
+    assert not compiles()
+    os.utime(tmp_path / "csrc" / "primitives.cuh", (time.time() + 9, time.time() + 9))
+    assert len(compiles()) == 1
+    os.utime(tmp_path / "csrc" / "primitives.cuh", (0, 0))
+    codes.pop()
+    assert len(compiles()) == 1, "other architectures"
+    assert not compiles()
+
+
+@pytest.mark.parametrize("force", ["0", "1"])
+def test_an_nvcc_that_fails(nvcc: Callable[..., Any], tmp_path: Path, force: str) -> None:
+    nvcc('echo "kernel.cu(7): error: no such thing"; exit 1')
+    done = build_ext(tmp_path, CUDA_HOME=str(tmp_path), REFLECTIVE_FORCE_BUILD=force)
+    failure = f"{tmp_path}/bin/nvcc failed (kernel.cu(7): error: no such thing)"
+    assert (f"reflective: REFLECTIVE_FORCE_BUILD=1, but {failure}" in done.stdout) == (force == "1")
+    assert (f"reflective: {failure}; {NO_CUDA}" in done.stdout) == (force == "0")
+
+
+def test_a_host_compiler_that_nvcc_refuses(nvcc: Callable[..., Any], tmp_path: Path) -> None:
+    line = "#error -- unsupported GNU version! gcc versions later than 13 are not supported!"
+    with pytest.raises(Exception, match="refuses the C.. compiler .*later than 13.*name another one in NVCC_CCBIN"):
+        nvcc(f'echo "{line}"; exit 1').compile(["sm_80"], tmp_path)
 
 
 def test_layouts_agree() -> None:

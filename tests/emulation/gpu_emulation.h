@@ -50,6 +50,10 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 using std::max;
 using std::min;
 
@@ -682,6 +686,14 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
   });
 }
 
+template <int THREADS>
+void meet() {
+  if (THREADS != blockDim.x) throw std::runtime_error("meet: not the block's number of threads");
+  __syncthreads();
+}
+
+inline void prefetch(const void*) {}
+
 // Lane i names a row of 16 bytes: row i % 8 of matrix i / 8. Each gets, of each matrix, pair lane % 4 of row lane / 4.
 inline void load_matrices(uint32_t (&words)[4], const void* row) {
   struct Lane {
@@ -712,9 +724,8 @@ inline unsigned arrive(unsigned* counter) {
 
 template <class T>
 T load_fresh(const T* address) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   emulation::grid->give_way();
-  return *static_cast<const volatile T*>(address);
+  return *address;
 }
 
 template <class... P, class... A>
