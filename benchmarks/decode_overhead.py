@@ -11,10 +11,10 @@ import argparse
 import time
 
 import torch
-from record import write
 from torch import Tensor
 
 import reflective as rf
+from reflective.benchmarks.record import write
 from reflective.published import second_pass
 
 

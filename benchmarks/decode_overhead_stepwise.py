@@ -12,10 +12,10 @@ import time
 from statistics import median
 
 import torch
-from record import write
 from torch import Tensor
 
 import reflective as rf
+from reflective.benchmarks.record import write
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import torch
-from record import write
 
 import reflective as rf
+from reflective.benchmarks.record import write
 from reflective.published import second_pass
 
 WAYS = ("published", "forward", "score")

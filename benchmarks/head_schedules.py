@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from record import write
 
+from reflective.benchmarks.record import write
 from reflective.train import Metric, Rollouts, evaluate, fit
 
 # One line a question asked of the data.

@@ -5,24 +5,23 @@ python benchmarks/report.py --write    # put it between the README's markers
 """
 
 import argparse
-import csv
 import json
 from pathlib import Path
 from statistics import median
 
+from reflective.benchmarks.cases import OURS
+from reflective.benchmarks.record import RESULTS, read
+from reflective.benchmarks.suite import speedups
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 HEAD_REPORT = HERE.parent / "reflective" / "data" / "smollm2-135m-instruct" / "report.json"
+NAMES = {"expression": "PyTorch", "compile": "torch.compile", "published": "the published way"}
 BEGIN, END = "<!-- measured: python benchmarks/report.py --write -->\n", "<!-- end of measured -->\n"
 
 
-def rows(name: str) -> list[dict[str, str]]:
-    with open(HERE / "results" / f"{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def decode_step() -> list[tuple[str, str, str]]:
-    found = rows("decode_step")
+    found = read("decode_step")
 
     def of(implementation: str, dtype: str, H: str) -> dict[int, float]:
         keep = [r for r in found if (r["implementation"], r["dtype"], r["H"]) == (implementation, dtype, H)]
@@ -46,8 +45,8 @@ def decode_step() -> list[tuple[str, str, str]]:
 
 def decode_overhead() -> list[tuple[str, str, str]]:
     lines = []
-    for step in rows("decode_overhead_stepwise"):
-        found = [r for r in rows("decode_overhead") if r["schedule"] == step["schedule"]]
+    for step in read("decode_overhead_stepwise"):
+        found = [r for r in read("decode_overhead") if r["schedule"] == step["schedule"]]
         share, host, again = (
             median(float(r[k]) for r in found) for k in ("scorer_share", "scorer_host_s", "second_pass_s")
         )
@@ -64,7 +63,7 @@ def decode_overhead() -> list[tuple[str, str, str]]:
 
 
 def finished_text() -> list[tuple[str, str, str]]:
-    found = {r["way"]: r for r in rows("finished_text")}
+    found = {r["way"]: r for r in read("finished_text")}
     published, forward, ours = (found[way] for way in ("published", "forward", "score"))
     share = float(ours["peak_extra_MiB"]) / float(published["peak_extra_MiB"])
     return [
@@ -93,14 +92,62 @@ def head() -> list[tuple[str, str, str]]:
     ]
 
 
-def table() -> str:
-    first = rows("decode_step")[0]
+def gpu(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+    """A line for each width of ``gpu_suite.csv``, bfloat16, of the fastest of our implementations, and one for its flush."""
+    found = read("gpu_suite", folder)
+
+    def best(op: str, variant: str, H: int, n: int, time: str) -> dict[str, str] | None:
+        cell = (op, variant, str(H), str(n), "bfloat16", "ok")
+        names = ("op", "variant", "H", "rows", "dtype", "status")
+        timed = [r for r in found if tuple(r[k] for k in names) == cell and r[f"{time}_q50_us"]]
+        return min(
+            (r for r in timed if r["implementation"] in OURS), key=lambda r: float(r[f"{time}_q50_us"]), default=None
+        )
+
+    def against(row: dict[str, str]) -> str:
+        return ", ".join(f"{ratio:.1f}x {NAMES[peer]}" for peer, ratio in speedups(row, found).items())
+
+    lines = []
+    for H in sorted({int(r["H"]) for r in found} - {0}):
+        idle = best("decode_step", "immediate", H, 0, "warm")
+        steps = {n: row for n in (1, 8, 16) if (row := best("decode_step", "immediate", H, n, "cold"))}
+        flush = best("flush", "", H, 256, "cold")
+        parts = [f"idle {float(idle['warm_q50_us']):.2f} µs"] if idle else []
+        parts += [
+            f"{n} step{'s' * (n > 1)} {float(r['cold_q50_us']):.1f} µs, {float(r['percent_of_copy']):.0f} % of copy"
+            for n, r in steps.items()
+        ]
+        parts += [f"flush of 256 rows {float(flush['cold_q50_us']):.1f} µs"] if flush else []
+        if parts:
+            faster = against(steps[1]) if 1 in steps else ""
+            lines.append((f"decode step, H = {H}, bfloat16", "; ".join(parts), faster and f"1 step: {faster}"))
+    return lines
+
+
+def _gpu_table(folder: Path = RESULTS) -> list[str]:
+    lines = gpu(folder)
+    if not lines:
+        return ["GPU: not yet measured. `benchmarks/gpu.sh` measures it.", ""]
+    first = read("gpu_suite", folder)[0]
+    versions = f"driver {first['driver']}, CUDA {first['cuda']}, torch {first['torch']}, triton {first['triton']}"
+    copy = float(next(r["copy_GB_per_s"] for r in read("gpu_suite", folder) if r["copy_GB_per_s"]))
+    return [
+        "| GPU | kernel time: CUDA graphs, cold L2, medians | against |", "|---|---|---|",
+        *("| " + " | ".join(line) + " |" for line in lines), "",
+        f"{first['gpu']}, copy {copy:,.0f} GB/s, {versions}. File: `benchmarks/results/gpu_suite.csv`, by `benchmarks/gpu.sh`.",
+        "",
+    ]  # fmt: skip
+
+
+def table(folder: Path = RESULTS) -> str:
+    first = read("decode_step", folder)[0]
     lines = ["| what | measured | |", "|---|---|---|"]
     lines += [
         "| " + " | ".join(row) + " |" for part in (decode_step, decode_overhead, finished_text, head) for row in part()
     ]
     where = f"{first['cpu']}, {first['cores']} cores, torch {first['torch']}, transformers {first['transformers']}"
-    return "\n".join([*lines, "", f"CPU: {where}. Files: `benchmarks/results`, regenerated by `make bench`.", ""])
+    cpu = f"CPU: {where}. Files: `benchmarks/results`, regenerated by `make bench`."
+    return "\n".join([*lines, "", cpu, "", *_gpu_table(folder)])
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ constexpr int GROUP = UNIT_GROUP;
 constexpr int MAX_GROUPS = 5;  // 80 units by 256 rows are 160 sums in each of 128 threads
 constexpr int QUAD_COLUMNS = 32;
 constexpr int MAX_STAGES = 16;
+constexpr int FOLD_COLUMNS = 512;  // of float32: one chain over 16384 columns would gather 3 times the rounding of a BLAS
 
 // As the kernels take it: Head, typed, with its tiling. Bias is the type of b1, w2 and b2.
 template <class W_, class T_>
@@ -142,10 +143,12 @@ struct Products {
   float sums[2 * ROWS];
 };
 
+// Eight columns by themselves, then to the sum.
 __device__ __forceinline__ float dot(float sum, const Wide& a, const Wide& b) {
+  float products = a.values[0] * b.values[0];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum = fmaf(a.values[i], b.values[i], sum);
-  return sum;
+  for (int i = 1; i < 8; ++i) products = fmaf(a.values[i], b.values[i], products);
+  return sum + products;
 }
 
 // -- the tile --------------------------------------------------------------------------------------------------------
@@ -415,17 +418,19 @@ struct TilePass {
   }
 
   __device__ __forceinline__ void run_multiplying() const {
-    Products<T> products[S::WARP_GROUPS][S::TILES];
-    const auto clear = [&] {
+    Products<T> products[S::WARP_GROUPS][S::TILES], folded[S::WARP_GROUPS][S::TILES];
+    const auto each_sum = [](auto& some, auto& others, const auto& visit) {
 #pragma unroll
-      for (auto& group : products) {
+      for (int i = 0; i < S::WARP_GROUPS; ++i) {
 #pragma unroll
-        for (auto& tile : group) {
+        for (int tile = 0; tile < S::TILES; ++tile) {
 #pragma unroll
-          for (float& sum : tile.sums) sum = 0;
+          for (int j = 0; j < 2 * Products<T>::ROWS; ++j) visit(some[i][tile].sums[j], others[i][tile].sums[j]);
         }
       }
     };
+    const auto clear = [&] { each_sum(products, folded, [](float& sum, float& total) { sum = total = 0; }); };
+    const auto fold = [&] { each_sum(products, folded, [](float& sum, float& total) { total += sum, sum = 0; }); };
     clear();
     // Two buffers: an item may end while a slower warp still gathers the one before.
     float* group_sums = ring.group_sums;
@@ -441,8 +446,9 @@ struct TilePass {
       meet<THREADS>();
       gather_waiting();
       multiply_stage(at.stage, products);
+      if (!H::TENSOR_CORES && (at.last_column() || (at.column + COLUMNS) % FOLD_COLUMNS == 0)) fold();
       if (at.last_column()) {
-        reduce(at, products, group_sums);
+        reduce(at, H::TENSOR_CORES ? products : folded, group_sums);
         waiting_tile = at.unit_tile, waiting_row0 = at.row0;
         clear();
       }

@@ -41,6 +41,18 @@ def random_head(
     return [guarded(w1, FLOAT8 if fp8 else dtype), guarded(b1, rest), guarded(w2, rest), guarded(b2, rest)]
 
 
+def expression(head: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """``head`` as PyTorch would use it with features of ``dtype``: all weights of that dtype.
+
+    The definition of a float8 head works in float32 throughout, which tensor cores do not; what it is compared with in 16 bits
+    is this. Any power of two can be moved between the layers, here so that float16 has room for all of them.
+    """
+    w1, b1, w2, b2 = (t.float() for t in head)
+    if head[0].dtype == FLOAT8:
+        w1, b1, w2 = w1 * 2**-8, b1 * 2**-8, w2 * 2**8
+    return [t.to(dtype) for t in (w1, b1, w2, b2)]
+
+
 def random_rows(*shape: int, dtype: torch.dtype, seed: int = 1, device: torch.device | str = "cpu") -> Tensor:
     """Contiguous in the last dimension only."""
     *outer, H = shape
@@ -134,7 +146,7 @@ class Stream:
         dtype: torch.dtype | None = None,
     ) -> State:  # fmt: skip
         """The tokens in ``chunks``, which may be fewer than all of them; in ``dtype`` instead of the stream's own."""
-        head = [t.to(dtype or t.dtype) for t in self.head]
+        head = self.head_as(dtype, decode_step is kernels.decode_step)
         begin = 0
         for q in chunks:
             part = self.ids[:, begin : begin + q], self.hidden[:, begin : begin + q].to(dtype or self.dtype)
@@ -143,8 +155,14 @@ class Stream:
         return state
 
     def flush(self, flush: Callable, state: State, dtype: torch.dtype | None = None) -> State:
-        flush(*(t.to(dtype or t.dtype) for t in self.head), *flush_arguments(state))
+        flush(*self.head_as(dtype, flush is kernels.flush), *flush_arguments(state))
         return state
+
+    def head_as(self, dtype: torch.dtype | None, defined: bool) -> list[Tensor]:
+        """In ``dtype``; else the head itself, or for a definition its expression in the stream's dtype."""
+        if dtype is not None:
+            return [t.to(dtype) for t in self.head]
+        return expression(self.head, self.dtype) if defined else self.head
 
     def check(
         self, decode_step: Callable, flush: Callable, chunks: Sequence[int], at_predict: bool, immediate: bool

@@ -1,0 +1,317 @@
+"""The microbenchmark suite: its gates can turn red, its files hold what they should, ``reflective bench`` runs it."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from reflective import kernels, ops
+from reflective.benchmarks import cases, clocks, command, peers, plots, record, report, suite, targets
+from reflective.benchmarks.cases import CASES, FLOAT8, Cell
+from reflective.benchmarks.suite import Item, Settings
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(ops.WHY_NO_EXTENSION is not None, reason=str(ops.WHY_NO_EXTENSION))
+
+
+def run(cell: Cell, *implementations: str) -> list[suite.Row]:
+    settings = Settings.quick(CPU)
+    return suite.run(settings, items=[Item(cell, implementations)])
+
+
+@pytest.fixture
+def spoiled(monkeypatch):
+    """Makes one of our ops do something else afterwards."""
+
+    def spoil(op, afterwards):
+        ours = getattr(torch.ops.reflective, op)
+
+        def wrong(*args):
+            out = ours(*args)
+            return afterwards(out, args)
+
+        fakes = {name: getattr(torch.ops.reflective, name) for name in ops.SCHEMAS} | {op: wrong}
+        monkeypatch.setattr(cases.Case, "ours", lambda self, name: SimpleNamespace(**fakes) if name == "cpu" else None)
+
+    return spoil
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_every_op_and_peer_passes_its_gate(rows, dtype):
+    for cell in cases.cells(tuple(CASES), (40,), (rows,), (dtype,)):
+        case = cases.make(cell, CPU)
+        for name in set(case.names()) - {"compile", "triton"}:
+            gate = case.check(name)
+            assert gate.passed, (cell, name, gate)
+            subject = case.bind(name, case.weights(0), 0)
+            for _ in range(min(3, subject.calls or 3)):
+                subject.call()
+            subject.reset()
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_triton_passes_its_gate(op, device):
+    pytest.importorskip("triton")
+    cell = Cell(
+        op, CASES[op].variants[0], 0 if op in cases.WITHOUT_WIDTH else 40, 2, cases.WITHOUT_WIDTH.get(op, torch.float32)
+    )
+    case = cases.make(cell, device)
+    case.gate_rows = 2  # interpreted where there is no GPU
+    assert case.check("triton").passed
+
+
+@pytest.mark.parametrize("op", ["score_rows", "logit_rows"])
+def test_a_wrong_implementation_turns_the_gate_red(op, spoiled, tmp_path, capsys):
+    spoiled(op, lambda out, args: out * 1.01)
+    rows = run(Cell(op, "", 40, 4, torch.float32), "cpu", "expression")
+    ours, expression = rows
+    assert ours["status"] == "red" and float(ours["error"]) > 0.005 > float(ours["definition_error"])
+    assert expression["status"] == "ok" and expression["host_q50_us"] > 0
+    assert not any(ours[c] for c in suite.COLUMNS if c.endswith(("_us", "_per_s")))
+    assert suite.speedups(ours, rows) == {} and suite.red(rows) == [ours]
+    printed = " ".join(suite.line(ours, rows))
+    assert "RED error" in printed and "x expression" not in printed
+
+
+@pytest.mark.parametrize(
+    ("op", "variant", "afterwards"),
+    [
+        ("decode_step", "immediate", lambda out, args: args[8][0, 7].add_(1)),  # a step too many
+        ("decode_step", "deferred", lambda out, args: args[11].add_(1)),  # a column of the step log
+        ("decode_step", "immediate", lambda out, args: args[9][..., 1].mul_(1.001)),  # a sum
+        ("decode_step", "immediate", lambda out, args: args[10].mul_(2)),  # the state left for the next step
+        ("flush", "", lambda out, args: args[8].add_(1)),  # a buffer that is not emptied
+        ("tally_slots", "", lambda out, args: args[3].mul_(1.001)),
+        ("step_mask", "", lambda out, args: out.roll(1, 1)),
+    ],
+)
+def test_every_part_of_the_state_is_looked_at(op, variant, afterwards, spoiled):
+    spoiled(op, afterwards)
+    H, dtype = (0, cases.WITHOUT_WIDTH[op]) if op in cases.WITHOUT_WIDTH else (40, torch.float32)
+    (row,) = run(Cell(op, variant, H, 3, dtype), "cpu")
+    assert row["status"] == "red", row
+
+
+def test_nan_and_exceptions_fail_and_the_run_goes_on(spoiled):
+    spoiled("score_rows", lambda out, args: out * math.nan)
+    cells = [Cell(op, "", 40, 2, torch.float32) for op in ("score_rows", "logit_rows")]
+    rows = suite.run(Settings.quick(CPU), items=[Item(cell, ("cpu",)) for cell in cells])
+    assert [r["status"] for r in rows] == ["red", "ok"] and rows[0]["error"] == "nan"
+
+    def explode(out, args):
+        raise ValueError("no such tile")
+
+    spoiled("logit_rows", explode)
+    rows = suite.run(Settings.quick(CPU), items=[Item(cell, ("cpu",)) for cell in cells])
+    assert [r["status"] for r in rows] == ["ok", "failed"] and "no such tile" in rows[1]["detail"]
+
+
+def test_a_red_gate_ends_in_exit_code_1_after_everything_ran(spoiled, tmp_path, monkeypatch):
+    from reflective import cli
+
+    spoiled("logit_rows", lambda out, args: -out)
+    args = ["bench", "--quick", "--op", "logit_rows", "--op", "score_rows", "--out", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(SystemExit) as end:
+        cli.app(args)
+    assert end.value.code == 1
+    rows = record.read("suite_cpu", tmp_path)
+    assert {r["status"] for r in rows if r["op"] == "logit_rows" and r["implementation"] == "cpu"} == {"red"}
+    assert {r["status"] for r in rows if r["op"] == "score_rows"} == {"ok"}
+
+
+def test_quick_command(tmp_path):
+    """The installed command, in a process of its own: table, CSV with hardware, versions and commit, plots."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from reflective.cli import main; main()", "bench", "--quick", "--device", "cpu",
+         "--out", str(tmp_path)],
+        check=False, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "decode_step immediate" in done.stdout and "x expression" in done.stdout
+    with open(tmp_path / "suite_cpu.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(r["op"], r["variant"]) for r in rows} == {
+        *(("decode_step", v) for v in ("immediate", "deferred")),
+        *((op, "") for op in CASES if op not in ("decode_step", "sprm_loss")),  # the loss has no compiled CPU kernel
+    }
+    for row in rows:
+        assert row["status"] == "ok" and row["cpu"] and row["torch"] == torch.__version__ and row["commit"]
+        assert 0 < float(row["host_q20_us"]) <= float(row["host_q50_us"]) <= float(row["host_q80_us"])
+    if plots_can_be_drawn():
+        assert {p.name for p in tmp_path.glob("*.png")} == {"suite_cpu_roofline.png", "suite_cpu_latency.png"}
+
+
+def plots_can_be_drawn() -> bool:
+    try:
+        plots._pyplot()
+    except ImportError:
+        return False
+    return True
+
+
+def test_bad_arguments_are_named(tmp_path):
+    for given, message in (
+        ({"ops": ("decode",)}, "ops: decode; expected some of decode_step"),
+        ({"dtypes": ("int8",)}, "dtypes: int8"),
+        ({"implementations": ("cuda",)}, "nothing to measure"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            command.run("cpu", True, given, tmp_path, SimpleNamespace())
+    with pytest.raises(ValueError, match="device='tpu'"):
+        command.run("tpu", True, {}, tmp_path, SimpleNamespace())
+
+
+def test_a_budget_ends_the_run_with_what_was_measured():
+    settings = Settings.quick(CPU, budget=0.0)
+    assert suite.run(settings) == []
+    whole = suite.plan(Settings(CPU))
+    assert suite._tier(whole[0].cell) == 0 and suite._tier(whole[-1].cell) == 4
+
+
+def test_every_combination_is_planned():
+    """Of the issue's grid; float8 for the head's ops, no width where there is none."""
+    planned = set(cases.cells(tuple(CASES), suite.WIDTHS, suite.ROWS, tuple(suite.DTYPES.values())))
+    assert Cell("decode_step", "immediate", 8192, 1024, FLOAT8) in planned
+    assert Cell("flush", "", 5120, 256, torch.bfloat16) in planned
+    assert Cell("tally_slots", "", 0, 64, torch.float32) in planned
+    assert not [c for c in planned if c.op == "sprm_loss" and c.dtype == FLOAT8]
+    assert len([c for c in planned if c.op == "score_rows"]) == 5 * 8 * 4  # no rows are no case of it
+
+
+def test_float8_is_checked_against_its_own_weights_and_its_error_told():
+    case = cases.make(Cell("score_rows", "", 64, 64, FLOAT8), CPU)
+    w1, b1, w2, b2 = case.weights(0)
+    assert w1.dtype == FLOAT8 and {b1.dtype, w2.dtype, b2.dtype} == {torch.float32}
+    assert case.check("expression").passed
+    exact = cases.make(Cell("score_rows", "", 64, 64, torch.bfloat16), CPU).dtype_error()
+    assert exact < case.dtype_error() < 0.1
+
+
+def test_a_compiled_peer_is_the_peer():
+    case = cases.make(Cell("score_rows", "", 40, 4, torch.float32), CPU)
+    assert case.check("compile").passed
+    assert case.peer("compile") is cases.make(Cell("score_rows", "", 40, 8, torch.float32), CPU).peer("compile")
+
+
+def test_on_a_gpu_weights_rotate_through_more_than_the_cache(monkeypatch):
+    """The device side of the suite with its clock replaced: what would be captured, and how often."""
+    captured = []
+
+    class Graph:
+        def __init__(self, subjects, rounds):
+            for subject in subjects:
+                subject.reset()
+                subject.call()
+            captured.append((len(subjects), rounds))
+
+        def time(self, seconds):
+            return clocks.Quantiles(1.0, 2.0, 3.0, 5)
+
+        def replay_to_end(self, n):
+            return clocks.Quantiles(4.0, 5.0, 6.0, n)
+
+    monkeypatch.setattr(suite, "Graph", Graph)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 20))
+    case = cases.make(Cell("decode_step", "immediate", 64, 2, torch.float32), CPU)
+    weights = case.weights(0)
+    found = suite._on_device(case, "cpu", weights, 0.0)
+    (warm, once, cold), size = captured, sum(w.nbytes for w in weights)
+    assert warm[0] * warm[1] >= clocks.GRAPH_CALLS and once == (1, 1)
+    assert cold[0] * size > 3 << 20 and cold[0] >= clocks.GRAPH_CALLS
+    numbers = suite._numbers(case, found, suite.Ceilings(1000.0, {torch.float32: 50.0}))
+    assert numbers["cold_q50_us"] == 2.0 and numbers["replay_q50_us"] == 5.0
+    assert numbers["GB_per_s"] == pytest.approx(case.bytes / 2e3, rel=1e-3)
+    idle = cases.make(Cell("decode_step", "deferred", 64, 0, torch.float32), CPU)
+    captured.clear()
+    assert "cold" not in suite._on_device(idle, "cpu", weights, 0.0) and captured[0] == (1, suite.IDLE_NODES)
+    deferred = cases.make(Cell("decode_step", "deferred", 64, 100, torch.float32), CPU)
+    assert deferred.bind("cpu", weights, 0).calls == 2  # then the buffer of 256 rows has no room for 100 more
+
+
+def gpu_rows(tmp_path, cold: float = 26.0) -> None:
+    """Invented figures, to read and judge."""
+    base = dict.fromkeys(suite.COLUMNS, "") | {
+        "dtype": "bfloat16",
+        "status": "ok",
+        "device": "cuda",
+        "bytes": 10,
+        "flops": 10,
+    }
+    rows = []
+    for implementation, slower in (("cuda", 1), ("triton", 1.5), ("compile", 3)):
+        mine = base | {"implementation": implementation, "copy_GB_per_s": 4300, "matmul_TFLOP_per_s": 790}
+        for H in (1536, 3584, 5120):
+            step = mine | {"op": "decode_step", "variant": "immediate", "H": H}
+            rows.append(step | {"rows": 0, "warm_q50_us": 2.0 * slower})
+            for n in (1, 8):
+                times = {"cold_q50_us": cold * slower, "percent_of_copy": 94 / slower, "TFLOP_per_s": 1.0}
+                rows.append(step | {"rows": n} | times)
+        rows.append(mine | {"op": "flush", "H": 5120, "rows": 256, "cold_q50_us": 55.0 * slower})
+    environment = {"gpu": "GPU X", "driver": "1", "cuda": "13.0", "torch": "2", "triton": "3"}
+    with open(tmp_path / "gpu_suite.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [*suite.COLUMNS, *environment])
+        writer.writeheader()
+        writer.writerows(row | environment for row in rows)
+
+
+def test_targets_are_read_off_the_files(tmp_path):
+    assert {v.met for v in targets.verdicts(tmp_path)} == {"-"}
+    gpu_rows(tmp_path)
+    met = {v.case: (v.measured, v.met) for v in targets.verdicts(tmp_path)}
+    assert met["GPU, a decode step with no step-token, replayed"] == ("2 us", "yes")
+    assert met["GPU, immediate, 1-16 rows, H = 5120, cold"] == ("94 %", "yes")
+    assert met["GPU, immediate, 1-16 rows, H = 1536, cold"] == ("26 us", "no")
+    assert met["GPU, flush of 256 rows, H = 5120"] == ("55 us", "yes")
+    assert met["CPU, a decode step with no step-token"] == ("not measured", "-")
+    text = targets.markdown(targets.verdicts(tmp_path))
+    assert text.count("\n") == 2 + len(met) and "| 26 us | no |" in text
+
+
+def test_the_readme_says_what_is_not_measured_and_shows_what_is(tmp_path):
+    (line, *_) = report._gpu_table(tmp_path)
+    assert line.startswith("GPU: not yet measured")
+    gpu_rows(tmp_path)
+    text = "\n".join(report._gpu_table(tmp_path))
+    assert "| decode step, H = 5120, bfloat16 | idle 2.00 µs; 1 step 26.0 µs, 94 % of copy; 8 steps" in text
+    assert "flush of 256 rows 55.0 µs | 1 step: 3.0x torch.compile |" in text and "GPU X, copy 4,300 GB/s" in text
+
+
+def test_entries_of_pytest_benchmark():
+    """Once through, without timing, as CI runs them."""
+    pytest.importorskip("pytest_benchmark")
+    command_line = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_decode_step.py",
+        "--benchmark-disable", "-k", "576 and not compile",
+    ]  # fmt: skip
+    done = subprocess.run(command_line, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "20 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_definitions_are_what_is_compared_with():
+    """Peers that compute another function would make every ratio meaningless; these are independent of the definitions."""
+    torch.manual_seed(0)
+    features, head = torch.randn(5, 8), (torch.randn(16, 8), torch.randn(16), torch.randn(1, 16), torch.randn(1))
+    torch.testing.assert_close(peers.score_rows(features, *head), kernels.score_rows(features, *head))
+    is_step = torch.tensor([True, False, True, True, False])
+    scores = peers.published_score_rows(features, is_step, *head)
+    torch.testing.assert_close(scores.log(), kernels.score_rows(features[is_step], *head))
+
+
+def test_bars_and_json(tmp_path, capsys):
+    from reflective import cli
+
+    args = ["bench", "--quick", "--op", "score_rows", "--dtype", "float32", "--rows", "2", "--json"]
+    with pytest.raises(SystemExit) as end:
+        cli.app([*args, "--device", "cpu", "--out", str(tmp_path)])
+    assert end.value.code == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {r["implementation"] for r in rows} == {"cpu", "expression", "published"}
