@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reflective.benchmarks.suite import TIMES
-from reflective.plot import _pyplot
+from reflective.plot import pyplot
 
 COLORS = {
     "cuda": "#4477aa", "triton": "#228833", "cpu": "#4477aa",
@@ -24,7 +24,7 @@ def draw(rows: Sequence[Row], folder: Path, name: str, dtype: str = "bfloat16") 
 
 def _roofline(rows: Sequence[Row], path: Path) -> Path:
     """Arithmetic intensity against the rate achieved, under the ceilings measured in the same run."""
-    plt = _pyplot()
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(7.5, 5), layout="constrained")
     copy, matmul = float(rows[0]["copy_GB_per_s"]), float(rows[0]["matmul_TFLOP_per_s"])
     intensity = [float(r["flops"]) / float(r["bytes"]) for r in rows]
@@ -48,7 +48,7 @@ def _roofline(rows: Sequence[Row], path: Path) -> Path:
 
 def _latency(rows: Sequence[Row], path: Path) -> Path:
     """One panel an op and a width: median microseconds against rows, the 20 to 80 % band behind."""
-    plt = _pyplot()
+    plt = pyplot()
     names = list(dict.fromkeys((r["op"], r["variant"]) for r in rows))
     widths = sorted({int(r["H"]) for r in rows})
     fig, axes = plt.subplots(

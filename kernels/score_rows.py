@@ -1,6 +1,5 @@
 """score_rows: the SPRM head on gathered rows. The definition."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -21,7 +21,7 @@ def plot_trajectory(candidate: Candidate, path: str | Path, *, title: str = "") 
     """
     if not candidate.step_scores:
         raise ValueError("candidate: it has no step to draw")
-    plt = _pyplot()
+    plt = pyplot()
     steps = [" ".join(candidate.text[a:b].split()) for a, b in candidate.step_spans]
     rows = range(len(steps))
     fig, ax = plt.subplots(figsize=(7.5, 1.2 + 0.45 * len(steps)), layout="constrained")
@@ -48,7 +48,7 @@ def sparkline(scores: Sequence[float]) -> str:
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * s))] if math.isfinite(s) else "?" for s in scores)
 
 
-def _pyplot() -> ModuleType:
+def pyplot() -> ModuleType:
     try:
         import matplotlib
     except ImportError:

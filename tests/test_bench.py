@@ -152,7 +152,7 @@ def test_quick_command(tmp_path):
 
 def plots_can_be_drawn() -> bool:
     try:
-        plots._pyplot()
+        plots.pyplot()
     except ImportError:
         return False
     return True

@@ -21,7 +21,13 @@ from reflective.kernels import layout
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder, pattern in (("csrc", "*"), ("kernels", "*.py"), ("reflective", "**/*.py"), ("reflective/data", "**/*"))
+    for folder, pattern in (
+        ("csrc", "*"),
+        ("kernels", "*.py"),
+        ("benchmarks", "*.py"),
+        ("reflective", "**/*.py"),
+        ("reflective/data", "**/*"),
+    )
     for path in (ROOT / folder).glob(pattern)
     if path.is_file()
 )

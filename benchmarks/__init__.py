@@ -1,0 +1,1 @@
+"""The microbenchmark suite and the scripts behind every recorded number; installed as ``reflective.benchmarks``."""
