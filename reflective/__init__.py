@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backend import backends
     from .finished import score
-    from .loss import sprm_loss
+    from .loss import sprm_loss, sprm_loss_rows
     from .model import ReflectiveModel
     from .scorer import StreamScorer
     from .scores import NonFiniteWarning, TrajectoryScores
@@ -24,6 +24,7 @@ __all__ = [
     "backends",
     "score",
     "sprm_loss",
+    "sprm_loss_rows",
 ]
 _HOME = {
     "SPRM": "sprm",
@@ -35,6 +36,7 @@ _HOME = {
     "backends": "backend",
     "score": "finished",
     "sprm_loss": "loss",
+    "sprm_loss_rows": "loss",
 }
 
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.utils.rnn import pad_sequence
 
 from .backbone import Backbone
-from .backend import choose_backend
+from .parallel import ShardedHead
 from .scorer import At, check_parts, one_of
 from .scores import TrajectoryScores
 from .sprm import SPRM
@@ -25,13 +26,15 @@ def score(
     *,
     backend: str | None = None,
     batch_tokens: int = 16_384,
+    w1_dtype: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> TrajectoryScores:
     """Score finished trajectories: the answer that ``StreamScorer`` gives while they are decoded.
 
     The backbone runs up to the input of its last layer and stops: no last layer, no logits, no other layer's states.
 
     Args:
-        model, head, steps, at, backend: as for ``StreamScorer``.
+        model, head, steps, at, backend, w1_dtype, process_group: as for ``StreamScorer``.
         input_ids: [B, T], [T] for one, or a list of B sequences of any lengths.
         attention_mask: [B, T], 0 at left or right padding. None: no padding.
         prompt_lengths: tokens of each prompt, padding not counted; only steps after it are scored. None: the whole text.
@@ -43,8 +46,7 @@ def score(
     one_of("at", at, ("predict", "token"))
     backbone = Backbone.of(model)
     steps = check_parts(backbone, head, steps)
-    engine = choose_backend(backend, backbone.device, backbone.dtype)
-    weights = tuple(w.to(backbone.device).contiguous() for w in head.weights())
+    placed = ShardedHead(head, backbone, backend, w1_dtype, process_group).load()
 
     if not isinstance(input_ids, Tensor):
         input_ids, attention_mask = _pad(input_ids, attention_mask)
@@ -67,7 +69,7 @@ def score(
         hidden = backbone.features(
             ids[rows, left:right], None if real.all() else real.long(), row, step - int(at == "predict")
         )  # [M, H]
-        log_scores[torch.tensor(rows, device=ids.device)[row], left + step] = engine.score_rows(hidden, *weights)
+        log_scores[torch.tensor(rows, device=ids.device)[row], left + step] = placed.score_rows(hidden)
 
     found = [log_scores[i][mask[i]] for i in range(len(ids))]
     return TrajectoryScores.collect(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .finished import score
@@ -188,6 +189,8 @@ class ReflectiveModel:
         seed: int | None = None,
         schedule: Schedule = "deferred",
         backend: str | None = None,
+        w1_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
         on_step: Callable[[Tensor, StreamScorer], None] | None = None,
     ) -> Generation:
         """Sample candidates, score each step as it is decoded, pick the best.
@@ -196,7 +199,8 @@ class ReflectiveModel:
             question: put into the checkpoint's prompt.
             effort: ``"low"``, ``"medium"``, ``"high"``: 2, 8, 32 candidates; ``n`` overrides it.
             temperature, top_p: 0.6 and 0.95 as published; temperature 0 decodes greedily.
-            seed: makes the run repeatable, by ``torch.manual_seed``.
+            seed: makes the run repeatable, by ``torch.manual_seed``. Ranks of a ``process_group`` need the same one.
+            schedule, backend, w1_dtype, process_group: as for ``StreamScorer``.
             on_step: called with ids [n, T] and the scorer after every decoded token.
 
         Raises:
@@ -213,7 +217,10 @@ class ReflectiveModel:
             torch.manual_seed(seed)
         prompt = self.format(question)
         ids = self.encode(prompt)
-        scorer = StreamScorer(self.model, self.head, self.steps, schedule, self.config.at, backend=backend)
+        scorer = StreamScorer(
+            self.model, self.head, self.steps, schedule, self.config.at,
+            backend=backend, w1_dtype=w1_dtype, process_group=process_group,
+        )  # fmt: skip
         out = sample(
             self.model, self.tokenizer, scorer, ids.expand(n, -1),
             shared=0 if self.model.generation_config.cache_implementation else ids.shape[1] - 1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
@@ -224,11 +231,22 @@ class ReflectiveModel:
             prompt, self.candidates(out.sequences, out.prompt_length, scores), out.seconds, scorer.host_seconds
         )
 
-    def score(self, prompt: str, responses: Sequence[str]) -> list[Candidate]:
+    def score(
+        self,
+        prompt: str,
+        responses: Sequence[str],
+        *,
+        backend: str | None = None,
+        w1_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> list[Candidate]:
         """Score finished responses to one formatted ``prompt``, by a forward of the truncated backbone.
 
         ``prompt`` and response are tokenized apart, as they were when the response was decoded. An empty prompt has the
         responses scored as whole texts.
+
+        Args:
+            backend, w1_dtype, process_group: as for ``StreamScorer``.
 
         Raises:
             ValueError: no response, or an empty one.
@@ -241,8 +259,9 @@ class ReflectiveModel:
             for r in responses
         ]
         scores = score(
-            self.model, self.head, self.steps, rows, at=self.config.at, prompt_lengths=len(head) if prompt else None
-        )
+            self.model, self.head, self.steps, rows, at=self.config.at, prompt_lengths=len(head) if prompt else None,
+            backend=backend, w1_dtype=w1_dtype, process_group=process_group,
+        )  # fmt: skip
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token(self.tokenizer) or 0)
         return self.candidates(padded, len(head), scores, [len(r) - len(head) for r in rows])
 

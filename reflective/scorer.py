@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
 from .backbone import Backbone
-from .backend import Backend, choose_backend
+from .backend import Backend
+from .parallel import ShardedHead
 from .scores import TrajectoryScores
 from .sprm import SPRM
 from .state import StreamState, hash_ids
@@ -46,11 +48,18 @@ class StreamScorer:
         at: ``"predict"`` reads the state that predicted the step-token (published checkpoints), ``"token"`` its own.
         scope: ``"response"`` scores what is generated, ``"text"`` the prompt too.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None takes the fastest for the model's device.
-        buffer_rows: rows of the deferred buffer.
+        buffer_rows: rows of the deferred buffer. With a ``process_group`` the buffer is taken for full as soon as it could
+            be, after ``buffer_rows`` decoded tokens, and all of its rows go through the head, as the host does not know
+            which hold a step.
         max_steps: steps a sequence whose single scores are kept; further ones still count in the trajectory's score.
             16,384 are enough for 32k generated tokens, as steps are never adjacent.
         record_features: keep the feature of every step that is scored, for training (``features``). Costs a look at a
-            device-side counter a forward.
+            device-side counter whenever the buffer could be full, and every forward if ``"immediate"``.
+        w1_dtype: of the head's first weights: None for the head's own, or ``torch.float8_e4m3fn``, see ``SPRM.weights``.
+        process_group: the ranks over which the model is tensor parallel (``tp_plan="auto"``), ``dist.group.WORLD`` for
+            instance; None: it is not. Each rank keeps a part of the head, and flushes add up a float a row over the ranks:
+            deferred every ``buffer_rows`` tokens, immediate every forward. All ranks must decode the same tokens and ask for
+            the same results; they get the same bits.
 
     Attributes:
         backend: which code does the work (``backend.name``).
@@ -73,6 +82,8 @@ class StreamScorer:
         buffer_rows: int = 256,
         max_steps: int = 16_384,
         record_features: bool = False,
+        w1_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         one_of("schedule", schedule, ("deferred", "immediate"))
         one_of("at", at, ("predict", "token"))
@@ -86,16 +97,20 @@ class StreamScorer:
         if steps.step_ids is not None and pad in steps.step_ids:
             # After a sequence's end generate feeds it padding, which must not count as steps.
             raise ValueError(f"steps: the padding token {pad} is a step-token; give the model another pad_token_id")
-        self.backend: Backend = choose_backend(backend, self.backbone.device, self.backbone.dtype)
+        self._head = ShardedHead(head, self.backbone, backend, w1_dtype, process_group)
+        self.backend: Backend = self._head.backend
         self.buffer_rows, self.max_steps, self.record_features = buffer_rows, max_steps, record_features
+        # Whether the buffer must not empty itself: rows are to be kept, or a part of the head cannot score them.
+        self._flushes = record_features or process_group is not None
+        self._waiting = 0  # if so, no more rows than these wait in the buffer
         self._state: StreamState | None = None
         self._read: StreamState | None = None  # the state that the last result was read from
-        self._weights: tuple[Tensor, ...] = ()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inputs = tuple(inspect.signature(model.forward).parameters)  # names, for positional arguments
         self.host_seconds = 0.0
         self._batch = 0  # sequences of the current generation; 0 before the first
         self._seen = 0  # columns consumed, a host-side twin of the state's SEEN
+        self._start = 0  # first column in scope
         self._ids: Tensor | None = None  # of the forward in progress
         self._cache: Callable[[], Any] = lambda: None  # weak reference to the cache of the last forward
         self._announced: Tensor | None = None  # the whole prompt, when `begin` gave it
@@ -107,8 +122,7 @@ class StreamScorer:
     def __enter__(self) -> Self:
         if self._handles:
             raise RuntimeError("this StreamScorer is attached already; use one `with` block at a time")
-        device = self.backbone.device
-        self._weights = tuple(w.to(device).contiguous() for w in self.head.weights())
+        self._head.load()
         self._handles = [
             self.backbone.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.backbone.on_features(self._on_features),
@@ -149,9 +163,9 @@ class StreamScorer:
                 batch, b.hidden_size, self.head.width, buffer_rows=max(self.buffer_rows, batch), max_steps=self.max_steps,
                 dtype=b.dtype, device=b.device,
             )  # fmt: skip
-        start = torch.full_like(pad, prompt_length if self.scope == "response" else 0)
-        state.reset(pad, start)
-        self._batch, self._seen, self._announced = batch, 0, None
+        self._start = prompt_length if self.scope == "response" else 0
+        state.reset(pad, torch.full_like(pad, self._start))
+        self._batch, self._seen, self._waiting, self._announced = batch, 0, 0, None
         self._recorded, self._recorded_last = [], []
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -215,30 +229,41 @@ class StreamScorer:
         self.host_seconds += time.perf_counter() - began
 
     def _consume(self, ids: Tensor, hidden: Tensor) -> None:
-        if self.record_features:
-            # The buffer must not empty itself in mid-forward: long forwards go in pieces that fit it.
-            piece = max(1, self._state.slots.shape[0] // self._batch)
-            for ids_piece, hidden_piece in zip(ids.split(piece, 1), hidden.split(piece, 1), strict=True):
-                self._record(self._state, self._recorded)
-                self._run(self._state, ids_piece, hidden_piece)
-        else:
+        if not self._flushes:
             self._run(self._state, ids, hidden)
-        self._seen += ids.shape[1]
+            self._seen += ids.shape[1]
+            return
+        room, begin, q = len(self._state.slots), 0, ids.shape[1]
+        # GPU kernels give the steps of several columns their slots in any order; ranks must agree on it.
+        piece = 1 if self._head.group else max(1, room // self._batch)
+        while begin < q:
+            quiet = self._start - self._seen  # columns before the scope: whatever they hold, no step of it counts
+            end = min(begin + (quiet if quiet > 0 else piece), q)
+            rows = 0 if quiet > 0 else (end - begin) * self._batch
+            if self._waiting + rows > room:
+                self._empty()
+            self._run(self._state, ids[:, begin:end], hidden[:, begin:end])
+            self._seen += end - begin
+            self._waiting += rows
+            begin = end
+        if self.schedule == "immediate":
+            self._empty()
 
     def _run(self, state: StreamState, ids: Tensor, hidden: Tensor) -> None:
         self.backend.decode_step(
-            ids, hidden, self.steps.token_class, self.steps.transition, *self._weights, *state.tensors(),
-            self.at == "predict", self.schedule == "immediate" and not self.record_features,
+            ids, hidden, self.steps.token_class, self.steps.transition, *self._head.weights, *state.tensors(),
+            self.at == "predict", self.schedule == "immediate" and not self._flushes,
         )  # fmt: skip
 
-    def _flush(self, state: StreamState) -> None:
-        self.backend.flush(*self._weights, *state.buffer())
+    def _empty(self) -> None:
+        self._flush(self._state, self._waiting, self._recorded)
+        self._waiting = 0
 
-    def _record(self, state: StreamState, record: list[tuple[Tensor, Tensor]]) -> None:
-        """Move the buffer's rows to ``record``, and score them."""
-        if n := int(state.n_slots):
+    def _flush(self, state: StreamState, rows: int, record: list[tuple[Tensor, Tensor]]) -> None:
+        """Score the rows in the buffer, ``rows`` at the most; those to be kept go to ``record``."""
+        if self.record_features and (n := int(state.n_slots)):
             record.append((state.slots[:n].clone(), state.slot_owner[:n].clone()))
-            self._flush(state)
+        self._head.flush(state, rows)
 
     # -- results -----------------------------------------------------------------------------------------------------
 
@@ -258,18 +283,16 @@ class StreamScorer:
             raise RuntimeError(
                 f"nothing to score: no forward of {type(self.backbone.model).__name__} ran while this scorer was attached"
             )
-        state, self._recorded_last = self._state, []
-        if self.record_features:
-            self._record(state, self._recorded)
+        state, rows, self._recorded_last = self._state, 0, []
+        if self._flushes:
+            self._empty()
         if sequences is not None and (unseen := self._unseen(getattr(sequences, "sequences", sequences))).shape[1]:
-            state = state.clone()  # decoding may go on, so the unfed token is consumed by a copy
+            state, rows = state.clone(), self._batch  # decoding may go on, so the unfed token is consumed by a copy
             if self.at == "token":
                 state.silence()
             no_hidden = state.slots.new_zeros(self._batch, unseen.shape[1], self.backbone.hidden_size)
             self._run(state, unseen, no_hidden)
-        if self.record_features:
-            self._record(state, self._recorded_last)
-        self._flush(state)
+        self._flush(state, rows, self._recorded_last)
         self._read = state
         found = [state.sequence(i) for i in range(self._batch)]
         if any(f.n_steps > len(f.columns) for f in found):

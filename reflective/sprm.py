@@ -39,11 +39,26 @@ class SPRM(nn.Sequential):
     def dtype(self) -> torch.dtype:
         return self[0].weight.dtype
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(w1 [2H, H], b1 [2H], w2 [1, 2H], b2 [1])``, detached: what every op takes."""
-        return (
-            self[0].weight.detach(), self[0].bias.detach(), self[3].weight.detach(), self[3].bias.detach()
-        )  # fmt: skip
+    def w1_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of ``weights(dtype)[0]``. ValueError if there is none."""
+        if dtype not in (None, self.dtype, torch.float8_e4m3fn):
+            raise ValueError(f"w1_dtype={dtype}; expected None, the head's {self.dtype} or torch.float8_e4m3fn")
+        return dtype or self.dtype
+
+    def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(w1 [K, H], b1 [K], w2 [1, K], b2 [1])``, detached: what every op takes.
+
+        Args:
+            dtype: of ``w1``. None: the head's own. ``torch.float8_e4m3fn``: half of bfloat16's bytes, see ``quantize``; the
+                others are float32 then. Its error, and what it does to ranking: ``benchmarks/results/fp8_error.csv``.
+
+        Raises:
+            ValueError: another dtype, or weights that cannot be quantised.
+        """
+        w1, b1, w2, b2 = (t.detach() for layer in (self[0], self[3]) for t in (layer.weight, layer.bias))
+        if self.w1_dtype(dtype) == torch.float8_e4m3fn:
+            return *quantize(w1, b1, w2), b2.float()
+        return w1, b1, w2, b2
 
     @staticmethod
     def found(path: str | Path) -> Path | None:
@@ -121,6 +136,35 @@ class SPRM(nn.Sequential):
             )
         if self.dtype != dtype:
             raise ValueError(f"head: dtype {self.dtype} differs from the {dtype} of {name}; use head.to({dtype})")
+
+
+def quantize(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``W1[u] = s_u q_u`` with ``q_u`` rounded to float8_e4m3fn, the scales folded into the rest of the head:
+
+        w2_u relu(s_u q_u . f + b1_u) = (w2_u s_u) relu(q_u . f + b1_u / s_u)
+
+    because ReLU is positively homogeneous; so no kernel needs to know of scales. ``s_u`` is the power of two that puts the
+    row's largest magnitude into (224, 448], the upper end of e4m3's range (1 for a row of zeros, 2**-64 at the least, lest
+    ``b1_u / s_u`` overflow). A power of two, because scaling by it is exact: nothing but ``q_u`` is rounded.
+
+    Args:
+        w1, b1, w2: [K, H], [K], [1, K] of any float dtype. GPU kernels need an H that is a multiple of 16.
+
+    Returns:
+        ``(w1 [K, H] float8_e4m3fn, b1 [K] float32, w2 [1, K] float32)``.
+
+    Raises:
+        ValueError: a weight is not finite, or not in float32 once it is scaled.
+    """
+    w1, b1, w2 = w1.float(), b1.float(), w2.float()
+    largest = w1.abs().amax(1)
+    power = largest / torch.frexp(largest).mantissa / 512  # 448 = 7/8 * 512, and the mantissa lies in [1/2, 1)
+    scale = torch.where(largest > 448 * power, 2 * power, power)
+    scale = torch.where(largest > 0, scale.clamp_min(2**-64), 1)  # [K]
+    b1, w2 = b1 / scale, w2 * scale
+    if not all(t.isfinite().all() for t in (w1, b1, w2)):
+        raise ValueError("head: a weight is NaN or infinite, or too large to be quantised to float8_e4m3fn")
+    return (w1 / scale[:, None]).to(torch.float8_e4m3fn), b1, w2
 
 
 def geometric_mean(log_sum: float, n_steps: int) -> float:

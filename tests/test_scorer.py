@@ -83,6 +83,31 @@ def test_bfloat16(backend):
     assert_agrees(scorer.result(out), net, head, out, mask, "predict")
 
 
+def test_float8_weights_score_as_the_head_of_their_rounded_values():
+    net, head, (ids, mask) = tiny.model(), tiny.head(), prompts()
+    rounded = copy.deepcopy(head)
+    w1, _, w2, _ = head.weights(torch.float8_e4m3fn)
+    rounded[0].weight.copy_(w1.float() * (w2 / head[3].weight).T)
+    results = {}
+    for name, sprm, kwargs in (("ours", head, {"w1_dtype": torch.float8_e4m3fn}), ("rounded", rounded, {})):
+        scorer = rf.StreamScorer(net, sprm, tiny.steps(), **{"backend": "torch", **kwargs})
+        out = decode(scorer, net, ids, mask, num_return_sequences=2)
+        finished = rf.score(net, sprm, tiny.steps(), out, **kwargs, prompt_lengths=9)
+        results[name] = torch.cat(scorer.result(out).step_scores), torch.cat(finished.step_scores)
+    for ours, expected in zip(*results.values(), strict=True):
+        assert len(ours) > 10
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert_agrees(scorer.result(out), net, rounded, out, mask, "predict")
+
+
+def test_float8_falls_back_to_the_definition_on_cpu():
+    net, head = tiny.model(), tiny.head()
+    assert rf.StreamScorer(net, head, tiny.steps(), w1_dtype=torch.float8_e4m3fn).backend.name == "torch"
+    if _fast() == "cpu":
+        with pytest.raises(ValueError, match="backend='cpu' cannot be used here: .*not torch.float8_e4m3fn"):
+            rf.StreamScorer(net, head, tiny.steps(), w1_dtype=torch.float8_e4m3fn, backend="cpu")
+
+
 @pytest.mark.parametrize("kind", sorted(tiny.CONFIGS))
 def test_models_are_found_by_one_mechanism(kind):
     net, head, (ids, mask) = tiny.model(kind), tiny.head(), prompts((6, 6))
@@ -415,6 +440,8 @@ def test_parts_that_do_not_fit():
     for name, value in (("schedule", "later"), ("at", "step"), ("scope", "all"), ("backend", "tpu")):
         with pytest.raises(ValueError, match=f"{name}='{value}'; expected one of"):
             rf.StreamScorer(net, head, steps, **{name: value})
+    with pytest.raises(ValueError, match="w1_dtype=torch.int8; expected None"):
+        rf.StreamScorer(net, head, steps, w1_dtype=torch.int8)
     with pytest.raises(ValueError, match="backend='cuda' is unavailable"):
         rf.StreamScorer(net, head, steps, backend="cuda")
 
