@@ -207,7 +207,7 @@ def _runs_on(capability: tuple[int, int], code: str) -> bool:
 
 @functools.cache
 def _say_once(why: str) -> None:
-    warnings.warn(f"reflective runs on its plain-PyTorch definition, its slowest backend: {why}", stacklevel=4)
+    warnings.warn(f"reflective runs on its plain-PyTorch definition, its slowest backend: {why}", stacklevel=5)
 
 
 def _triton_detail() -> str:
