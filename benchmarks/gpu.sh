@@ -51,9 +51,13 @@ stage() {
 # A copy, so that neither an old build in this tree nor a read-only one is in the way.
 build() {
     (cd "$ROOT" && tar -c --exclude='*.so' --exclude='__pycache__' csrc kernels reflective benchmarks/*.py tests \
-        pyproject.toml setup.py README.md LICENSE) | tar -x -C "$WORK" &&
-        "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation --no-compile --disable-pip-version-check \
-            --quiet --target "$SITE" "$WORK"
+        pyproject.toml setup.py README.md LICENSE) | tar -x -C "$WORK" || return
+    # setuptools before 77 knows another spelling of the licence alone, and cannot be replaced here.
+    if "$PYTHON" -c 'import setuptools; raise SystemExit(int(setuptools.__version__.split(".")[0]) >= 77)'; then
+        sed -i -e 's/^license = \(".*"\)$/license = {text = \1}/' -e '/^license-files/d' "$WORK/pyproject.toml"
+    fi
+    "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation --no-compile --disable-pip-version-check \
+        --quiet --target "$SITE" "$WORK"
 }
 
 versions() {

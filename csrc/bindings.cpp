@@ -1,10 +1,11 @@
-// torch.ops.reflective.* on CPU and, with REFLECTIVE_CUDA, on CUDA tensors. The only file that knows torch, and of it only
-// libtorch's stable ABI: one build serves every torch from 2.11 and every Python from 3.10, with and without CUDA. The
-// schemas are stated in reflective/ops.py. With REFLECTIVE_EMULATION the CUDA kernels answer for CPU tensors under
+// torch.ops.reflective.* on CPU and, with REFLECTIVE_CUDA, on CUDA tensors. The only file that knows torch, and of it
+// only libtorch's stable ABI: one build serves every torch from 2.11 and every Python from 3.10, with and without CUDA.
+// The schemas are stated in reflective/ops.py. With REFLECTIVE_EMULATION the CUDA kernels answer for CPU tensors under
 // torch.ops.reflective_emulation.*, and nothing else is there: see tests/emulation.
 #ifndef REFLECTIVE_EMULATION
 #include <Python.h>
 #endif
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -38,8 +39,9 @@ enum class Type { int64, int32, int8, float64, float32, bfloat16, float16, float
 constexpr int64_t ANY = -1;  // a size that may be anything
 
 int32_t code(Type type) {
-  static const int32_t codes[] = {aoti_torch_dtype_int64(),   aoti_torch_dtype_int32(),   aoti_torch_dtype_int8(),
-                                  aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+  static const int32_t codes[] = {aoti_torch_dtype_int64(),   aoti_torch_dtype_int32(),
+                                  aoti_torch_dtype_int8(),    aoti_torch_dtype_float64(),
+                                  aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                                   aoti_torch_dtype_float16(), aoti_torch_dtype_float8_e4m3fn()};
   return codes[static_cast<int>(type)];
 }
@@ -169,7 +171,8 @@ Head make_head(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tenso
 }
 
 // Rows of features: `tensor`'s last dimension is one.
-Argument features_of(const char* name, const Tensor& tensor, const Head& head, std::initializer_list<int64_t> expected) {
+Argument features_of(const char* name, const Tensor& tensor, const Head& head,
+                     std::initializer_list<int64_t> expected) {
   const Type type = feature_type(head.type);
   const Argument rows(name, tensor, type, expected);
   if (on_gpu) rows.aligned(element_size(type));
@@ -247,8 +250,11 @@ DecodeStep make_decode_step(const Tensor& ids, const Tensor& hidden, const Tenso
   stream.last_hidden = features_of("last_hidden", last_hidden, head, {n, 2, head.width}).dense().data;
   stream.step_column = Argument("step_column", step_column, Type::int32, {n, capacity}).dense().as<int32_t>();
   stream.step_region = Argument("step_region", step_region, Type::int8, {n, capacity}).dense().as<int8_t>();
-  return {tokens, {states.dense(2).data, states.strides[0], states.strides[1]}, make_automaton(token_class, transition),
-          head, stream};
+  return {tokens,
+          {states.dense(2).data, states.strides[0], states.strides[1]},
+          make_automaton(token_class, transition),
+          head,
+          stream};
 }
 
 struct StepMask {
@@ -294,14 +300,14 @@ const float* make_logits(const Tensor& logits, const Stream& stream) {
   return Argument("logits", logits, Type::float32, {stream.slot_capacity}).dense().as<float>();
 }
 
-#define DECODE_STEP_TENSORS                                                                                         \
-  const Tensor &ids, const Tensor &hidden, const Tensor &token_class, const Tensor &transition, const Tensor &w1,   \
-      const Tensor &b1, const Tensor &w2, const Tensor &b2, const Tensor &seq, const Tensor &tally,                 \
-      const Tensor &last_hidden, const Tensor &step_column, const Tensor &step_region, const Tensor &step_score,    \
+#define DECODE_STEP_TENSORS                                                                                       \
+  const Tensor &ids, const Tensor &hidden, const Tensor &token_class, const Tensor &transition, const Tensor &w1, \
+      const Tensor &b1, const Tensor &w2, const Tensor &b2, const Tensor &seq, const Tensor &tally,               \
+      const Tensor &last_hidden, const Tensor &step_column, const Tensor &step_region, const Tensor &step_score,  \
       const Tensor &slots, const Tensor &slot_owner, const Tensor &n_slots, const Tensor &workspace
-#define DECODE_STEP_NAMES                                                                                       \
-  token_class, transition, w1, b1, w2, b2, seq, tally, last_hidden, step_column, step_region,      \
-      step_score, slots, slot_owner, n_slots, workspace
+#define DECODE_STEP_NAMES                                                                                        \
+  token_class, transition, w1, b1, w2, b2, seq, tally, last_hidden, step_column, step_region, step_score, slots, \
+      slot_owner, n_slots, workspace
 
 }  // namespace
 
@@ -354,9 +360,10 @@ void tally_slots_cpu(const Tensor& logits, const Tensor& b2, const Tensor& tally
   const Stream stream = make_tallies(tally, step_score, slot_owner, n_slots);
   const HeadType type = head_type(b2, b2);
   const void* const bias = make_b2(b2, type);
-  tally_slots(make_logits(logits, stream),
-              type == HeadType::bfloat16 ? to_float(*static_cast<const bfloat16*>(bias)) : *static_cast<const float*>(bias),
-              stream);
+  tally_slots(
+      make_logits(logits, stream),
+      type == HeadType::bfloat16 ? to_float(*static_cast<const bfloat16*>(bias)) : *static_cast<const float*>(bias),
+      stream);
 }
 
 std::string cpu_capability() { return capability().name; }
@@ -402,21 +409,19 @@ cudaStream_t current_stream(int32_t device) {
 // While it lives, the tensor's device is the current one and all other arguments must be there.
 class OnDeviceOf {
  public:
-  explicit OnDeviceOf(const Tensor& tensor) : before_(gpu::current_device()), index_(tensor.get_device_index()) {
-    if (index_ >= 0 && before_ != index_) gpu::set_device(index_);
+  explicit OnDeviceOf(const Tensor& tensor) : index_(tensor.get_device_index()) {
+    if (index_ >= 0) guard_.emplace(index_);
     on_gpu = true;
     gpu_index = index_;
   }
-  ~OnDeviceOf() {
-    on_gpu = false;
-    if (index_ >= 0 && before_ != index_) gpu::set_device(before_);
-  }
+  ~OnDeviceOf() { on_gpu = false; }
   OnDeviceOf(const OnDeviceOf&) = delete;
 
   cudaStream_t stream() const { return current_stream(index_); }
 
  private:
-  const int before_, index_;  // index_: -1 under emulation
+  const int32_t index_;  // -1 under emulation
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
 // `rows` itself wherever a GPU can read it as it lies, as it can what a model puts out; else a copy.

@@ -28,14 +28,16 @@ __device__ __forceinline__ void copy_pieces(void* target, const void* source, in
   static_cast<uint4*>(target)[piece] = static_cast<const uint4*>(source)[piece];
 }
 
-__device__ __forceinline__ void own_slot(const Stream& state, int64_t slot, int64_t sequence, int64_t step, int region) {
+__device__ __forceinline__ void own_slot(const Stream& state, int64_t slot, int64_t sequence, int64_t step,
+                                         int region) {
   int32_t* const owner = state.slot_owner + slot * OWNER_FIELDS;
   owner[OWNER_SEQUENCE] = static_cast<int32_t>(sequence);
   owner[OWNER_STEP] = static_cast<int32_t>(step);
   owner[OWNER_REGION] = region;
 }
 
-__device__ __forceinline__ void log_step(const Stream& state, int64_t sequence, int64_t step, int64_t column, int region) {
+__device__ __forceinline__ void log_step(const Stream& state, int64_t sequence, int64_t step, int64_t column,
+                                         int region) {
   if (step < state.log_capacity) {
     state.step_column[sequence * state.log_capacity + step] = static_cast<int32_t>(column);
     state.step_region[sequence * state.log_capacity + step] = static_cast<int8_t>(region);
@@ -110,7 +112,9 @@ struct StepRows {
   const uint16_t* active;  // 2 * sequence + (column & 1)
   int n_waiting;
 
-  __device__ const T* operator()(int row) const { return row < n_waiting ? step.slot_row(row) : feature(row - n_waiting); }
+  __device__ const T* operator()(int row) const {
+    return row < n_waiting ? step.slot_row(row) : feature(row - n_waiting);
+  }
 
   __device__ const T* feature(int i) const {
     const int64_t b = active[i] >> 1;
@@ -151,9 +155,10 @@ __device__ __forceinline__ int find_steps(const Step<H>& step, uint16_t* active,
   return total;
 }
 
-// One launch. Every block finds out by itself which sequences end a step, from the state as it was: nothing that another
-// block may still read is written before the last block has arrived. Where there is nothing to score, that is all, but
-// for a share of the copying. Otherwise each block streams its tiles of W1, and the last one to arrive has all sums.
+// One launch. Every block finds out by itself which sequences end a step, from the state as it was: nothing that
+// another block may still read is written before the last block has arrived. Where there is nothing to score, that is
+// all, but for a share of the copying. Otherwise each block streams its tiles of W1, and the last one to arrive has all
+// sums.
 template <class H>
 __global__ void __launch_bounds__(THREADS, 1) step_kernel(Step<H> step) {
   const Stream& state = step.state;
@@ -181,7 +186,8 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(Step<H> step) {
     const int first = blockIdx.x * copiers + threadIdx.x, stride = gridDim.x * copiers;
     for (int i = first; i < batch * pieces; i += stride) {
       const int64_t b = i / pieces;
-      copy_pieces(step.last_row(b, state.seq[b * SEQ_FIELDS + SEEN] + 1), step.hidden + b * step.hidden_stride, i % pieces);
+      copy_pieces(step.last_row(b, state.seq[b * SEQ_FIELDS + SEEN] + 1), step.hidden + b * step.hidden_stride,
+                  i % pieces);
     }
     for (int i = first; gathers && i < n_new * pieces; i += stride) {
       copy_pieces(step.slot_row(n_waiting + i / pieces), rows.feature(i / pieces), i % pieces);
@@ -270,8 +276,11 @@ __global__ void __launch_bounds__(WALK_THREADS, 4)
       if (threadIdx.x == 0) *shared_slot = atomicAdd(state.n_slots, 1);
       __syncthreads();
       const int slot = *shared_slot;
-      const auto* const feature = !step.at_predict ? hidden_row(j) : j > 0 ? hidden_row(j - 1) : step.last_row(b, at.column);
-      for (int piece = threadIdx.x; piece < pieces; piece += WALK_THREADS) copy_pieces(step.slot_row(slot), feature, piece);
+      const auto* const feature = !step.at_predict ? hidden_row(j)
+                                  : j > 0          ? hidden_row(j - 1)
+                                                   : step.last_row(b, at.column);
+      for (int piece = threadIdx.x; piece < pieces; piece += WALK_THREADS)
+        copy_pieces(step.slot_row(slot), feature, piece);
       if (threadIdx.x == 0) {
         at.region = (n_think > 0 ? AFTER_THINK : 0) + (n_end > 0 ? AFTER_END : 0);
         own_slot(state, slot, b, n_steps, at.region);
@@ -343,7 +352,8 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automato
   with_head(head, on, [&](auto typed) {
     using H = decltype(typed);
     using T = typename H::T;
-    Step<H> step{typed, ids, static_cast<const T*>(hidden.data), hidden.batch_stride, automaton, state, at_predict, immediate};
+    Step<H> step{typed,      ids,      static_cast<const T*>(hidden.data), hidden.batch_stride, automaton, state,
+                 at_predict, immediate};
     if (ids.length == 1) return launch_step(on, step, stream);
     const int64_t piece = std::max<int64_t>(1, state.slot_capacity / ids.batch);
     for (int64_t begin = 0; begin < ids.length; begin += piece) {

@@ -59,7 +59,9 @@ __device__ __forceinline__ void meet() {
 }
 
 // Brings the line of `address` into the first-level cache, without waiting.
-__device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L1 [%0];" ::"l"(address)); }
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(address)));
+}
 
 // Four matrices of 8 rows of 16 bytes in shared memory, of which each thread names one row; into fragments, as PTX has
 // them for ldmatrix.x4.
@@ -77,10 +79,10 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 #define REFLECTIVE_MMA(T, type)                                                                                   \
   template <>                                                                                                     \
   __device__ __forceinline__ void mma_16x8x16<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                           \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                             \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                    \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                    \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                      \
   }
 REFLECTIVE_MMA(Bfloat16, "bf16")
 REFLECTIVE_MMA(Float16, "f16")

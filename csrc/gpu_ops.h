@@ -1,5 +1,5 @@
-// The ops on a GPU: as their twins of the same name outside the namespace, on device memory and a stream, and without a
-// look at values: an id outside the vocabulary is no step. Throw std::runtime_error if CUDA refuses.
+// The ops on a GPU: as their twins of the same name outside the namespace, on memory of the current device and on a
+// stream, without a look at values: an id outside the vocabulary is no step. Throw std::runtime_error if CUDA refuses.
 #pragma once
 
 #include "decode_step.h"
@@ -8,10 +8,6 @@ struct CUstream_st;
 using cudaStream_t = CUstream_st*;  // as in CUDA's own headers, which the bindings do without
 
 namespace reflective::gpu {
-
-int current_device();
-
-void set_device(int index);
 
 void step_mask(const Ids& ids, const Automaton& automaton, const int64_t* pad, const int64_t* length,
                const int64_t* start, bool* mask, cudaStream_t stream);

@@ -5,9 +5,10 @@
 // features' columns, 16 bytes a copy, up to 15 stages ahead. Four multiply: mma.m16n8k16 with the units as its rows and
 // the features as its columns, so that 8 features cost what 1 does. Nothing of [rows, units] leaves the registers.
 //
-// The order of every sum is fixed by the head and the device's number of multiprocessors: a (unit, row) product walks the
-// width once, in one chain; 16 units are summed by a butterfly, groups and then tiles in order. The number of rows chooses
-// who computes a product and how many are in flight, never their order, so a row has the same bits in any batch.
+// The order of every sum is fixed by the head and the device's number of multiprocessors: a (unit, row) product walks
+// the width once, in one chain; 16 units are summed by a butterfly, groups and then tiles in order. The number of rows
+// chooses who computes a product and how many are in flight, never their order, so a row has the same bits in any
+// batch.
 #pragma once
 
 #include <cmath>
@@ -30,7 +31,8 @@ constexpr int GROUP = UNIT_GROUP;
 constexpr int MAX_GROUPS = 5;  // 80 units by 256 rows are 160 sums in each of 128 threads
 constexpr int QUAD_COLUMNS = 32;
 constexpr int MAX_STAGES = 16;
-constexpr int FOLD_COLUMNS = 512;  // of float32: one chain over 16384 columns would gather 3 times the rounding of a BLAS
+constexpr int FOLD_COLUMNS =
+    512;  // of float32: one chain over 16384 columns would gather 3 times the rounding of a BLAS
 
 // As the kernels take it: Head, typed, with its tiling. Bias is the type of b1, w2 and b2.
 template <class W_, class T_>
@@ -52,8 +54,8 @@ struct DeviceHead {
 
 // -- shared memory ---------------------------------------------------------------------------------------------------
 
-// Rows of 32 columns, 16-byte piece by piece, in an order in which reads meet no bank twice: of 16-bit rows 8 below each
-// other, of float32 rows two.
+// Rows of 32 columns, 16-byte piece by piece, in an order in which reads meet no bank twice: of 16-bit rows 8 below
+// each other, of float32 rows two.
 template <class E>
 __device__ __forceinline__ unsigned char* piece_at(unsigned char* rows, int row, int piece) {
   if constexpr (sizeof(E) == 2) piece ^= row / 2 % 4;
@@ -135,8 +137,9 @@ __device__ __forceinline__ RowFragment load_features(unsigned char* features) {
   }
 }
 
-// Sums of 16 units (this thread: unit lane / 4 and that + 8) with 8 rows: on tensor cores the rows 2 quad and 2 quad + 1
-// of them, [low, low, high, high]; else all 8, each over the thread's own quarter of the columns, [low x 8, high x 8].
+// Sums of 16 units (this thread: unit lane / 4 and that + 8) with 8 rows: on tensor cores the rows 2 quad and 2 quad +
+// 1 of them, [low, low, high, high]; else all 8, each over the thread's own quarter of the columns, [low x 8, high x
+// 8].
 template <class T>
 struct Products {
   static constexpr int ROWS = sizeof(T) == 2 ? 2 : 8;
@@ -223,8 +226,8 @@ struct TilePass {
     }
   };
 
-  // What a loading thread brings of `MAX_ROWS` rows of E: the same 16-byte piece of some of them. Their addresses are found
-  // once an item, so that a copy costs an addition.
+  // What a loading thread brings of `MAX_ROWS` rows of E: the same 16-byte piece of some of them. Their addresses are
+  // found once an item, so that a copy costs an addition.
   template <class E, int MAX_ROWS>
   struct Source {
     static constexpr int PIECES = QUAD_COLUMNS * static_cast<int>(sizeof(E)) / 16;  // of a row of a slice
@@ -466,15 +469,14 @@ struct TilePass {
   }
 
   // wait_group takes its number from the instruction.
-  __device__ __forceinline__ void wait_for_all_but(int groups) const {
-    switch (groups) {
-#define REFLECTIVE_WAIT(n) \
-  case n: return copy_async_wait<n>();
-      REFLECTIVE_WAIT(14) REFLECTIVE_WAIT(13) REFLECTIVE_WAIT(12) REFLECTIVE_WAIT(11) REFLECTIVE_WAIT(10)
-      REFLECTIVE_WAIT(9) REFLECTIVE_WAIT(8) REFLECTIVE_WAIT(7) REFLECTIVE_WAIT(6) REFLECTIVE_WAIT(5)
-      REFLECTIVE_WAIT(4) REFLECTIVE_WAIT(3) REFLECTIVE_WAIT(2) REFLECTIVE_WAIT(1)
-#undef REFLECTIVE_WAIT
-      default: copy_async_wait<0>();
+  template <int N = MAX_STAGES - 2>
+  __device__ __forceinline__ static void wait_for_all_but(int groups) {
+    if constexpr (N == 0) {
+      copy_async_wait<0>();
+    } else if (groups >= N) {
+      copy_async_wait<N>();
+    } else {
+      wait_for_all_but<N - 1>(groups);
     }
   }
 };
@@ -491,13 +493,16 @@ __device__ void partial_sums(const H& head, const FeatureRow& feature_row, int c
     for (int row = blockIdx.x + threadIdx.x / WARP * gridDim.x; row < count; row += warps) {
       const T* const source = feature_row(row);
       float poison = 0;
-      for (int column = lane; column < head.width; column += WARP) poison = fmaf(to_float(source[column]), 0.0f, poison);
+      for (int column = lane; column < head.width; column += WARP)
+        poison = fmaf(to_float(source[column]), 0.0f, poison);
       const unsigned poisoned = __ballot_sync(~0u, poison != poison);
       const int place = head.tiles + lane;
       if (place < head.line()) sums[static_cast<int64_t>(row) * head.line() + place] = lane == 0 && poisoned ? NAN : 0;
     }
   }
-  const auto run = [&](auto shape) { TilePass<H, decltype(shape), FeatureRow>(head, feature_row, count, sums, ring).run(); };
+  const auto run = [&](auto shape) {
+    TilePass<H, decltype(shape), FeatureRow>(head, feature_row, count, sums, ring).run();
+  };
   if (count <= 8) return run(Shape<1, true, 2>{});
   if constexpr (!H::TENSOR_CORES) {
     run(Shape<2, true, 2>{});
@@ -509,8 +514,8 @@ __device__ void partial_sums(const H& head, const FeatureRow& feature_row, int c
   }
 }
 
-// b2 + sum over the tiles of sums[row], in a fixed order by one warp, for the rows first + i * stride < count; in lane i.
-// BATCH rows at once: one after the other, each would wait for the second-level cache.
+// b2 + sum over the tiles of sums[row], in a fixed order by one warp, for the rows first + i * stride < count; in lane
+// i. BATCH rows at once: one after the other, each would wait for the second-level cache.
 template <int BATCH, class H>
 __device__ __forceinline__ float row_logits(const H& head, const float* sums, int first, int stride, int count) {
   const int lane = threadIdx.x % WARP;
@@ -520,7 +525,8 @@ __device__ __forceinline__ float row_logits(const H& head, const float* sums, in
     for (int i = 0; i < BATCH; ++i) {
       const int row = first + i * stride;
       if (row < count) {
-        const float4 four = load_fresh(reinterpret_cast<const float4*>(sums + static_cast<int64_t>(row) * head.line() + place));
+        const float4 four =
+            load_fresh(reinterpret_cast<const float4*>(sums + static_cast<int64_t>(row) * head.line() + place));
         totals[i] += (four.x + four.y) + (four.z + four.w);
       }
     }

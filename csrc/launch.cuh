@@ -29,7 +29,8 @@ inline Device device() {
 
 // Launches with `shared_bytes`, more of which than 48 KiB must be asked for, once a kernel and device.
 template <auto kernel, class... A>
-void launch_on(const Device& device, int grid, int block, int shared_bytes, cudaStream_t stream, const A&... arguments) {
+void launch_on(const Device& device, int grid, int block, int shared_bytes, cudaStream_t stream,
+               const A&... arguments) {
   static std::atomic<uint64_t> allowed{0};
   const uint64_t bit = uint64_t{1} << device.index % 64;
   if (!(allowed.load(std::memory_order_acquire) & bit)) {

@@ -40,8 +40,8 @@ void run(const Head& head, const Rows& rows, float* sums, float* out, cudaStream
     launch_on<partial_sums_kernel<H>>(on, std::min(on.multiprocessors, items), THREADS, on.shared_bytes, stream, typed,
                                       StridedRows<T>{static_cast<const T*>(rows.data), rows.stride}, count, sums,
                                       ring_bytes);
-    launch(finish_kernel<H, LOG_SCORE>, dim3((count + THREADS / WARP - 1) / (THREADS / WARP)), THREADS, 0, stream, typed,
-           sums, count, out);
+    launch(finish_kernel<H, LOG_SCORE>, dim3((count + THREADS / WARP - 1) / (THREADS / WARP)), THREADS, 0, stream,
+           typed, sums, count, out);
   });
 }
 

@@ -5,7 +5,8 @@
 namespace reflective::gpu {
 namespace {
 
-// One block a sequence: a walk that notes steps and tags, then a pass over the mask once it is known where the tags are.
+// One block a sequence: a walk that notes steps and tags, then a pass over the mask once it is known where the tags
+// are.
 __global__ void __launch_bounds__(WALK_THREADS)
     step_mask_kernel(Ids ids, Automaton automaton, const int64_t* pad, const int64_t* length, const int64_t* start,
                      bool* mask) {
@@ -36,8 +37,8 @@ __global__ void __launch_bounds__(WALK_THREADS)
 void step_mask(const Ids& ids, const Automaton& automaton, const int64_t* pad, const int64_t* length,
                const int64_t* start, bool* mask, cudaStream_t stream) {
   if (ids.batch == 0 || ids.length == 0) return;
-  launch(step_mask_kernel, dim3(static_cast<unsigned>(ids.batch)), WALK_THREADS, WALK_SHARED_BYTES, stream, ids, automaton,
-         pad, length, start, mask);
+  launch(step_mask_kernel, dim3(static_cast<unsigned>(ids.batch)), WALK_THREADS, WALK_SHARED_BYTES, stream, ids,
+         automaton, pad, length, start, mask);
 }
 
 }  // namespace reflective::gpu

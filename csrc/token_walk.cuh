@@ -9,9 +9,9 @@ namespace reflective::gpu {
 constexpr int WALK_THREADS = 128;
 constexpr int WALK_SHARED_BYTES = WALK_THREADS * (sizeof(int64_t) + sizeof(int32_t));
 
-// visit(j, id, entries) for j = begin, .. end - 1 in every thread, where entries[state] is the automaton's entry; null for
-// an id outside the vocabulary. One state after the other cannot be hurried, but what each token needs of the tables can:
-// 128 tokens at a time are looked up side by side, and a step of the walk costs two reads of nearby memory.
+// visit(j, id, entries) for j = begin, .. end - 1 in every thread, where entries[state] is the automaton's entry; null
+// for an id outside the vocabulary. One state after the other cannot be hurried, but what each token needs of the
+// tables can: 128 tokens at a time are looked up side by side, and a step of the walk costs two reads of nearby memory.
 template <class Visit>
 __device__ __forceinline__ void walk(const Ids& ids, const Automaton& automaton, int64_t b, int64_t begin, int64_t end,
                                      const Visit& visit) {
