@@ -460,16 +460,6 @@ class StepMask(Case):
     def bytes(self) -> int:
         return self.cell.rows * TOKENS * (8 + 1) + 4 * VOCAB  # ids in, mask out; the class table
 
-    def as_rows(self, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The head in its rows' dtype: PyTorch's own expression of a float8 head, whose definition is in float32 throughout.
-
-        A power of two moves between its layers, so that float16 would have room for all weights.
-        """
-        if self.cell.dtype != FLOAT8:
-            return weights
-        w1, b1, w2, b2 = (w.float() for w in weights)
-        return tuple(w.to(self.row_dtype) for w in (w1 * 2**-8, b1 * 2**-8, w2 * 2**8, b2))
-
     @property
     def samples(self) -> int:
         return 1

@@ -501,16 +501,17 @@ void tally_slots_cuda(const Tensor& logits, const Tensor& b2, const Tensor& tall
 
 }  // namespace reflective
 
+#define IMPLEMENT_OPS(m, where)                                       \
+  m.impl("step_mask", TORCH_BOX(&reflective::step_mask_##where));     \
+  m.impl("score_rows", TORCH_BOX(&reflective::score_rows_##where));   \
+  m.impl("logit_rows", TORCH_BOX(&reflective::logit_rows_##where));   \
+  m.impl("decode_step", TORCH_BOX(&reflective::decode_step_##where)); \
+  m.impl("flush", TORCH_BOX(&reflective::flush_##where));             \
+  m.impl("tally_slots", TORCH_BOX(&reflective::tally_slots_##where));
+
 #ifdef REFLECTIVE_EMULATION
 
-STABLE_TORCH_LIBRARY_IMPL(reflective_emulation, CPU, m) {
-  m.impl("step_mask", TORCH_BOX(&reflective::step_mask_cuda));
-  m.impl("score_rows", TORCH_BOX(&reflective::score_rows_cuda));
-  m.impl("logit_rows", TORCH_BOX(&reflective::logit_rows_cuda));
-  m.impl("decode_step", TORCH_BOX(&reflective::decode_step_cuda));
-  m.impl("flush", TORCH_BOX(&reflective::flush_cuda));
-  m.impl("tally_slots", TORCH_BOX(&reflective::tally_slots_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(reflective_emulation, CPU, m) { IMPLEMENT_OPS(m, cuda) }
 
 #else
 
@@ -528,25 +529,11 @@ STABLE_TORCH_LIBRARY_IMPL(reflective, CompositeExplicitAutograd, m) {
   m.impl("compiled_cuda_architectures", TORCH_BOX(&reflective::compiled_cuda_architectures));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(reflective, CPU, m) {
-  m.impl("step_mask", TORCH_BOX(&reflective::step_mask_cpu));
-  m.impl("score_rows", TORCH_BOX(&reflective::score_rows_cpu));
-  m.impl("logit_rows", TORCH_BOX(&reflective::logit_rows_cpu));
-  m.impl("decode_step", TORCH_BOX(&reflective::decode_step_cpu));
-  m.impl("flush", TORCH_BOX(&reflective::flush_cpu));
-  m.impl("tally_slots", TORCH_BOX(&reflective::tally_slots_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(reflective, CPU, m) { IMPLEMENT_OPS(m, cpu) }
 
 #ifdef REFLECTIVE_CUDA
 
-STABLE_TORCH_LIBRARY_IMPL(reflective, CUDA, m) {
-  m.impl("step_mask", TORCH_BOX(&reflective::step_mask_cuda));
-  m.impl("score_rows", TORCH_BOX(&reflective::score_rows_cuda));
-  m.impl("logit_rows", TORCH_BOX(&reflective::logit_rows_cuda));
-  m.impl("decode_step", TORCH_BOX(&reflective::decode_step_cuda));
-  m.impl("flush", TORCH_BOX(&reflective::flush_cuda));
-  m.impl("tally_slots", TORCH_BOX(&reflective::tally_slots_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(reflective, CUDA, m) { IMPLEMENT_OPS(m, cuda) }
 
 #endif
 
