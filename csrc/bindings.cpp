@@ -137,20 +137,17 @@ Type bias_type(HeadType type) { return is_e4m3(type) ? Type::float32 : feature_t
 int64_t element_size(Type type) { return type == Type::float8_e4m3fn ? 1 : type == Type::float32 ? 4 : 2; }
 
 HeadType head_type(const Tensor& w1, const Tensor& features) {
-  const int32_t weights = dtype_of(w1), rows = dtype_of(features);
+  const int32_t weights = dtype_of(w1);
   if (weights == code(Type::float32)) return HeadType::float32;
   if (weights == code(Type::bfloat16)) return HeadType::bfloat16;
-#ifdef REFLECTIVE_CUDA
-  if (on_gpu) {
-    if (weights == code(Type::float16)) return HeadType::float16;
-    if (weights == code(Type::float8_e4m3fn)) {
-      return rows == code(Type::float16) ? HeadType::e4m3_float16 : HeadType::e4m3_bfloat16;
-    }
+  if (!on_gpu) {
+    throw std::runtime_error("w1 must be float32 or bfloat16: the compiled CPU backend has no other head");
+  }
+  if (weights == code(Type::float16)) return HeadType::float16;
+  if (weights != code(Type::float8_e4m3fn)) {
     throw std::runtime_error("w1 must be float32, bfloat16, float16 or float8_e4m3fn");
   }
-#endif
-  static_cast<void>(rows);
-  throw std::runtime_error("w1 must be float32 or bfloat16: the compiled CPU backend has no other head");
+  return dtype_of(features) == code(Type::float16) ? HeadType::e4m3_float16 : HeadType::e4m3_bfloat16;
 }
 
 const void* make_b2(const Tensor& b2, HeadType type) { return Argument("b2", b2, bias_type(type), {1}).data; }
