@@ -41,15 +41,15 @@ inline void dots(const Row* rows, int64_t stride, const Weight* const* w, int64_
   }
 }
 
-constexpr int UNIT_GROUP = 8;
+constexpr int UNITS_TOGETHER = 8;
 
 // As many of `count` rows as fit, R at a time, then the rest by half as many.
 template <class V, int R, class Row, class Weight>
 inline void group_dots(const Row* rows, int64_t stride, int64_t count, const Weight* const* w, int64_t width,
                        float* z) {
-  constexpr int U = R == 1 ? UNIT_GROUP : 4;
+  constexpr int U = R == 1 ? UNITS_TOGETHER : 4;
   for (; count >= R; count -= R, rows += R * stride, z += R * UNIT_BLOCK) {
-    for (int u = 0; u < UNIT_GROUP; u += U) dots<V, R, U>(rows, stride, w + u, width, z + u);
+    for (int u = 0; u < UNITS_TOGETHER; u += U) dots<V, R, U>(rows, stride, w + u, width, z + u);
   }
   if constexpr (R > 1) group_dots<V, R / 2>(rows, stride, count, w, width, z);
 }
@@ -74,7 +74,7 @@ void dot_partial_sums(const Head& head, const Rows& rows, int64_t begin, int64_t
     for (int64_t m = 0; m < rows.count; m += ROW_TILE) {
       const int64_t tile = rows.count - m < ROW_TILE ? rows.count - m : ROW_TILE;
       float z[ROW_TILE * UNIT_BLOCK];
-      for (int64_t u = 0; u < UNIT_BLOCK && u < units; u += UNIT_GROUP) {
+      for (int64_t u = 0; u < UNIT_BLOCK && u < units; u += UNITS_TOGETHER) {
         group_dots<V, V::ROWS>(data + m * rows.stride, rows.stride, tile, w + u, head.width, z + u);
       }
       for (int64_t r = 0; r < tile; ++r) {
