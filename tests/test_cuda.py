@@ -1,8 +1,12 @@
 """The compiled CUDA kernels against the definitions: on a GPU as they are, without one emulated (``emulation/``)."""
 
+import dataclasses
+
 import cases
 import emulated
 import pytest
+import test_scorer
+import tiny
 import torch
 from cases import (
     NEVER,
@@ -16,7 +20,9 @@ from cases import (
     random_rows,
 )
 
+import reflective as rf
 from reflective import backends, kernels
+from reflective.backend import Backend
 from reflective.kernels import layout
 
 ON_GPU = backends()["cuda"].available
@@ -271,6 +277,21 @@ def test_more_rows_than_a_block_can_tally_are_refused(cuda):
     state = new_state(1, 16, torch.float32, slots=rows, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"slots and sequences are 40000 rows; this GPU's blocks can tally \d+"):
         cuda.flush(*random_head(16, 32, torch.float32, device=DEVICE), *flush_arguments(state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("schedule_of_scores", ["deferred", "immediate"])
+def test_a_model_s_generation_is_scored(cuda, schedule_of_scores, dtype):
+    """The kernels under the scorer, with left padding, sampling and a buffer that fills on the way."""
+    net, head = tiny.model(dtype=dtype).to(DEVICE), tiny.head(dtype).to(DEVICE)
+    ids, mask = test_scorer.prompts()
+    name = "cuda" if ON_GPU else "torch"
+    scorer = rf.StreamScorer(net, head, tiny.steps(), schedule_of_scores, backend=name, buffer_rows=8)
+    if not ON_GPU:
+        ours = {op.name: getattr(cuda, op.name) for op in dataclasses.fields(Backend) if op.name != "name"}
+        scorer.backend = scorer._head.backend = Backend("cuda", **ours)
+    out = test_scorer.decode(scorer, net, ids, mask, num_return_sequences=2)
+    test_scorer.assert_agrees(scorer.result(out), net, head, out, mask, "predict")
 
 
 @needs_gpu

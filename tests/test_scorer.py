@@ -26,10 +26,17 @@ def prompts(lengths=(5, 9, 3), seed=1):
     return ids, mask
 
 
+def device_for(backend):
+    """Where a model must be for ``backend`` to score it: an interpreted Triton kernel runs on CPU."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
 def decode(scorer, net, ids, mask, seed=3, **kwargs):
     torch.manual_seed(seed)
     with scorer:
-        return net.generate(ids, attention_mask=mask, **{**SAMPLING, **kwargs})
+        prompt = {"attention_mask": mask.to(net.device)}
+        out = net.generate(ids.to(net.device), **prompt, **{**SAMPLING, **kwargs})
+    return out.cpu() if isinstance(out, torch.Tensor) else out
 
 
 def real(row, pad):
@@ -55,7 +62,7 @@ def assert_agrees(scores, net, head, out, mask, at, *, last=True):
         assert int(scores.n_steps[i]) == len(found)
         n += len(found)
         if found:
-            ours = max(ours, float((scores.step_scores[i].log().double() - truth).abs().max()))
+            ours = max(ours, float((scores.step_scores[i].log().double().cpu() - truth).abs().max()))
             theirs = max(theirs, float((published.double() - truth).abs().max()))
             assert float(scores.score[i]) == pytest.approx(tiny.geometric_mean(scores.step_scores[i].log()), rel=1e-5)
         else:
@@ -68,7 +75,7 @@ def assert_agrees(scores, net, head, out, mask, at, *, last=True):
 @pytest.mark.parametrize("schedule", ["deferred", "immediate"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stream_agrees_with_a_second_pass(backend, schedule, at):
-    net, head, (ids, mask) = tiny.model(), tiny.head(), prompts()
+    net, head, (ids, mask) = tiny.model().to(device_for(backend)), tiny.head().to(device_for(backend)), prompts()
     tokens = 12 if backend == "triton" else 40  # the interpreter is slow
     scorer = rf.StreamScorer(net, head, tiny.steps(), schedule, at, backend=backend, buffer_rows=8)
     out = decode(scorer, net, ids, mask, num_return_sequences=2, max_new_tokens=tokens)
@@ -77,7 +84,12 @@ def test_stream_agrees_with_a_second_pass(backend, schedule, at):
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_bfloat16(backend):
-    net, head, (ids, mask) = tiny.model(dtype=torch.bfloat16), tiny.head(torch.bfloat16), prompts()
+    device = device_for(backend)
+    net, head, (ids, mask) = (
+        tiny.model(dtype=torch.bfloat16).to(device),
+        tiny.head(torch.bfloat16).to(device),
+        prompts(),
+    )
     scorer = rf.StreamScorer(net, head, tiny.steps(), backend=backend)
     out = decode(scorer, net, ids, mask, num_return_sequences=2)
     assert_agrees(scorer.result(out), net, head, out, mask, "predict")

@@ -71,9 +71,9 @@ def expected_steps(ids: Sequence[int], prompt_length: int = 0) -> list[int]:
 def second_pass(net: PreTrainedModel, sprm: rf.SPRM, ids: Sequence[int], at: str, prompt_length: int = 0) -> Tensor:
     """Step log-scores as the published pipeline gets them: the whole text alone, every hidden state kept."""
     with torch.no_grad():
-        hidden = net(torch.tensor([ids]), output_hidden_states=True).hidden_states[-2][0]
+        hidden = net(torch.tensor([ids], device=net.device), output_hidden_states=True).hidden_states[-2][0]
         found = [t - (at == "predict") for t in expected_steps(ids, prompt_length)]
-        return F.logsigmoid(sprm(hidden[found]).squeeze(-1).to(torch.promote_types(sprm.dtype, torch.float32)))
+        return F.logsigmoid(sprm(hidden[found]).squeeze(-1).to(torch.promote_types(sprm.dtype, torch.float32))).cpu()
 
 
 def geometric_mean(log_scores: Tensor) -> float:
