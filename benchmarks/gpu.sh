@@ -56,8 +56,8 @@ build() {
     if "$PYTHON" -c 'import setuptools; raise SystemExit(int(setuptools.__version__.split(".")[0]) >= 77)'; then
         sed -i -e 's/^license = \(".*"\)$/license = {text = \1}/' -e '/^license-files/d' "$WORK/pyproject.toml"
     fi
-    "$PYTHON" -m pip install --no-index --no-deps --no-build-isolation --no-compile --disable-pip-version-check \
-        --quiet --target "$SITE" "$WORK"
+    # Neither pip nor wheel: a machine without a network may lack what they need.
+    (cd "$WORK" && "$PYTHON" setup.py --quiet build --build-lib "$SITE")
 }
 
 versions() {
