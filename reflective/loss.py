@@ -57,7 +57,7 @@ def sprm_loss_rows(
     """``sprm_loss(head(features).squeeze(-1), ...)`` as one op, its forward and its backward fused on a GPU.
 
     The head's own ``Dropout`` applies while ``head.training``, drawn from torch's generator of the device. On a CPU the
-    definition answers, which spends a third more time than ``sprm_loss`` of the head's logits.
+    definition answers, which is slower than ``sprm_loss`` of the head's logits.
 
     Args:
         features: [M, H] hidden states of the steps, cast to the head's dtype.
