@@ -212,8 +212,7 @@ Stream make_buffer(const Head& head, const Tensor& tally, const Tensor& step_sco
   stream.slots = buffer.dense().data;
   if (on_gpu) {
     const Argument scratch("workspace", workspace, Type::float32, {ANY});
-    const int64_t rows = stream.slot_capacity + stream.sequences;
-    const int64_t size = WORKSPACE_HEADER + rows * ((head.units + UNIT_GROUP - 1) / UNIT_GROUP + 4);
+    const int64_t size = workspace_size(stream.slot_capacity + stream.sequences, head.units);
     if (scratch.sizes[0] < size) scratch.fail("must hold " + std::to_string(size) + " floats");
     stream.workspace = scratch.dense().as<float>();
   }
@@ -443,25 +442,25 @@ Tensor step_mask_cuda(const Tensor& ids, const Tensor& token_class, const Tensor
   return call.mask;
 }
 
-Tensor score_rows_cuda(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+// `op`: gpu::score_rows or gpu::logit_rows.
+Tensor head_on_rows_cuda(decltype(gpu::score_rows)* op, const Tensor& features, const Tensor& w1, const Tensor& b1,
+                         const Tensor& w2, const Tensor* b2) {
   const OnDeviceOf device(features);
   const Tensor rows = readable(features);
-  const HeadOnRows call = make_head_on_rows(rows, w1, b1, w2, &b2);
+  const HeadOnRows call = make_head_on_rows(rows, w1, b1, w2, b2);
   const Tensor sums = new_floats(features, gpu::row_sums_size(call.head, call.rows.count));
-  gpu::score_rows(call.head, call.rows, static_cast<float*>(sums.data_ptr()), static_cast<float*>(call.out.data_ptr()),
-                  device.stream());
+  op(call.head, call.rows, static_cast<float*>(sums.data_ptr()), static_cast<float*>(call.out.data_ptr()),
+     device.stream());
   return call.out;
+}
+
+Tensor score_rows_cuda(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+  return head_on_rows_cuda(gpu::score_rows, features, w1, b1, w2, &b2);
 }
 
 Tensor logit_rows_cuda(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2,
                        const std::optional<Tensor>& b2) {
-  const OnDeviceOf device(features);
-  const Tensor rows = readable(features);
-  const HeadOnRows call = make_head_on_rows(rows, w1, b1, w2, b2 ? &*b2 : nullptr);
-  const Tensor sums = new_floats(features, gpu::row_sums_size(call.head, call.rows.count));
-  gpu::logit_rows(call.head, call.rows, static_cast<float*>(sums.data_ptr()), static_cast<float*>(call.out.data_ptr()),
-                  device.stream());
-  return call.out;
+  return head_on_rows_cuda(gpu::logit_rows, features, w1, b1, w2, b2 ? &*b2 : nullptr);
 }
 
 void decode_step_cuda(DECODE_STEP_TENSORS, bool at_predict, bool immediate) {

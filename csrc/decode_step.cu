@@ -7,6 +7,15 @@ namespace {
 
 // -- pieces ----------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ int region_of(int64_t n_think, int64_t n_end) {
+  return (n_think > 0 ? AFTER_THINK : 0) + (n_end > 0 ? AFTER_END : 0);
+}
+
+// A sequence's tally of one region.
+__device__ __forceinline__ int key_of(int64_t sequence, int region) {
+  return static_cast<int>(sequence * N_REGIONS) + region;
+}
+
 // The fields of one sequence that detection needs.
 struct Position {
   int64_t automaton, column, pad, start;
@@ -17,7 +26,7 @@ struct Position {
         column(seq[SEEN]),
         pad(seq[PAD]),
         start(seq[START]),
-        region((seq[N_THINK] > 0 ? AFTER_THINK : 0) + (seq[N_END] > 0 ? AFTER_END : 0)) {}
+        region(region_of(seq[N_THINK], seq[N_END])) {}
 
   __device__ bool is_text() const { return column >= pad; }
 
@@ -48,7 +57,7 @@ __device__ __forceinline__ void log_score_of(const Stream& state, int64_t sequen
   if (step < state.log_capacity) state.step_score[sequence * state.log_capacity + step] = score;
 }
 
-// scores[i], in order of i, into the tally at keys[i] = sequence * N_REGIONS + region, by one block; both in shared
+// scores[i], in order of i, into the tally at keys[i], see key_of, by one block; both in shared
 // memory. The first row of a key does the work of all of its rows.
 __device__ void add_to_tallies(const Stream& state, const float* scores, const int* keys, int count, bool keys_differ) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
@@ -213,7 +222,7 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(Step<H> step) {
       const int64_t* const seq = state.seq + b * SEQ_FIELDS;
       const int64_t sequence = is_new ? b : owner[OWNER_SEQUENCE];
       scores[row] = score;
-      keys[row] = static_cast<int>(sequence * N_REGIONS) + (is_new ? Position(seq).region : owner[OWNER_REGION]);
+      keys[row] = key_of(sequence, is_new ? Position(seq).region : owner[OWNER_REGION]);
       log_score_of(state, sequence, is_new ? seq[N_STEPS] : owner[OWNER_STEP], score);
     }
   }
@@ -282,7 +291,7 @@ __global__ void __launch_bounds__(WALK_THREADS, 4)
       for (int piece = threadIdx.x; piece < pieces; piece += WALK_THREADS)
         copy_pieces(step.slot_row(slot), feature, piece);
       if (threadIdx.x == 0) {
-        at.region = (n_think > 0 ? AFTER_THINK : 0) + (n_end > 0 ? AFTER_END : 0);
+        at.region = region_of(n_think, n_end);
         own_slot(state, slot, b, n_steps, at.region);
         log_step(state, b, n_steps, at.column, at.region);
       }
@@ -315,7 +324,7 @@ __global__ void __launch_bounds__(THREADS) tally_slots_kernel(const float* logit
   for (int row = threadIdx.x; row < count; row += THREADS) {
     const int32_t* const owner = state.slot_owner + row * OWNER_FIELDS;
     scores[row] = device_log_score(logits[row] + to_float(*b2));
-    keys[row] = static_cast<int>(owner[OWNER_SEQUENCE] * N_REGIONS) + owner[OWNER_REGION];
+    keys[row] = key_of(owner[OWNER_SEQUENCE], owner[OWNER_REGION]);
     log_score_of(state, owner[OWNER_SEQUENCE], owner[OWNER_STEP], scores[row]);
   }
   __syncthreads();

@@ -15,8 +15,8 @@
 #include <type_traits>
 
 #include "gpu.cuh"
-#include "layout.h"
 #include "head.h"
+#include "layout.h"
 
 namespace reflective {
 
@@ -31,12 +31,21 @@ constexpr int GROUP = UNIT_GROUP;
 constexpr int MAX_GROUPS = 5;  // 80 units by 256 rows are 160 sums in each of 128 threads
 constexpr int QUAD_COLUMNS = 32;
 constexpr int MAX_STAGES = 16;
-constexpr int FOLD_COLUMNS =
-    512;  // of float32: one chain over 16384 columns would gather 3 times the rounding of a BLAS
+// Of float32: one chain over 16384 columns would gather 3 times the rounding of a BLAS.
+constexpr int FOLD_COLUMNS = 512;
+
+// How a head's units are shared out.
+struct Tiling {
+  int groups;  // of 16 units a tile
+  int tiles;
+
+  // Partial sums of a row, what it is poisoned with, and zeros up to a multiple of 16 bytes.
+  __host__ __device__ int line() const { return (tiles + 4) / 4 * 4; }
+};
 
 // As the kernels take it: Head, typed, with its tiling. Bias is the type of b1, w2 and b2.
 template <class W_, class T_>
-struct DeviceHead {
+struct DeviceHead : Tiling {
   using W = W_;  // of w1
   using T = T_;  // of the features
   static constexpr bool TENSOR_CORES = sizeof(T) == 2;
@@ -45,11 +54,6 @@ struct DeviceHead {
   const W* w1;  // [units, width]
   const Bias *b1, *w2, *b2;
   int units, width;
-  int groups;  // a tile
-  int tiles;
-
-  // Partial sums of a row, what it is poisoned with, and zeros up to a multiple of 16 bytes.
-  __host__ __device__ int line() const { return (tiles + 4) / 4 * 4; }
 };
 
 // -- shared memory ---------------------------------------------------------------------------------------------------
@@ -137,9 +141,8 @@ __device__ __forceinline__ RowFragment load_features(unsigned char* features) {
   }
 }
 
-// Sums of 16 units (this thread: unit lane / 4 and that + 8) with 8 rows: on tensor cores the rows 2 quad and 2 quad +
-// 1 of them, [low, low, high, high]; else all 8, each over the thread's own quarter of the columns, [low x 8, high x
-// 8].
+// Sums of 16 units (this thread: unit lane / 4 and that + 8) with 8 rows. On tensor cores a thread has two of the rows,
+// 2 quad and the next, [low, low, high, high]; else all 8, each over its own quarter of the columns, low ones first.
 template <class T>
 struct Products {
   static constexpr int ROWS = sizeof(T) == 2 ? 2 : 8;

@@ -42,14 +42,14 @@ void launch_on(const Device& device, int grid, int block, int shared_bytes, cuda
 
 // Groups of units a tile: as few waves of tiles over the multiprocessors as possible, each wave as short as possible;
 // of equals the largest tile, which reads the features least often. 5 at H = 5120 on 132: 128 tiles, one wave.
-inline int groups_per_tile(int64_t units, int multiprocessors) {
+inline Tiling tiling(int64_t units, int multiprocessors) {
   const int64_t groups = (units + GROUP - 1) / GROUP;
-  int best = 1;
+  Tiling best{};
   int64_t best_cost = INT64_MAX;
   for (int candidate = 1; candidate <= MAX_GROUPS; ++candidate) {
     const int64_t tiles = (groups + candidate - 1) / candidate;
     const int64_t cost = (tiles + multiprocessors - 1) / multiprocessors * candidate;
-    if (cost <= best_cost) best = candidate, best_cost = cost;
+    if (cost <= best_cost) best = {candidate, static_cast<int>(tiles)}, best_cost = cost;
   }
   return best;
 }
@@ -57,16 +57,13 @@ inline int groups_per_tile(int64_t units, int multiprocessors) {
 template <class W, class T>
 DeviceHead<W, T> device_head(const Head& head, const Device& device) {
   using Bias = typename DeviceHead<W, T>::Bias;
-  const int groups = groups_per_tile(head.units, device.multiprocessors);
-  const int tile = groups * GROUP;
-  return {static_cast<const W*>(head.w1),
+  return {tiling(head.units, device.multiprocessors),
+          static_cast<const W*>(head.w1),
           static_cast<const Bias*>(head.b1),
           static_cast<const Bias*>(head.w2),
           static_cast<const Bias*>(head.b2),
           static_cast<int>(head.units),
-          static_cast<int>(head.width),
-          groups,
-          static_cast<int>((head.units + tile - 1) / tile)};
+          static_cast<int>(head.width)};
 }
 
 // use(head), the head typed and tiled.

@@ -39,6 +39,11 @@ constexpr int64_t END = 1 << 18;
 constexpr int64_t WORKSPACE_HEADER = 64;
 constexpr int64_t UNIT_GROUP = 16;
 
+// Floats of workspace that scoring `rows` rows at once takes at most, for a head of `units` units.
+inline int64_t workspace_size(int64_t rows, int64_t units) {
+  return WORKSPACE_HEADER + rows * ((units + UNIT_GROUP - 1) / UNIT_GROUP + 4);
+}
+
 constexpr uint64_t HASH_FACTOR = 6364136223846793005;
 constexpr double LOG_FLOOR = -23.025850929940457;  // ln 1e-10
 

@@ -48,8 +48,7 @@ void run(const Head& head, const Rows& rows, float* sums, float* out, cudaStream
 }  // namespace
 
 int64_t row_sums_size(const Head& head, int64_t count) {
-  const int tile = groups_per_tile(head.units, device().multiprocessors) * GROUP;
-  return count * ((head.units + tile - 1) / tile + 4);
+  return count * tiling(head.units, device().multiprocessors).line();
 }
 
 void score_rows(const Head& head, const Rows& rows, float* sums, float* out, cudaStream_t stream) {
