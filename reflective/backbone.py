@@ -36,30 +36,53 @@ class Backbone:
     def of(cls, model: nn.Module) -> "Backbone":
         """Find the parts of ``model``.
 
+        Its decoder is the innermost module that holds both the token embedding and ``config.num_hidden_layers`` layers; a
+        vision tower may have as many, but embeds no tokens.
+
         Raises:
-            ValueError: an encoder-decoder, fewer than two layers, or no stack of ``config.num_hidden_layers`` layers.
+            ValueError: an encoder-decoder, fewer than two layers, no such module, or weights that were never loaded.
         """
         name, config = type(model).__name__, getattr(model, "config", None)
-        if config is None or not hasattr(model, "get_decoder"):
+        if config is None or not hasattr(model, "get_input_embeddings"):
             raise ValueError(f"model: {name} is not a transformers model")
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"model: {name} is an encoder-decoder; the reflective form needs a decoder-only model")
         text = config.get_text_config(decoder=True)
-        n = text.num_hidden_layers
+        n = getattr(text, "num_hidden_layers", None)
+        if n is None:
+            raise ValueError(f"model: the configuration of {name} has no num_hidden_layers; pass its text decoder")
         if n < 2:
             raise ValueError(f"model: {name} has {n} layer(s); the SPRM reads the input of the last of at least two")
-        decoder = model.get_decoder()
-        stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n]
-        if not stacks:
-            raise ValueError(f"model: no stack of {n} layers found in the decoder of {name}")
-        layer = next(stacks[0][-2].parameters())
-        return cls(model, decoder, stacks[0], text.hidden_size, text.vocab_size, layer.dtype, layer.device)
+        try:
+            embedding = model.get_input_embeddings()
+        except NotImplementedError as e:
+            raise ValueError(f"model: {name} has no single token embedding; pass its text decoder") from e
+        decoder, layers = model, _stack(model, n)
+        if layers is None:
+            raise ValueError(f"model: no stack of {n} layers found in {name}")
+        while inner := next((m for m in decoder.children() if embedding in m.modules() and _stack(m, n)), None):
+            decoder, layers = inner, _stack(inner, n)
+        # Not a layer's dtype: quantised layers hold their weights, and scales, in others than they compute in.
+        dtype, device = next(embedding.parameters()).dtype, _device_of(layers[-2])
+        if device.type == "meta":
+            raise ValueError(f"model: the weights of {name} are on the meta device; load them first")
+        return cls(model, decoder, layers, text.hidden_size, text.vocab_size, dtype, device)
 
     def on_features(self, use: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-        """Call ``use(hidden [B, q, H])`` whenever the last layer is about to run. Remove the handle to detach."""
+        """Call ``use(hidden [B, q, H])`` whenever the last layer is about to run. Remove the handle to detach.
+
+        Raises:
+            ValueError: in a forward, if what the layers hand on is not one state a token.
+        """
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            use(args[0] if args else kwargs["hidden_states"])
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
+                raise ValueError(
+                    f"model: the layers of {type(self.model).__name__} hand on {list(hidden.shape)}, not one state of "
+                    f"{self.hidden_size} values a token; it has no hidden state that a head could read"
+                )
+            use(hidden)
 
         return self.layers[-1].register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -68,10 +91,17 @@ class Backbone:
 
         The last layer, the final norm and the LM head never run, and no other layer's states are kept.
         Left or right padding gives the positions that the text has alone.
+
+        Raises:
+            ValueError: an id stands for an image, a video or a sound, which the ids do not hold.
         """
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
-        if attention_mask is not None and "position_ids" in inspect.signature(self.decoder.forward).parameters:
-            inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+        self._check_text_only(ids)
+        first = _device_of(self.model.get_input_embeddings())  # several devices: the last layer's may be another
+        inputs: dict[str, Any] = {"input_ids": ids.to(first), "use_cache": False}
+        if attention_mask is not None:
+            inputs["attention_mask"] = mask = attention_mask.to(first)
+            if "position_ids" in inspect.signature(self.decoder.forward).parameters:
+                inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
 
         def stop(hidden: Tensor) -> None:
             raise _Reached(hidden[row, column])
@@ -85,6 +115,15 @@ class Backbone:
         finally:
             handle.remove()
         raise RuntimeError(f"the last layer of {type(self.model).__name__} never ran; it cannot be scored")
+
+    def _check_text_only(self, ids: Tensor) -> None:
+        for kind in ("image", "video", "audio"):
+            placeholder = getattr(self.model.config, f"{kind}_token_id", None)
+            if placeholder is not None and (ids == placeholder).any():
+                raise ValueError(
+                    f"input_ids: token {placeholder} stands for {kind} features, which finished text does not hold; score "
+                    "such trajectories with a StreamScorer, while they are decoded"
+                )
 
     @contextmanager
     def _narrow_mlps(self) -> Iterator[None]:
@@ -102,6 +141,20 @@ class Backbone:
                     mlp.__dict__.pop("forward", None)
                 else:
                     mlp.forward = forward
+
+
+def _stack(module: nn.Module, n: int) -> nn.ModuleList | None:
+    """The outermost list of ``n`` modules within ``module``: experts and the like lie deeper than layers."""
+    stacks = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    return min(stacks, key=lambda found: found[0].count("."), default=("", None))[1]
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where ``module`` computes. Between forwards the parameters that accelerate offloads are elsewhere; its hook knows."""
+    hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    placed = next((device for device in devices if device is not None), None)
+    return next(module.parameters()).device if placed is None else torch.device(placed)
 
 
 def _takes_positions_one_by_one(module: nn.Module) -> bool:
