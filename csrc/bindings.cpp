@@ -219,9 +219,12 @@ Stream make_buffer(const Head& head, const Tensor& tally, const Tensor& step_sco
   return stream;
 }
 
+using Optional = std::optional<Tensor>;
+
 struct DecodeStep {
   Ids ids;
   Hidden hidden;
+  Segments segments;
   Automaton automaton;
   Head head;
   Stream stream;
@@ -232,13 +235,24 @@ DecodeStep make_decode_step(const Tensor& ids, const Tensor& hidden, const Tenso
                             const Tensor& b2, const Tensor& seq, const Tensor& tally, const Tensor& last_hidden,
                             const Tensor& step_column, const Tensor& step_region, const Tensor& step_score,
                             const Tensor& slots, const Tensor& slot_owner, const Tensor& n_slots,
-                            const Tensor& workspace) {
-  const Ids tokens = make_ids(ids);
+                            const Tensor& workspace, const Optional& rows, const Optional& cu_seqlens) {
+  Ids tokens = make_ids(ids);
   const Head head = make_head(w1, b1, w2, &b2, hidden);
   const Argument states = features_of("hidden", hidden, head, {tokens.batch, tokens.length, head.width});
+  Hidden at{states.dense(2).data, states.strides[0], states.strides[1]};
+  Segments segments{};
+  if (cu_seqlens) {
+    const Argument bounds("cu_seqlens", *cu_seqlens, Type::int32, {ANY});
+    if (bounds.sizes[0] == 0) bounds.fail("must have at least one entry");
+    if (tokens.batch != 1) throw std::runtime_error("ids must have one row beside cu_seqlens");
+    segments.cu_seqlens = bounds.dense().as<int32_t>();
+    tokens.batch = bounds.sizes[0] - 1;
+    tokens.batch_stride = at.batch_stride = 0;
+  }
+  if (rows) segments.rows = Argument("rows", *rows, Type::int32, {tokens.batch}).dense().as<int32_t>();
   Stream stream = make_buffer(head, tally, step_score, slots, slot_owner, n_slots, workspace);
   const int64_t n = stream.sequences, capacity = stream.log_capacity;
-  if (tokens.batch > n) {
+  if (tokens.batch > n && !(rows && cu_seqlens)) {
     throw std::runtime_error("ids has " + std::to_string(tokens.batch) + " sequences, the state holds " +
                              std::to_string(n));
   }
@@ -246,11 +260,7 @@ DecodeStep make_decode_step(const Tensor& ids, const Tensor& hidden, const Tenso
   stream.last_hidden = features_of("last_hidden", last_hidden, head, {n, 2, head.width}).dense().data;
   stream.step_column = Argument("step_column", step_column, Type::int32, {n, capacity}).dense().as<int32_t>();
   stream.step_region = Argument("step_region", step_region, Type::int8, {n, capacity}).dense().as<int8_t>();
-  return {tokens,
-          {states.dense(2).data, states.strides[0], states.strides[1]},
-          make_automaton(token_class, transition),
-          head,
-          stream};
+  return {tokens, at, segments, make_automaton(token_class, transition), head, stream};
 }
 
 struct StepMask {
@@ -296,14 +306,15 @@ const float* make_logits(const Tensor& logits, const Stream& stream) {
   return Argument("logits", logits, Type::float32, {stream.slot_capacity}).dense().as<float>();
 }
 
-#define DECODE_STEP_TENSORS                                                                                       \
+#define DECODE_STEP_ARGUMENTS                                                                                     \
   const Tensor &ids, const Tensor &hidden, const Tensor &token_class, const Tensor &transition, const Tensor &w1, \
       const Tensor &b1, const Tensor &w2, const Tensor &b2, const Tensor &seq, const Tensor &tally,               \
       const Tensor &last_hidden, const Tensor &step_column, const Tensor &step_region, const Tensor &step_score,  \
-      const Tensor &slots, const Tensor &slot_owner, const Tensor &n_slots, const Tensor &workspace
+      const Tensor &slots, const Tensor &slot_owner, const Tensor &n_slots, const Tensor &workspace,              \
+      bool at_predict, bool immediate, const Optional &rows, const Optional &cu_seqlens
 #define DECODE_STEP_NAMES                                                                                        \
   token_class, transition, w1, b1, w2, b2, seq, tally, last_hidden, step_column, step_region, step_score, slots, \
-      slot_owner, n_slots, workspace
+      slot_owner, n_slots, workspace, rows, cu_seqlens
 
 }  // namespace
 
@@ -333,15 +344,15 @@ Tensor score_rows_cpu(const Tensor& features, const Tensor& w1, const Tensor& b1
 }
 
 Tensor logit_rows_cpu(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                      const std::optional<Tensor>& b2) {
+                      const Optional& b2) {
   const HeadOnRows call = make_head_on_rows(features, w1, b1, w2, b2 ? &*b2 : nullptr);
   logit_rows(call.head, call.rows, static_cast<float*>(call.out.data_ptr()));
   return call.out;
 }
 
-void decode_step_cpu(DECODE_STEP_TENSORS, bool at_predict, bool immediate) {
+void decode_step_cpu(DECODE_STEP_ARGUMENTS) {
   const DecodeStep call = make_decode_step(ids, hidden, DECODE_STEP_NAMES);
-  decode_step(call.ids, call.hidden, call.automaton, call.head, call.stream, at_predict, immediate);
+  decode_step(call.ids, call.hidden, call.segments, call.automaton, call.head, call.stream, at_predict, immediate);
 }
 
 void flush_cpu(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& tally,
@@ -459,19 +470,19 @@ Tensor score_rows_cuda(const Tensor& features, const Tensor& w1, const Tensor& b
 }
 
 Tensor logit_rows_cuda(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                       const std::optional<Tensor>& b2) {
+                       const Optional& b2) {
   return head_on_rows_cuda(gpu::logit_rows, features, w1, b1, w2, b2 ? &*b2 : nullptr);
 }
 
-void decode_step_cuda(DECODE_STEP_TENSORS, bool at_predict, bool immediate) {
+void decode_step_cuda(DECODE_STEP_ARGUMENTS) {
   const OnDeviceOf device(ids);
   const Tensor states = readable(hidden);
   const DecodeStep call = make_decode_step(ids, states, DECODE_STEP_NAMES);
-  if (call.ids.batch > call.stream.slot_capacity) {
+  if (!cu_seqlens && call.ids.batch > call.stream.slot_capacity) {
     throw std::runtime_error("slots has " + std::to_string(call.stream.slot_capacity) + " rows; " +
                              std::to_string(call.ids.batch) + " sequences need at least as many");
   }
-  gpu::decode_step(call.ids, call.hidden, call.automaton, call.head, call.stream, at_predict, immediate,
+  gpu::decode_step(call.ids, call.hidden, call.segments, call.automaton, call.head, call.stream, at_predict, immediate,
                    device.stream());
 }
 

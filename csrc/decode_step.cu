@@ -89,14 +89,18 @@ struct Step {
 
   H head;
   Ids ids;  // [batch, 1], or of an empty batch: a flush
+  Segments segments;
   const T* hidden;
   int64_t hidden_stride;  // from sequence to sequence
   Automaton automaton;
   Stream state;
   bool at_predict;
-  bool immediate;  // score all rows; else only the waiting ones, if fewer than `room` slots were left after this step
-  int room;
+  bool immediate;  // score all rows; else only the waiting ones, if fewer slots than `room` were left after this step
+  // Of 16 bytes a row. An argument costs step_kernel no register while W1 streams, when all of them are taken.
+  int pieces = head.width * static_cast<int>(sizeof(T)) / 16;
   int active_bytes, ring_bytes;
+  int room, room_begin;
+  const int32_t* room_end;  // if any, no more room is wanted than from room_begin to there
 
   __device__ int32_t entry(int64_t b, const Position& at) const {
     if (!at.is_text()) return 0;
@@ -105,8 +109,19 @@ struct Step {
     return known ? automaton.transition[automaton.token_class[id] * automaton.states + at.automaton] : 0;
   }
 
-  __device__ T* last_row(int64_t b, int64_t seen) const {
-    return static_cast<T*>(state.last_hidden) + (2 * b + (seen & 1)) * head.width;
+  // Less than 0 where the sequence is skipped.
+  __device__ int64_t state_row(int64_t b) const {
+    if (!segments.rows) return b;
+    const int row = segments.rows[b];
+    return row < state.sequences ? row : -1;
+  }
+
+  __device__ int64_t* seq(int64_t row) const { return state.seq + row * SEQ_FIELDS; }
+
+  __device__ int wanted_room() const { return room_end ? max(0, min(room, *room_end - room_begin)) : room; }
+
+  __device__ T* last_row(int64_t row, int64_t seen) const {
+    return static_cast<T*>(state.last_hidden) + (2 * row + (seen & 1)) * head.width;
   }
 
   __device__ T* slot_row(int64_t slot) const { return static_cast<T*>(state.slots) + slot * head.width; }
@@ -118,7 +133,7 @@ struct StepRows {
   using T = typename H::T;
 
   const Step<H>& step;
-  const uint16_t* active;  // 2 * sequence + (column & 1)
+  const uint32_t* active;  // 2 * row + (column & 1), the row of last_hidden with at_predict, else that of hidden
   int n_waiting;
 
   __device__ const T* operator()(int row) const {
@@ -126,8 +141,13 @@ struct StepRows {
   }
 
   __device__ const T* feature(int i) const {
-    const int64_t b = active[i] >> 1;
-    return step.at_predict ? step.last_row(b, active[i] & 1) : step.hidden + b * step.hidden_stride;
+    const int64_t row = active[i] >> 1;
+    return step.at_predict ? step.last_row(row, active[i] & 1) : step.hidden + row * step.hidden_stride;
+  }
+
+  __device__ int64_t state_row(int i) const {
+    const int64_t row = active[i] >> 1;
+    return step.at_predict ? row : step.state_row(row);
   }
 };
 
@@ -136,18 +156,18 @@ constexpr int FIXED_BYTES = SCRATCH_BYTES + GROUP_SUM_BYTES;
 
 // Sequences whose step ends now, in order, to `active`; returns how many. Every block finds the same.
 template <class H>
-__device__ __forceinline__ int find_steps(const Step<H>& step, uint16_t* active, int* scratch) {
+__device__ __forceinline__ int find_steps(const Step<H>& step, uint32_t* active, int* scratch) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   int total = 0;
   for (int64_t base = 0; base < step.ids.batch; base += THREADS) {
-    const int64_t b = base + threadIdx.x;
+    const int64_t b = base + threadIdx.x, row = b < step.ids.batch ? step.state_row(b) : -1;
     bool ends = false;
-    unsigned parity = 0;
-    if (b < step.ids.batch) {
-      const Position at(step.state.seq + b * SEQ_FIELDS);
+    uint32_t found = 0;
+    if (row >= 0) {
+      const Position at(step.seq(row));
       ends = at.is_step(step.entry(b, at));
-      if (ends) prefetch(step.state.tally + b * N_REGIONS * TALLY_FIELDS);  // one line, for the block that adds to it
-      parity = static_cast<unsigned>(at.column & 1);
+      if (ends) prefetch(step.state.tally + row * N_REGIONS * TALLY_FIELDS);  // one line, for the block that adds to it
+      found = static_cast<uint32_t>(2 * (step.at_predict ? row : b) + (at.column & 1));
     }
     const unsigned mates = __ballot_sync(~0u, ends);
     if (base > 0) __syncthreads();  // the counts before have been read by all
@@ -158,7 +178,7 @@ __device__ __forceinline__ int find_steps(const Step<H>& step, uint16_t* active,
       before += w < warp ? scratch[w] : 0;
       total += scratch[w];
     }
-    if (ends) active[before + __popc(mates & ((1u << lane) - 1))] = static_cast<uint16_t>(2 * b + parity);
+    if (ends) active[before + __popc(mates & ((1u << lane) - 1))] = found;
   }
   __syncthreads();
   return total;
@@ -174,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(Step<H> step) {
   const int batch = static_cast<int>(step.ids.batch);
   unsigned char* const shared = shared_memory();
   int* const scratch = reinterpret_cast<int*>(shared);
-  uint16_t* const active = reinterpret_cast<uint16_t*>(shared + FIXED_BYTES);
+  uint32_t* const active = reinterpret_cast<uint32_t*>(shared + FIXED_BYTES);
   const Ring ring{reinterpret_cast<float*>(shared + SCRATCH_BYTES), shared + FIXED_BYTES + step.active_bytes,
                   step.ring_bytes};
   unsigned* const arrived = reinterpret_cast<unsigned*>(state.workspace);
@@ -182,24 +202,23 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(Step<H> step) {
 
   const int n_waiting = *state.n_slots;
   const int n_new = find_steps(step, active, scratch);
-  const bool full = n_waiting + n_new + step.room > state.slot_capacity;
+  const bool full = n_waiting + n_new + step.wanted_room() > state.slot_capacity;
   const int n_rows = step.immediate ? n_waiting + n_new : full ? n_waiting : 0;
   const bool gathers = !step.immediate && n_rows == 0;
   const StepRows<H> rows{step, active, n_waiting};
 
   // Half of the threads copy while the others start on W1. What is read here is not written in this launch: of
   // last_hidden the other half is.
-  const int pieces = step.head.width * static_cast<int>(sizeof(typename H::T)) / 16;
   const int copiers = n_rows > 0 ? COMPUTE_THREADS : THREADS;
   if (static_cast<int>(threadIdx.x) < copiers) {
     const int first = blockIdx.x * copiers + threadIdx.x, stride = gridDim.x * copiers;
-    for (int i = first; i < batch * pieces; i += stride) {
-      const int64_t b = i / pieces;
-      copy_pieces(step.last_row(b, state.seq[b * SEQ_FIELDS + SEEN] + 1), step.hidden + b * step.hidden_stride,
-                  i % pieces);
+    for (int i = first; i < batch * step.pieces; i += stride) {
+      const int64_t b = i / step.pieces, row = step.state_row(b);
+      if (row < 0) continue;
+      copy_pieces(step.last_row(row, step.seq(row)[SEEN] + 1), step.hidden + b * step.hidden_stride, i % step.pieces);
     }
-    for (int i = first; gathers && i < n_new * pieces; i += stride) {
-      copy_pieces(step.slot_row(n_waiting + i / pieces), rows.feature(i / pieces), i % pieces);
+    for (int i = first; gathers && i < n_new * step.pieces; i += stride) {
+      copy_pieces(step.slot_row(n_waiting + i / step.pieces), rows.feature(i / step.pieces), i % step.pieces);
     }
   }
   if (n_rows > 0) partial_sums(step.head, rows, n_rows, sums, ring);
@@ -217,10 +236,9 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(Step<H> step) {
     const int lane = threadIdx.x % WARP, row = first + lane * WARPS;
     if (lane < BATCH && row < n_rows) {
       const bool is_new = row >= n_waiting;
-      const int64_t b = is_new ? active[row - n_waiting] >> 1 : 0;
       const int32_t* const owner = state.slot_owner + row * OWNER_FIELDS;
-      const int64_t* const seq = state.seq + b * SEQ_FIELDS;
-      const int64_t sequence = is_new ? b : owner[OWNER_SEQUENCE];
+      const int64_t sequence = is_new ? rows.state_row(row - n_waiting) : owner[OWNER_SEQUENCE];
+      const int64_t* const seq = step.seq(sequence);
       scores[row] = score;
       keys[row] = key_of(sequence, is_new ? Position(seq).region : owner[OWNER_REGION]);
       log_score_of(state, sequence, is_new ? seq[N_STEPS] : owner[OWNER_STEP], score);
@@ -231,19 +249,21 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(Step<H> step) {
 
   const int slot0 = gathers ? n_waiting : 0;
   for (int i = threadIdx.x; i < n_new; i += THREADS) {
-    const int64_t b = active[i] >> 1;
-    const int64_t* const seq = state.seq + b * SEQ_FIELDS;
+    const int64_t row = rows.state_row(i);
+    const int64_t* const seq = step.seq(row);
     const Position at(seq);
-    log_step(state, b, seq[N_STEPS], at.column, at.region);
-    if (!step.immediate) own_slot(state, slot0 + i, b, seq[N_STEPS], at.region);
+    log_step(state, row, seq[N_STEPS], at.column, at.region);
+    if (!step.immediate) own_slot(state, slot0 + i, row, seq[N_STEPS], at.region);
   }
-  for (int i = threadIdx.x; !step.immediate && n_rows > 0 && i < n_new * pieces; i += THREADS) {
-    copy_pieces(step.slot_row(i / pieces), rows.feature(i / pieces), i % pieces);
+  for (int i = threadIdx.x; !step.immediate && n_rows > 0 && i < n_new * step.pieces; i += THREADS) {
+    copy_pieces(step.slot_row(i / step.pieces), rows.feature(i / step.pieces), i % step.pieces);
   }
   __syncthreads();  // everything has been read of the old state
 
   for (int64_t b = threadIdx.x; b < batch; b += THREADS) {
-    int64_t* const seq = state.seq + b * SEQ_FIELDS;
+    const int64_t row = step.state_row(b);
+    if (row < 0) continue;
+    int64_t* const seq = step.seq(row);
     const Position at(seq);
     const int32_t entry = step.entry(b, at);
     const uint64_t id = static_cast<uint64_t>(step.ids.data[b * step.ids.batch_stride]);
@@ -264,16 +284,19 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(Step<H> step) {
 
 constexpr int DETECT_SHARED_BYTES = WALK_SHARED_BYTES + 16;
 
-// Tokens [begin, end) of one sequence a block; steps to the next free slots, of which there are enough. Rows of one
-// sequence come in step order, sequences in any; no result depends on which.
+// Columns [begin, end) of one sequence a block, as far as they are its own; steps to the next free slots, of which
+// there are enough. Rows of one sequence come in step order, sequences in any; no result depends on which.
 template <class H>
-__global__ void __launch_bounds__(WALK_THREADS, 4)
+__global__ void __launch_bounds__(WALK_THREADS, 8)
     detect_kernel(Step<H> step, int64_t hidden_token_stride, int64_t begin, int64_t end) {
   const Stream& state = step.state;
   int* const shared_slot = reinterpret_cast<int*>(shared_memory() + WALK_SHARED_BYTES);
-  const int64_t b = blockIdx.x;
-  const int pieces = step.head.width * static_cast<int>(sizeof(typename H::T)) / 16;
-  int64_t* const seq = state.seq + b * SEQ_FIELDS;
+  const int64_t b = blockIdx.x, row = step.state_row(b);
+  const int32_t* const bounds = step.segments.cu_seqlens;
+  const int64_t first = bounds ? bounds[b] : 0;
+  if (bounds) begin = begin > first ? begin : first, end = end < bounds[b + 1] ? end : bounds[b + 1];
+  if (row < 0 || begin >= end) return;
+  int64_t* const seq = step.seq(row);
   const auto hidden_row = [&](int64_t j) { return step.hidden + b * step.hidden_stride + j * hidden_token_stride; };
   Position at(seq);
   int64_t n_think = seq[N_THINK], n_end = seq[N_END], n_steps = seq[N_STEPS];
@@ -286,14 +309,14 @@ __global__ void __launch_bounds__(WALK_THREADS, 4)
       __syncthreads();
       const int slot = *shared_slot;
       const auto* const feature = !step.at_predict ? hidden_row(j)
-                                  : j > 0          ? hidden_row(j - 1)
-                                                   : step.last_row(b, at.column);
-      for (int piece = threadIdx.x; piece < pieces; piece += WALK_THREADS)
+                                  : j > first      ? hidden_row(j - 1)
+                                                   : step.last_row(row, at.column);
+      for (int piece = threadIdx.x; piece < step.pieces; piece += WALK_THREADS)
         copy_pieces(step.slot_row(slot), feature, piece);
       if (threadIdx.x == 0) {
         at.region = region_of(n_think, n_end);
-        own_slot(state, slot, b, n_steps, at.region);
-        log_step(state, b, n_steps, at.column, at.region);
+        own_slot(state, slot, row, n_steps, at.region);
+        log_step(state, row, n_steps, at.column, at.region);
       }
       n_steps += 1;
       __syncthreads();  // the slot's number has been read by all
@@ -305,8 +328,8 @@ __global__ void __launch_bounds__(WALK_THREADS, 4)
     at.column += 1;
   });
   __syncthreads();  // everything has been read of the old state
-  for (int piece = threadIdx.x; piece < pieces; piece += WALK_THREADS) {
-    copy_pieces(step.last_row(b, at.column), hidden_row(end - 1), piece);
+  for (int piece = threadIdx.x; piece < step.pieces; piece += WALK_THREADS) {
+    copy_pieces(step.last_row(row, at.column), hidden_row(end - 1), piece);
   }
   if (threadIdx.x == 0) {
     seq[AUTOMATON] = at.automaton, seq[SEEN] = at.column, seq[N_THINK] = n_think, seq[N_END] = n_end;
@@ -343,7 +366,7 @@ void check_fits(int64_t rows, int64_t bytes) {
 
 template <class H>
 void launch_step(const Device& on, Step<H> step, cudaStream_t stream) {
-  step.active_bytes = static_cast<int>((step.ids.batch * sizeof(uint16_t) + 127) / 128 * 128);
+  step.active_bytes = static_cast<int>((step.ids.batch * sizeof(uint32_t) + 127) / 128 * 128);
   step.ring_bytes = on.shared_bytes - FIXED_BYTES - step.active_bytes;
   check_fits(step.state.slot_capacity + step.ids.batch, step.ring_bytes);
   launch_on<step_kernel<H>>(on, std::min(on.multiprocessors, step.head.tiles), THREADS, on.shared_bytes, stream, step);
@@ -351,8 +374,8 @@ void launch_step(const Device& on, Step<H> step, cudaStream_t stream) {
 
 }  // namespace
 
-void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automaton, const Head& head,
-                 const Stream& state, bool at_predict, bool immediate, cudaStream_t stream) {
+void decode_step(const Ids& ids, const Hidden& hidden, const Segments& segments, const Automaton& automaton,
+                 const Head& head, const Stream& state, bool at_predict, bool immediate, cudaStream_t stream) {
   if (ids.batch == 0 || ids.length == 0) {
     if (immediate) flush(head, state, stream);
     return;
@@ -361,16 +384,20 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automato
   with_head(head, on, [&](auto typed) {
     using H = decltype(typed);
     using T = typename H::T;
-    Step<H> step{typed,      ids,      static_cast<const T*>(hidden.data), hidden.batch_stride, automaton, state,
-                 at_predict, immediate};
-    if (ids.length == 1) return launch_step(on, step, stream);
-    const int64_t piece = std::max<int64_t>(1, state.slot_capacity / ids.batch);
+    Step<H> step{typed,     ids,   segments,   static_cast<const T*>(hidden.data), hidden.batch_stride,
+                 automaton, state, at_predict, immediate};
+    const bool packed = segments.cu_seqlens != nullptr;
+    if (ids.length == 1 && !packed) return launch_step(on, step, stream);
+    const int64_t rows_a_column = packed ? 1 : ids.batch;
+    const int64_t piece = std::max<int64_t>(1, state.slot_capacity / rows_a_column);
     for (int64_t begin = 0; begin < ids.length; begin += piece) {
       const int64_t end = std::min(begin + piece, ids.length);
       Step<H> make_room = step;
       make_room.ids.batch = 0;
       make_room.immediate = false;
-      make_room.room = static_cast<int>(ids.batch * (end - begin));
+      make_room.room = static_cast<int>(rows_a_column * (end - begin));
+      make_room.room_begin = static_cast<int>(begin);
+      make_room.room_end = packed ? segments.cu_seqlens + ids.batch : nullptr;
       launch_step(on, make_room, stream);
       launch(detect_kernel<H>, dim3(static_cast<unsigned>(ids.batch)), WALK_THREADS, DETECT_SHARED_BYTES, stream, step,
              hidden.stride, begin, end);
@@ -383,7 +410,7 @@ void flush(const Head& head, const Stream& state, cudaStream_t stream) {
   const Device on = device();
   with_head(head, on, [&](auto typed) {
     using H = decltype(typed);
-    launch_step(on, Step<H>{typed, {}, nullptr, 0, {}, state, true, true}, stream);
+    launch_step(on, Step<H>{typed, {}, {}, nullptr, 0, {}, state, true, true}, stream);
   });
 }
 

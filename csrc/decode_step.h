@@ -26,10 +26,16 @@ struct Hidden {  // [batch, length, width] in the head's dtype
   int64_t batch_stride, stride;
 };
 
-// Consumes ids [batch <= sequences, length] and the states they produced: see kernels/decode_step.py. Throws
-// std::out_of_range for a bad id and then leaves the state unchanged.
-void decode_step(const Ids& ids, const Hidden& hidden, const Automaton& automaton, const Head& head,
-                 const Stream& stream, bool at_predict, bool immediate);
+// Which columns of a call are a sequence's, and which row of the state is its own.
+struct Segments {
+  const int32_t* rows;        // [batch], -1: the sequence is skipped; null: row b is sequence b's
+  const int32_t* cu_seqlens;  // [batch + 1], the packed form: all sequences share one row of ids; null: the dense form
+};
+
+// Consumes ids [batch, length], of batch stride 0 where packed, and the states they produced: see
+// kernels/decode_step.py. Throws std::out_of_range for a bad id, row or segment and then leaves the state unchanged.
+void decode_step(const Ids& ids, const Hidden& hidden, const Segments& segments, const Automaton& automaton,
+                 const Head& head, const Stream& stream, bool at_predict, bool immediate);
 
 // Scores slots[:n_slots] into their owners' tallies and step logs, in slot order; empties the buffer: see
 // kernels/flush.py.

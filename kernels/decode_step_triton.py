@@ -57,6 +57,15 @@ def _field(s, at: tl.constexpr, inside):
 
 
 @triton.jit
+def _state_row(rows, b, inside):
+    """The state row of sequence ``b``; less than 0 where it is skipped."""
+    row = b
+    if rows is not None:
+        row = tl.load(rows + b, mask=inside, other=-1).to(tl.int64)
+    return row
+
+
+@triton.jit
 def _region(n_think, n_end):
     return tl.where(n_think > 0, AFTER_THINK, 0) + tl.where(n_end > 0, AFTER_END, 0)
 
@@ -75,9 +84,9 @@ def _feature(
     m, n, waiting, scored, STRIDE: tl.constexpr, source, source_b, seq, slots,
     H: tl.constexpr, HALVES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to the rows ``m`` that are to be scored: first the slots that wait, then, in order, the sequences whose keys
-    ``scored`` has. ``source`` is ``hidden``, or ``last_hidden`` (``HALVES``) of which the old half is meant; each row begins
-    at a multiple of ``ALIGN`` bytes.
+    """Pointers to the rows ``m`` that are to be scored: first the slots that wait, then, in order, the rows of ``source``
+    whose keys ``scored`` has. ``source`` is ``hidden``, or ``last_hidden`` (``HALVES``) of which the old half is meant; each
+    row begins at a multiple of ``ALIGN`` bytes.
     """
     m = tl.cast(m, tl.int64)
     key = tl.load(int32_at(scored) + m * STRIDE + 1, mask=(m >= waiting) & (m < n), other=0)
@@ -92,7 +101,7 @@ def _feature(
 @triton.jit(do_not_specialize=["B", "R", "C", "n_states"])
 def _step(
     ids, hidden, token_class, transition, w1, b1, w2, b2, seq, tally, last_hidden, step_column, step_region, step_score,
-    slots, slot_owner, n_slots, workspace,
+    slots, slot_owner, n_slots, workspace, rows,
     B, R, C, n_states, ids_b, hidden_b, H: tl.constexpr, K: tl.constexpr, LINE: tl.constexpr,
     AT_PREDICT: tl.constexpr, IMMEDIATE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
@@ -106,7 +115,8 @@ def _step(
     sum there and nobody reading the old state any more: it adds up, tallies, and updates the state of all sequences.
 
     workspace: a counter of arrivals, and from ``HEADER`` on a line for each row: partial sums of ``head_partials``, then its
-    poison and later its score, then its key (see ``tally_rows``), which all programs write alike.
+    poison and later its score, then its key, which all programs write alike: of its row in ``source``, and later of its row
+    in the state (see ``tally_rows``). rows: [B] int32 or None, as in the definition.
     """
     N_LINES: tl.constexpr = (K + LINE - 1) // LINE
     STRIDE: tl.constexpr = N_LINES + 2
@@ -121,14 +131,16 @@ def _step(
     n = waiting
     for first in range(0, B, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B).to(tl.int64)
-        inside = b < B
-        s = seq + b * SEQ_FIELDS
+        state_row = _state_row(rows, b, b < B)
+        inside = (b < B) & (state_row >= 0)
+        s = seq + state_row * SEQ_FIELDS
         token = tl.load(ids + b * ids_b, mask=inside, other=0)
         _, is_step = _detect(s, inside, token, token_class, transition, n_states)
         region = _region(_field(s, N_THINK, inside), _field(s, N_END, inside))
         one = is_step.to(tl.int32)
         row = (n + tl.cumsum(one, 0) - one).to(tl.int64)
-        tl.store(int32_at(scored) + row * STRIDE + 1, b.to(tl.int32) * N_REGIONS + region, mask=is_step)
+        source_row = state_row if AT_PREDICT else b
+        tl.store(int32_at(scored) + row * STRIDE + 1, source_row.to(tl.int32) * N_REGIONS + region, mask=is_step)
         n += tl.sum(one, 0)
     tl.debug_barrier()  # the keys are read by other threads than wrote them
 
@@ -150,8 +162,10 @@ def _step(
     for t in range(program, B * TILES, n_programs):
         t = tl.cast(t, tl.int64)
         b = t // TILES
-        half = (tl.load(seq + b * SEQ_FIELDS + SEEN) + 1) & 1
-        _copy_tile(last_hidden + (b * 2 + half) * H, hidden + b * hidden_b, t % TILES, H)
+        state_row = _state_row(rows, b, True)
+        if state_row >= 0:
+            half = (tl.load(seq + state_row * SEQ_FIELDS + SEEN) + 1) & 1
+            _copy_tile(last_hidden + (state_row * 2 + half) * H, hidden + b * hidden_b, t % TILES, H)
 
     tl.debug_barrier()  # one thread arrives for all
     if tl.atomic_add(int32_at(workspace), 1, sem="acq_rel") == n_programs - 1:
@@ -161,7 +175,11 @@ def _step(
                 row = first + tl.arange(0, BLOCK_R)
                 new = (row >= waiting) & (row < n)
                 key, step = slot_key(row, waiting, slot_owner)
-                key += tl.load(int32_at(scored) + row.to(tl.int64) * STRIDE + 1, mask=new, other=0)
+                new_key = tl.load(int32_at(scored) + row.to(tl.int64) * STRIDE + 1, mask=new, other=0)
+                if not AT_PREDICT:
+                    state_row = _state_row(rows, new_key // N_REGIONS, new)
+                    new_key = tl.where(new, state_row.to(tl.int32) * N_REGIONS + new_key % N_REGIONS, 0)
+                key += new_key
                 step += _field(seq + (key // N_REGIONS).to(tl.int64) * SEQ_FIELDS, N_STEPS, new)
                 score = log_score(head_logits(row, n, b2, sums, N_LINES))
                 note_scores(row, n, score, key, step, scored, STRIDE, step_score, C)
@@ -171,8 +189,9 @@ def _step(
         taken = waiting
         for first in range(0, B, BLOCK_B):
             b = first + tl.arange(0, BLOCK_B).to(tl.int64)
-            inside = b < B
-            s = seq + b * SEQ_FIELDS
+            state_row = _state_row(rows, b, b < B)
+            inside = (b < B) & (state_row >= 0)
+            s = seq + state_row * SEQ_FIELDS
             token = tl.load(ids + b * ids_b, mask=inside, other=0)
             entry, is_step = _detect(s, inside, token, token_class, transition, n_states)
             state, column, step = _field(s, AUTOMATON, inside), _field(s, SEEN, inside), _field(s, N_STEPS, inside)
@@ -182,11 +201,11 @@ def _step(
             region = _region(n_think, n_end)
             one = is_step.to(tl.int32)
             logged = is_step & (step < C)
-            tl.store(step_column + b * C + step, column, mask=logged)
-            tl.store(step_region + b * C + step, region.to(tl.int8), mask=logged)
+            tl.store(step_column + state_row * C + step, column, mask=logged)
+            tl.store(step_region + state_row * C + step, region.to(tl.int8), mask=logged)
             if not due:
                 owner = slot_owner + (taken + tl.cumsum(one, 0) - one) * OWNER_FIELDS
-                tl.store(owner + OWNER_SEQUENCE, b.to(tl.int32), mask=is_step)
+                tl.store(owner + OWNER_SEQUENCE, state_row.to(tl.int32), mask=is_step)
                 tl.store(owner + OWNER_STEP, step, mask=is_step)
                 tl.store(owner + OWNER_REGION, region, mask=is_step)
                 taken += tl.sum(one, 0)
@@ -203,27 +222,35 @@ def _step(
 @triton.jit(do_not_specialize=["begin", "end", "n_states", "C"])
 def _walk(
     ids, hidden, token_class, transition, seq, last_hidden, step_column, step_region, slots, slot_owner, n_slots,
-    begin, end, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H: tl.constexpr, AT_PREDICT: tl.constexpr,
+    rows, cu_seqlens, begin, end, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H: tl.constexpr, AT_PREDICT: tl.constexpr,
 ):  # fmt: skip
-    """For one sequence a program and ``j = begin, .. end - 1``: ``entry = transition[token_class[ids[j]], state]``; if it is
+    """For one sequence a program and those of ``j = begin, .. end - 1`` that are its own: ``entry = transition[token_class[ids[j]], state]``; if it is
     a step in scope, ``slots[n_slots++] = h[j - 1]`` (``AT_PREDICT``; before the call it is ``last_hidden``) or ``h[j]``, with
     its owner and its step log; then ``state = entry & NEXT_STATE``, tags counted, ``hash = hash factor + id + 1``.
 
-    The slots must have room for ``end - begin`` rows of every sequence: see ``flush_for``. Rows of one sequence come in step
+    The slots must have room for as many rows as there may be steps: see ``flush_for``. Rows of one sequence come in step
     order, sequences in any; no result depends on which.
 
-    ids: [B, q] int64 and hidden: [B, q, H], with their strides; transition: [n_classes, n_states] int32; step_column: [N, C]
-    int32; step_region: [N, C] int8. Others as in the definition, contiguous.
+    ids: [B, q] int64 and hidden: [B, q, H], with their strides, packed of 0 from sequence to sequence; transition:
+    [n_classes, n_states] int32; step_column: [N, C] int32; step_region: [N, C] int8; rows: [B], cu_seqlens: [B + 1] int32,
+    each or None. Others as in the definition, contiguous.
     """
     TILES: tl.constexpr = (H + BLOCK_C - 1) // BLOCK_C
     b = tl.program_id(0).to(tl.int64)
+    state_row = _state_row(rows, b, True)
+    first = 0
+    if cu_seqlens is not None:
+        first = tl.load(cu_seqlens + b)
+        begin, end = tl.maximum(begin, first), tl.minimum(end, tl.load(cu_seqlens + b + 1))
+    if (state_row < 0) | (begin >= end):
+        return
     ids_q, hidden_q = tl.cast(ids_q, tl.int64), tl.cast(hidden_q, tl.int64)
-    s = seq + b * SEQ_FIELDS
+    s = seq + state_row * SEQ_FIELDS
     state, column, pad = _field(s, AUTOMATON, True), _field(s, SEEN, True), _field(s, PAD, True)
     scope = tl.maximum(_field(s, START, True), pad + 2)
     n_think, n_end, step = _field(s, N_THINK, True), _field(s, N_END, True), _field(s, N_STEPS, True)
     running_hash = tl.load(s + HASH)
-    last_ptr = last_hidden + b * 2 * H
+    last_ptr = last_hidden + state_row * 2 * H
     hidden_ptr = hidden + b * hidden_b
     for j in range(begin, end):
         token = tl.load(ids + b * ids_b + j * ids_q)
@@ -234,16 +261,16 @@ def _walk(
             slot = tl.atomic_add(n_slots, 1, sem="relaxed").to(tl.int64)
             source = hidden_ptr + j * hidden_q
             if AT_PREDICT:
-                source = tl.where(j > 0, source - hidden_q, last_ptr + (column & 1) * H)
+                source = tl.where(j > first, source - hidden_q, last_ptr + (column & 1) * H)
             for tile in range(TILES):
                 _copy_tile(slots + slot * H, source, tile, H)
             region = _region(n_think, n_end)
             owner = slot_owner + slot * OWNER_FIELDS
-            tl.store(owner + OWNER_SEQUENCE, b.to(tl.int32))
+            tl.store(owner + OWNER_SEQUENCE, state_row.to(tl.int32))
             tl.store(owner + OWNER_STEP, step)
             tl.store(owner + OWNER_REGION, region)
-            tl.store(step_column + b * C + step, column, mask=step < C)
-            tl.store(step_region + b * C + step, region.to(tl.int8), mask=step < C)
+            tl.store(step_column + state_row * C + step, column, mask=step < C)
+            tl.store(step_region + state_row * C + step, region.to(tl.int8), mask=step < C)
             step += 1
         state = tl.where(text, entry & NEXT_STATE, state)
         n_think += ((entry & THINK) != 0).to(tl.int32)
@@ -268,16 +295,17 @@ def decode_step(
     seq: Tensor, tally: Tensor, last_hidden: Tensor,
     step_column: Tensor, step_region: Tensor, step_score: Tensor,
     slots: Tensor, slot_owner: Tensor, n_slots: Tensor, workspace: Tensor,
-    at_predict: bool, immediate: bool,
+    at_predict: bool, immediate: bool, rows: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Consume ``q`` tokens of each of the first ``B`` sequences; semantics and arguments as in the definition.
+    """Consume ``q`` tokens of each of ``B`` sequences, or those that ``cu_seqlens`` gives it; semantics and arguments as in
+    the definition.
 
-    A call of one token is one launch. Longer calls are cut into pieces whose steps fit the slot buffer even if every token
-    were one, of three launches each, of which two mostly return at once. Nothing is allocated or read back, unless
+    A dense call of one token is one launch. Other calls are cut into pieces whose steps fit the slot buffer even if every
+    token were one, of three launches each, of which two mostly return at once. Nothing is allocated or read back, unless
     ``hidden`` is not contiguous in its last dimension: then it is copied.
 
     Raises:
-        ValueError: the slot buffer has fewer rows than the call has sequences.
+        ValueError: the slot buffer has fewer rows than a dense call has sequences.
     """
     B, q = ids.shape
     R, H = slots.shape
@@ -287,7 +315,7 @@ def decode_step(
     if hidden.stride(2) != 1:
         hidden = hidden.contiguous()
     with torch.cuda.device_of(ids):
-        if q == 1:
+        if q == 1 and cu_seqlens is None:
             tile = head_tile(w1, 16 if immediate else R)
             # Left to itself the assembler spills some scalars in order to fit more programs on a multiprocessor.
             tile["maxnreg"] = 168 if tile["num_warps"] == 4 else 248
@@ -297,19 +325,22 @@ def decode_step(
             )
             _step[(triton.cdiv(len(w1), tile["BLOCK_U"]),)](
                 ids, hidden, token_class, transition, weight_bits(w1), b1, w2, b2, seq, tally, last_hidden,
-                step_column, step_region, step_score, slots, slot_owner, n_slots, workspace,
+                step_column, step_region, step_score, slots, slot_owner, n_slots, workspace, rows,
                 B, R, C, n_states, ids.stride(0), hidden.stride(0), H, len(w1), head_line(w1),
                 at_predict, immediate, math.gcd(16, *pitches), min(512, max(128, triton.next_power_of_2(B))), **tile, **OPTIONS,
             )  # fmt: skip
             return
-        rows = w1, b1, w2, b2, tally, step_score, slots, slot_owner, n_slots, workspace
-        piece = max(1, R // max(1, B))
-        for begin in range(0, q if B else 0, piece):
+        head_and_slots = w1, b1, w2, b2, tally, step_score, slots, slot_owner, n_slots, workspace
+        piece = max(1, R // max(1, B))  # columns
+        sequences, (ids_b, ids_q), (hidden_b, hidden_q) = B, ids.stride(), hidden.stride()[:2]
+        if cu_seqlens is not None:
+            sequences, ids_b, hidden_b = len(cu_seqlens) - 1, 0, 0
+        for begin in range(0, q if sequences else 0, piece):
             end = min(begin + piece, q)
-            flush_for(B * (end - begin), *rows)
-            _walk[(B,)](
+            flush_for(B * (end - begin), *head_and_slots)
+            _walk[(sequences,)](
                 ids, hidden, token_class, transition, seq, last_hidden, step_column, step_region, slots, slot_owner, n_slots,
-                begin, end, n_states, C, *ids.stride(), *hidden.stride()[:2], H, at_predict, **OPTIONS,
+                rows, cu_seqlens, begin, end, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H, at_predict, **OPTIONS,
             )  # fmt: skip
         if immediate:
-            flush(*rows)
+            flush(*head_and_slots)

@@ -4,7 +4,7 @@ Whatever has yet to be written is poisoned, and behind the last weight and behin
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -111,6 +111,44 @@ def newest_hidden(state: State) -> Tensor:
     return state["last_hidden"][torch.arange(len(seen), device=seen.device), seen & 1]
 
 
+@dataclass(frozen=True)
+class Call:
+    """One ``decode_step`` of the next ``lengths[i]`` tokens of sequence ``sequences[i]``; -1 is one to be skipped."""
+
+    sequences: list[int]
+    lengths: list[int]
+    packed: bool
+
+
+def random_calls(B: int, T: int, seed: int = 0) -> list[Call]:
+    """``B`` sequences of ``T`` tokens each, whatever its turn: dense and packed calls, some sequences resting or skipped, in any
+    order, of none, one and many tokens each.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> int:
+        return int(torch.randint(n, (), generator=g))
+
+    left, calls = [T] * B, []
+    while any(left):
+        packed, order = draw(2) == 1, torch.randperm(B, generator=g).tolist()
+        if draw(3) == 0:
+            order = sorted(order)
+        if packed:
+            wanted = [min(left[s], (0, 1, 1, 2, 9)[draw(5)]) for s in order]
+            at = draw(B + 1)
+            order[at:at], wanted[at:at] = [-1, -1], [draw(4), 1]
+        else:
+            q = min([n for n in left if n] + [(1, 1, 3)[draw(3)]])
+            order = [s if left[s] and draw(4) else -1 for s in order]
+            wanted = [q] * B
+        for s, n in zip(order, wanted, strict=True):
+            if s >= 0:
+                left[s] -= n
+        calls.append(Call(order, wanted, packed))
+    return calls
+
+
 @dataclass
 class Stream:
     """``T`` random tokens of ``B`` sequences, for a state that has room for ``N``."""
@@ -154,6 +192,59 @@ class Stream:
             begin += q
         return state
 
+    def run(
+        self, decode_step: Callable, state: State, calls: Sequence[Call], at_predict: bool, immediate: bool,
+        dtype: torch.dtype | None = None,
+    ) -> State:  # fmt: skip
+        """``calls``, sequence s in the state's row B - 1 - s; what is skipped or padding has NaN for hidden states."""
+        head, at = self.head_as(dtype, decode_step is kernels.decode_step), [0] * self.B
+        int32 = {"dtype": torch.int32, "device": self.device}
+        for call in calls:
+            padding = int(call.packed) * 3
+            ids, hidden = [], []
+            for s, n in (*zip(call.sequences, call.lengths, strict=True), (-1, padding)):
+                ids.append(self.ids[s, at[s] : at[s] + n] if s >= 0 else self.ids.new_zeros(n))
+                hidden.append(self.hidden[s, at[s] : at[s] + n] if s >= 0 else self.hidden.new_full((n, self.H), NAN))
+                if s >= 0:
+                    at[s] += n
+            join = (lambda parts: torch.cat(parts)[None]) if call.packed else (lambda parts: torch.stack(parts[:-1]))
+            rows: Tensor | None = torch.tensor([self.B - 1 - s if s >= 0 else -1 for s in call.sequences], **int32)
+            if torch.equal(rows, torch.arange(self.B, **int32)):
+                rows = None
+            bounds = torch.tensor([0, *call.lengths], **int32).cumsum(0, dtype=torch.int32) if call.packed else None
+            decode_step(
+                join(ids), join(hidden).to(dtype or self.dtype), *self.automaton, *head, *state.values(), at_predict, immediate,
+                rows, bounds,
+            )  # fmt: skip
+        assert at == [self.T] * self.B
+        return state
+
+    def check_calls(
+        self, decode_step: Callable, flush: Callable, at_predict: bool, immediate: bool, seed: int = 0, same_bits: bool = True
+    ) -> None:  # fmt: skip
+        """Random calls against the definition, and against the same tokens in dense calls without ``rows``: bit for bit, but
+        for the scores where ``same_bits`` is false.
+        """
+        calls, states = random_calls(self.B, self.T, seed), []
+        for op, flush_op, dtype in (
+            (decode_step, flush, None),
+            (kernels.decode_step, kernels.flush, None),
+            (kernels.decode_step, kernels.flush, torch.float64),
+        ):
+            state = self.run(op, self.state(dtype), calls, at_predict, immediate, dtype)
+            states.append(state if immediate else self.flush(flush_op, state, dtype))
+        assert_same_state(*states)
+        assert states[0]["seq"][:, layout.N_STEPS].sum() > 0
+
+        in_order = replace(self)
+        in_order.ids, in_order.hidden = self.ids.flip(0), self.hidden.flip(0)
+        alone = self.flush(flush, in_order.feed(decode_step, self.state(), [1] * self.T, at_predict, immediate))
+        for name in ("seq", "step_column", "step_region"):
+            assert_identical(states[0][name], alone[name])
+        for name in ("tally", "step_score"):
+            (assert_identical if same_bits else assert_close)(states[0][name], alone[name])
+        assert_identical(newest_hidden(states[0]), newest_hidden(alone))
+
     def flush(self, flush: Callable, state: State, dtype: torch.dtype | None = None) -> State:
         flush(*self.head_as(dtype, flush is kernels.flush), *flush_arguments(state))
         return state
@@ -182,6 +273,10 @@ class Stream:
 
 def assert_identical(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, equal_nan=True)
 
 
 def assert_2x(ours: Tensor, definition: Tensor, truth: Tensor) -> None:
@@ -225,3 +320,12 @@ def opcheck_arguments(device: torch.device | str = "cpu", fp8: bool = False) -> 
         "flush": (*case.head, *flush_arguments(state)),
         "tally_slots": (logits, case.head[3], *rest),
     }
+
+
+def packed_arguments(device: torch.device | str = "cpu") -> tuple:
+    """Arguments of a packed ``decode_step``: three sequences of 4, no and 3 tokens, one to be skipped, and padding."""
+    case = Stream(3, 12, 16, torch.float32, seed=5, device=device, sizes={"pad": [0] * 3, "start": [0] * 3})
+    rows = torch.tensor([2, 0, 1, -1], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, 4, 4, 7, 9], dtype=torch.int32, device=device)
+    state = case.state().values()
+    return case.ids[:1], case.hidden[:1], *case.automaton, *case.head, *state, True, True, rows, bounds

@@ -16,6 +16,7 @@ from cases import (
     assert_identical,
     flush_arguments,
     opcheck_arguments,
+    packed_arguments,
     random_automaton,
     random_head,
     random_ids,
@@ -126,6 +127,37 @@ def test_stream(seed: int, dtype: torch.dtype, at_predict: bool, immediate: bool
         assert_identical(ours[name], definition[name])
 
 
+@pytest.mark.parametrize("immediate", [False, True])
+@pytest.mark.parametrize("at_predict", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sequences_that_come_and_go(dtype: torch.dtype, at_predict: bool, immediate: bool) -> None:
+    """Sequences in other rows of the state, resting, skipped, packed: as if each were alone."""
+    for seed in range(4):
+        case = Stream(4, 30, 33, dtype, seed, sizes={"slots": 5, "log": 12})
+        case.check_calls(cpu.decode_step, cpu.flush, at_predict, immediate, seed)
+
+
+def test_the_definition_of_rows_and_segments() -> None:
+    """In float64 the definition itself: packed and scattered over the state, or dense and in order."""
+    for seed in range(4):
+        case = Stream(4, 30, 8, torch.float64, seed, sizes={"slots": 5, "log": 12})
+        case.check_calls(kernels.decode_step, kernels.flush, True, True, seed, same_bits=False)
+
+
+def test_states_that_no_row_names_rest() -> None:
+    """Whatever lies in them, and in what is skipped: not one bit of it is touched."""
+    case = Stream(3, 4, 16, torch.float32, step=1.1, N=6, sizes={"pad": [0] * 6, "start": [0] * 6})
+    for bounds in (None, torch.tensor([0, 2, 4, 4], dtype=torch.int32)):
+        ids, hidden = (case.ids, case.hidden) if bounds is None else (case.ids[:1], case.hidden[:1])
+        state = case.state()
+        resting = {name: state[name][[0, 1, 3, 5]].clone() for name in STATE[:6]}
+        rows = torch.tensor([4, -1, 2], dtype=torch.int32)
+        cpu.decode_step(ids, hidden, *case.automaton, *case.head, *state.values(), True, True, rows, bounds)
+        for name, before in resting.items():
+            assert_identical(state[name][[0, 1, 3, 5]], before)
+        assert state["seq"][[4, 2], layout.SEEN].tolist() == ([4, 4] if bounds is None else [2, 0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_ops_give_a_row_the_same_bits(capability: str, dtype: torch.dtype) -> None:
     ids, hidden, *rest = stream_case(100, dtype, T=40, slots=40, log=40)
@@ -174,7 +206,7 @@ def test_an_id_outside_the_vocabulary_changes_nothing(token: int) -> None:
 
 def test_bad_arguments_are_named() -> None:
     names = [a.name for a in cpu.decode_step.default._schema.arguments]
-    case = dict(zip(names, (*stream_case(16, torch.float32, slots=3), True, True), strict=True))
+    case = dict(zip(names, (*stream_case(16, torch.float32, slots=3), True, True, None, None), strict=True))
     wrong = {
         "hidden": [case["hidden"].bfloat16(), case["hidden"].mT.contiguous().mT, case["hidden"][:, :4]],
         "ids": [case["ids"].int(), case["ids"].repeat(2, 1)],
@@ -187,6 +219,8 @@ def test_bad_arguments_are_named() -> None:
         "slot_owner": [case["slot_owner"].t().contiguous().t()],
         "n_slots": [torch.tensor([4], dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)],
         "transition": [case["transition"][:1], case["transition"].long()],
+        "rows": [torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)],
+        "cu_seqlens": [torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)],  # ids have three rows
     }
     for name, values in wrong.items():
         for value in values:
@@ -200,6 +234,41 @@ def test_bad_arguments_are_named() -> None:
     case["seq"][0, layout.AUTOMATON] = STATES
     with pytest.raises(IndexError, match="automaton is in state"):
         cpu.decode_step(*case.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rows", [0, 3, 1, -1], r"rows\[1\] is 3, the state holds 3"),
+        ("rows", [0, -2, 1, -1], r"rows\[1\] is -2"),
+        ("rows", [0, 1], r"rows must have shape \[4\]"),
+        ("cu_seqlens", [0, 4, 3, 7, 9], r"cu_seqlens\[2\] is 3"),
+        ("cu_seqlens", [0, 4, 4, 7, 13], r"cu_seqlens\[4\] is 13"),
+        ("cu_seqlens", [-1, 4, 4, 7, 9], r"cu_seqlens\[0\] is -1"),
+        ("cu_seqlens", [], "cu_seqlens must have at least one entry"),
+    ],
+)
+def test_bad_segments_change_nothing(name: str, value: list[int], message: str) -> None:
+    arguments = list(packed_arguments())
+    arguments[20 if name == "rows" else 21] = torch.tensor(value, dtype=torch.int32)
+    before = [t.clone() for t in arguments[8:18]]
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        cpu.decode_step(*arguments)
+    for ours, expected in zip(arguments[8:18], before, strict=True):
+        assert_identical(ours, expected)
+
+
+def test_columns_behind_the_last_sequence_are_not_looked_at() -> None:
+    arguments = packed_arguments()
+    arguments[0][0, 9:] = -100
+    cpu.decode_step(*arguments)
+    arguments[0][0, 8] = -100
+    with pytest.raises(IndexError, match=r"ids\[0, 8\] is -100"):
+        cpu.decode_step(*arguments)
+
+
+def test_opcheck_of_a_packed_call() -> None:
+    torch.library.opcheck(cpu.decode_step.default, packed_arguments())
 
 
 @pytest.mark.parametrize(("op", "arguments"), opcheck_arguments().items())
@@ -219,6 +288,30 @@ def test_compiles_as_one_graph() -> None:
         step(*compiled)
         cpu.decode_step(*eager, True, True)
     for ours, expected in zip(compiled, eager, strict=True):
+        assert_identical(ours, expected)
+
+
+def test_a_packed_buffer_compiles_once() -> None:
+    """Other sequences, rows and lengths in buffers of the same shapes: one graph, without a recompilation."""
+    eager, compiled = packed_arguments(), packed_arguments()
+
+    @torch.compile(fullgraph=True)
+    def step(*arguments: Tensor) -> None:
+        cpu.decode_step(*arguments[:-2], True, True, *arguments[-2:])
+
+    def tensors(arguments: tuple) -> tuple[Tensor, ...]:
+        return *arguments[:18], *arguments[20:]
+
+    step(*tensors(compiled))
+    cpu.decode_step(*eager)
+    for rows, bounds in (([0, 1, 2, -1], [0, 1, 2, 3, 3]), ([-1, 1, 0, 2], [0, 5, 6, 12, 12])):
+        for arguments in (eager, compiled):
+            arguments[20].copy_(torch.tensor(rows))
+            arguments[21].copy_(torch.tensor(bounds))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            step(*tensors(compiled))
+        cpu.decode_step(*eager)
+    for ours, expected in zip(tensors(compiled), tensors(eager), strict=True):
         assert_identical(ours, expected)
 
 

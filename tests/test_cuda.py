@@ -156,6 +156,44 @@ def test_stream(cuda, schedule, dtype, fp8, at_predict, immediate):
             stream.check(cuda.decode_step, cuda.flush, chunks, at_predict, immediate)
 
 
+@pytest.mark.parametrize("immediate", [True, False], ids=["immediate", "deferred"])
+@pytest.mark.parametrize("at_predict", [True, False], ids=["predict", "token"])
+@pytest.mark.parametrize(("dtype", "fp8"), DTYPES)
+def test_sequences_that_come_and_go(cuda, schedule, dtype, fp8, at_predict, immediate):
+    """Sequences in other rows of the state, resting, skipped, packed in one piece and in several: as if each were alone."""
+    for seed, slots in enumerate([4, 7, 64]):
+        schedule(seed)
+        stream = Stream(4, 16, 32, dtype, seed, fp8, sizes={"slots": slots, "log": 6}, device=DEVICE)
+        stream.check_calls(cuda.decode_step, cuda.flush, at_predict, immediate, seed)
+
+
+def test_packed_columns_of_nobody_want_no_room(cuda):
+    """Rows wait for a full buffer, however long the buffer of ids is; all of a call's steps fit it all the same."""
+    stream = Stream(1, 12, 32, torch.float32, step=1.1, sizes={"slots": 8, "pad": [0], "start": [0]}, device=DEVICE)
+    state = stream.state()
+    waiting = []
+    for n in (4, 1, 2, 2, 9):
+        bounds = torch.tensor([0, n], dtype=torch.int32, device=DEVICE)
+        arguments = stream.ids, stream.hidden, *stream.automaton, *stream.head, *state.values(), True, False
+        cuda.decode_step(*arguments, None, bounds)
+        waiting.append(state["n_slots"].item())
+    assert waiting == [2, 3, 5, 7, 1]  # of the last nine, eight are a piece of their own
+
+
+@pytest.mark.parametrize("q", [1, 2])
+def test_states_that_no_row_names_rest(cuda, q):
+    """Nor does a row outside the state do harm."""
+    stream = Stream(4, q, 32, torch.float32, N=6, sizes={"pad": [0] * 6, "start": [0] * 6}, device=DEVICE)
+    state = stream.state()
+    before = {name: t.clone() for name, t in state.items()}
+    rows = torch.tensor([4, -1, 2, 6], dtype=torch.int32, device=DEVICE)
+    arguments = stream.ids, stream.hidden, *stream.automaton, *stream.head, *state.values(), True, True
+    cuda.decode_step(*arguments, rows)
+    for name in cases.STATE[:6]:
+        assert_identical(state[name][[0, 1, 3, 5]], before[name][[0, 1, 3, 5]])
+    assert state["seq"][:, layout.SEEN].tolist() == [0, 0, q, 0, q, 0]
+
+
 def test_many_sequences(cuda, schedule):
     """More than one look of the block's threads; many rows at once, or hardly one."""
     for B, step, T in ((600, 0.3, 3), (270, 0.004, 3), (4096, 0.1, 2)):
@@ -295,6 +333,11 @@ def test_a_model_s_generation_is_scored(cuda, schedule_of_scores, dtype):
 
 
 @needs_gpu
+def test_opcheck_of_a_packed_call():
+    torch.library.opcheck(torch.ops.reflective.decode_step, cases.packed_arguments(DEVICE))
+
+
+@needs_gpu
 @pytest.mark.parametrize("op", emulated.OPS)
 def test_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.reflective, op), cases.opcheck_arguments(DEVICE)[op])
@@ -321,6 +364,37 @@ def test_graph_replay_on_a_stream_of_its_own(immediate):
     for j in range(12):
         ids.copy_(stream.ids[:, j : j + 1])
         hidden.copy_(stream.hidden[:, j : j + 1])
+        graph.replay()
+    for name in ("seq", "tally", "step_column", "step_region", "step_score", "n_slots"):
+        assert_identical(state[name], eager[name])
+
+
+@needs_gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_graph_replay_of_sequences_that_come_and_go(packed):
+    """One graph for whatever rows and lengths its buffers say: the same state as eager."""
+    stream = Stream(4, 12, 64, torch.bfloat16, N=6, sizes={"slots": 7, "pad": [0] * 6}, device="cuda")
+    eager, state = stream.state(), stream.state()
+    ids, hidden = stream.ids[:, :1], stream.hidden[:, :1].contiguous()
+    if packed:
+        ids, hidden = stream.ids.reshape(1, 48), stream.hidden.reshape(1, 48, 64)
+    rows = torch.tensor([0, 1, 2, 3], dtype=torch.int32, device="cuda")
+    bounds = torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32, device="cuda") if packed else None
+    call, rest = torch.ops.reflective.decode_step, (True, True, rows, bounds)
+    tables = *stream.automaton, *stream.head
+    call(ids, hidden, *tables, *stream.state().values(), *rest)  # sets what is set at a kernel's first launch
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(ids, hidden, *tables, *state.values(), *rest)
+    for of_call, lengths in (
+        ([5, 0, -1, 2], [1, 40, 2, 0]),
+        ([2, -1, 5, 0], [0, 0, 3, 4]),
+        ([1, 2, 0, 5], [9, 9, 9, 9]),
+    ):
+        rows.copy_(torch.tensor(of_call))
+        if packed:
+            bounds[1:].copy_(torch.tensor(lengths).cumsum(0))
+        call(ids, hidden, *tables, *eager.values(), *rest)
         graph.replay()
     for name in ("seq", "tally", "step_column", "step_region", "step_score", "n_slots"):
         assert_identical(state[name], eager[name])

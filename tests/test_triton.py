@@ -6,6 +6,7 @@ from cases import (
     FLOAT8,
     NAN,
     NEVER,
+    STATE,
     Stream,
     assert_2x,
     assert_identical,
@@ -237,6 +238,27 @@ def test_stream(device, at_predict, immediate, dtype, fp8):
 
 
 @pytest.mark.parametrize("immediate", [False, True])
+@pytest.mark.parametrize("at_predict", [True, False])
+@pytest.mark.parametrize(("dtype", "slots"), [(torch.float32, 4), (torch.bfloat16, 7), (torch.float16, 64)])
+def test_sequences_that_come_and_go(device, dtype, slots, at_predict, immediate, fixed_order_dot):
+    """Sequences in other rows of the state, resting, skipped, packed in one piece and in several: as if each were alone."""
+    case = Stream(4, 12, 16, dtype, slots, device=device, sizes={"slots": slots, "log": 6, "pad": [0, 0, 4, 0]})
+    case.check_calls(decode_step, flush, at_predict, immediate, seed=slots)
+
+
+@pytest.mark.parametrize("q", [1, 2])
+def test_states_that_no_row_names_rest(device, q):
+    case = Stream(3, q, 16, torch.float32, N=6, device=device, sizes={"pad": [0] * 6, "start": [0] * 6})
+    state = case.state()
+    before = {name: t.clone() for name, t in state.items()}
+    rows = torch.tensor([4, -1, 2], dtype=torch.int32, device=device)
+    decode_step(case.ids, case.hidden, *case.automaton, *case.head, *state.values(), True, True, rows)
+    for name in STATE[:6]:
+        assert_identical(state[name][[0, 1, 3, 5]], before[name][[0, 1, 3, 5]])
+    assert state["seq"][:, layout.SEEN].tolist() == [0, 0, q, 0, q, 0]
+
+
+@pytest.mark.parametrize("immediate", [False, True])
 @pytest.mark.parametrize("R", [2, 3, 64])
 def test_prefill_overflows_the_slots(device, R, immediate):
     """Every token but the first two ends a step: many times the buffer in one call."""
@@ -348,6 +370,9 @@ def test_a_token_is_one_launch(device, immediate, monkeypatch):
     case = Stream(3, 1, 16, torch.bfloat16, device=device)
     case.feed(decode_step, case.state(), [1], True, immediate)
     assert len(launches) == 1
+    rows = torch.tensor([2, -1, 0], dtype=torch.int32, device=device)
+    decode_step(case.ids, case.hidden, *case.automaton, *case.head, *case.state().values(), True, immediate, rows)
+    assert len(launches) == 2
 
 
 def test_too_few_slots(device):
