@@ -37,7 +37,8 @@ class StreamState:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             # Decoding may run in inference mode once and outside it the next time; plain tensors serve both.
             with torch.inference_mode(False):
-                return torch.zeros(shape, dtype=dtype, device=device)
+                tensor = torch.zeros(shape, dtype=dtype, device=device)
+            return static(tensor)
 
         return cls(
             seq=zeros(n, layout.SEQ_FIELDS, dtype=torch.int64),
@@ -60,8 +61,48 @@ class StreamState:
         """The fields in the order in which ``flush`` takes them."""
         return self.tally, self.step_score, self.slots, self.slot_owner, self.n_slots, self.workspace
 
-    def clone(self) -> "StreamState":
-        return StreamState(*(t.clone() for t in self.tensors()))
+    def take(self, rows: list[int], columns: int | None = None) -> "StreamState":
+        """A copy of some sequences, with the first ``columns`` places of their step logs. Nothing may wait in the buffer."""
+        index = torch.tensor(rows, device=self.seq.device)
+        slots = self.slots.new_zeros(max(1, len(rows)), self.slots.shape[1])
+        return StreamState(
+            *(t[index] for t in (self.seq, self.tally, self.last_hidden)),
+            *(t[index, :columns] for t in (self.step_column, self.step_region, self.step_score)),
+            slots,
+            self.slot_owner.new_zeros(len(slots), layout.OWNER_FIELDS),
+            torch.zeros_like(self.n_slots),
+            torch.zeros_like(self.workspace),
+        )
+
+    def put(self, target: Tensor, source: Tensor, columns: int | None = None) -> None:
+        """Have rows ``target`` go on from rows ``source``, of which no more than ``columns`` steps are logged. Nothing may wait
+        in the buffer."""
+        for t in (self.seq, self.tally, self.last_hidden):
+            t[target] = t[source]
+        for t in (self.step_column, self.step_region, self.step_score):
+            t[target, :columns] = t[source, :columns]
+
+    def grown(self, n: int, units: int) -> "StreamState":
+        """This state with room for ``n`` sequences; itself if it has it."""
+        if n <= len(self.seq):
+            return self
+        more = StreamState.allocate(
+            n, self.slots.shape[1], units, buffer_rows=max(len(self.slots), n), max_steps=self.step_column.shape[1],
+            dtype=self.slots.dtype, device=self.slots.device,
+        )  # fmt: skip
+        for old, new in zip(self.tensors()[:-1], more.tensors()[:-1], strict=True):  # the workspace holds nothing
+            new[: len(old)] = old
+        return more
+
+    def snapshot(self) -> tuple[Tensor, ...]:
+        """What ``restore`` needs to undo a forward that begins with an empty buffer."""
+        return tuple(t.clone() for t in (self.seq, self.tally, self.last_hidden))
+
+    def restore(self, snapshot: tuple[Tensor, ...]) -> None:
+        """Undo everything since ``snapshot``."""
+        for t, old in zip((self.seq, self.tally, self.last_hidden), snapshot, strict=True):
+            t.copy_(old)
+        self.n_slots.zero_()
 
     def reset(self, pad: Tensor, start: Tensor) -> None:
         """Start ``len(pad)`` new sequences: ``pad`` columns of left padding, steps in scope from column ``start``."""
@@ -71,6 +112,13 @@ class StreamState:
         self.tally.zero_()
         self.n_slots.zero_()
 
+    def restart(self, rows: Tensor, pad: Tensor, start: int) -> None:
+        """The same for the sequences ``rows`` alone. Nothing of theirs may wait in the buffer."""
+        self.seq[rows] = 0
+        self.seq[rows, layout.PAD] = pad
+        self.seq[rows, layout.START] = start
+        self.tally[rows] = 0
+
     def silence(self) -> None:
         """Count tags and hash ids from here on, but no more steps."""
         self.seq[:, layout.START] = torch.iinfo(torch.int64).max
@@ -78,6 +126,20 @@ class StreamState:
     def hashes(self) -> Tensor:
         """Per sequence, the running hash of the ids consumed; compare with ``hash_ids``."""
         return self.seq[:, layout.HASH]
+
+    def seen(self) -> Tensor:
+        """Per sequence, the tokens consumed, left padding included."""
+        return self.seq[:, layout.SEEN]
+
+    def counts(self) -> list[int]:
+        """Of every sequence, how many scored steps count for the tags seen so far. One read of the device."""
+        n = len(self.seq)
+        tags = self.seq[:, [layout.N_THINK, layout.N_END]].double()
+        table = torch.cat([tags, self.tally[:, :, layout.COUNT]], 1).cpu()[:n].tolist()
+        return [
+            int(sum(counts[r] for r in layout.counted_regions(int(n_think), int(n_end))))
+            for n_think, n_end, *counts in table
+        ]
 
     def sequence(self, i: int) -> "SequenceTally":
         """What sequence ``i`` has by now, of the regions that count for the tags seen so far."""
@@ -103,6 +165,13 @@ class StreamState:
         return order[counted[sequence, region][order]]
 
 
+def static(tensor: Tensor) -> Tensor:
+    """``tensor``, of which a CUDA graph of a compiled forward takes no copy: it is written in place, or too large to copy."""
+    if tensor.is_cuda:
+        torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
+
+
 @dataclass
 class SequenceTally:
     """Steps of one sequence that count: how many, the sum of their log-scores, and (up to the log's capacity) each one."""
@@ -118,3 +187,12 @@ def hash_ids(ids: Tensor) -> Tensor:
     powers = torch.full(ids.shape[1:], layout.HASH_FACTOR, dtype=torch.int64, device=ids.device)
     powers[:1] = 1
     return ((ids + 1) * powers.cumprod(0).flip(0)).sum(1)
+
+
+def hash_prefixes(ids: Tensor) -> Tensor:
+    """[B, T]: ``hash_ids`` of every beginning, ``ids[:, : t + 1]`` at ``t``."""
+    hashes, hash_ = [], torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+    for column in (ids + 1).unbind(1):
+        hash_ = hash_ * layout.HASH_FACTOR + column
+        hashes.append(hash_)
+    return torch.stack(hashes, 1)

@@ -1,0 +1,95 @@
+"""Continuous batching (``model.generate_batch``): which packed tokens of a forward belong to which request."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .scorer import StreamScorer
+
+
+class Batching:
+    """The states of one manager's requests. Its forwards carry ids [1, T], one request's tokens after the other's.
+
+    Requests come and go; each has a state of the scorer. Tokens that a request gives again, because its cache was given up
+    and is prefilled anew, are left out; a prefix that the cache had already is consumed without hidden states, which no step
+    of a response needs.
+
+    Raises:
+        ValueError: the manager runs the model where Python does not see its forwards.
+    """
+
+    def __init__(self, manager: Any, scorer: "StreamScorer") -> None:
+        config = manager.continuous_batching_config
+        unseen = {
+            "use_cuda_graph": any(config.cuda_graph_booleans),
+            "use_async_batching": bool(config.use_async_batching),
+            "varlen_compile_config": config.varlen_compile_config is not None,
+            "decode_compile_config": config.decode_compile_config is not None,
+        }
+        if names := [name for name, given in unseen.items() if given]:
+            raise ValueError(
+                f"continuous batching with {', '.join(names)} runs forwards that the scorer does not see; pass "
+                "continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=False, use_async_batching=False) and no "
+                "compile config"
+            )
+        if scorer.flushes_by_hand:
+            raise ValueError("continuous batching is scored without record_features and process_group; use generate")
+        if scorer.scope == "text":
+            raise ValueError("scope='text': continuous batching shares cached prompts; use scope='response'")
+        self.manager, self.scorer = manager, scorer
+        self.rows: dict[str, int] = {}
+        self.seen: dict[str, int] = {}  # tokens consumed
+        self.placed: tuple[list[int], list[int]] = [], []  # rows and bounds of the forward in progress
+        self.parents: list[Any] = []  # requests that the forward in progress ends the prompt of, and that have children
+
+    def before(self) -> None:
+        """The forward of the requests that the manager has put into its next batch begins."""
+        rows, bounds, self.parents = [], [0], []
+        for future in self.manager.batch_processor.inputs_and_outputs.requests_in_batch:
+            state, q = future.state, future.query_length
+            past = state.position_offset - q  # the manager has moved it on already
+            if state.request_id not in self.rows:
+                self._admit(state, past)
+            row, seen = self.rows[state.request_id], self.seen[state.request_id]
+            if past > seen:
+                raise RuntimeError(f"request {state.request_id}: tokens {seen} to {past} never went through the model")
+            again = min(q, seen - past)
+            rows += [-1, row]
+            bounds += [bounds[-1] + again, bounds[-1] + q]
+            self.seen[state.request_id] = max(seen, past + q)
+            if state.num_children and future.has_new_token:
+                self.parents.append(state)
+        self.placed = rows, bounds
+
+    def _admit(self, state: Any, past: int) -> None:
+        prompt = state._true_initial_tokens or len(state.initial_tokens)
+        ids = torch.tensor([state.initial_tokens[:prompt]])
+        (row,) = self.scorer.admit(ids)
+        self.rows[state.request_id], self.seen[state.request_id] = row, past
+        if past:
+            device, b = self.scorer.backbone.device, self.scorer.backbone
+            hidden = torch.zeros(1, 1, b.hidden_size, dtype=b.dtype, device=device).expand(-1, past, -1)
+            self.scorer.feed(ids[:, :past].to(device), hidden, torch.tensor([row], dtype=torch.int32, device=device))
+
+    def features(self, ids: Tensor, hidden: Tensor) -> None:
+        """Score the states [1, T, H] of that forward."""
+        rows, bounds = (torch.tensor(x, dtype=torch.int32).to(hidden.device, non_blocking=True) for x in self.placed)
+        self.scorer.feed(ids.long(), hidden, rows, bounds)
+        for state in self.parents:
+            children = [f"{state.request_id}__child#{i}" for i in range(state.num_children)]
+            rows = self.scorer.fork([self.rows[state.request_id]] * len(children))
+            self.rows |= zip(children, rows, strict=True)
+            self.seen |= dict.fromkeys(children, self.seen[state.request_id])
+
+    def finished(self, outputs: dict[str, Any] | None) -> tuple[list[int], list[Tensor] | None]:
+        """States and sequences of the requests that ``generate_batch`` returned, in its order; None: of all, as they are."""
+        if outputs is None:
+            return list(self.rows.values()), None
+        if not hasattr(outputs, "items"):
+            raise ValueError("sequences: pass the dictionary that generate_batch returned")
+        if unknown := [name for name in outputs if name not in self.rows]:
+            raise ValueError(f"sequences: requests {unknown} never ran while this scorer was attached")
+        texts = [torch.tensor([*out.prompt_ids, *out.generated_tokens]) for out in outputs.values()]
+        return [self.rows[name] for name in outputs], texts
