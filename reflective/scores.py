@@ -1,10 +1,45 @@
-"""What scoring returns."""
+"""What scoring returns, and how a trajectory's step scores become one number."""
 
+import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+FLOOR = 1e-10  # of a step score under a logarithm
+
+AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
+    "geometric_mean": lambda scores: math.exp(math.fsum(math.log(max(s, FLOOR)) for s in scores) / len(scores)),
+    "mean": lambda scores: math.fsum(scores) / len(scores),
+    "min": min,
+    "last": lambda scores: scores[-1],
+    "product": lambda scores: math.prod(max(s, FLOOR) for s in scores),
+}
+
+
+def aggregate(step_scores: Sequence[float], how: str = "geometric_mean") -> float:
+    """One number for a trajectory.
+
+    ==================  ==================================================
+    ``geometric_mean``  ``(prod_i max(s_i, 1e-10)) ^ (1/n)``, as published
+    ``mean``            ``sum_i s_i / n``
+    ``min``             ``min_i s_i``
+    ``last``            ``s_n``
+    ``product``         ``prod_i max(s_i, 1e-10)``
+    ==================  ==================================================
+
+    0 without a step; NaN where a step score is NaN.
+
+    Raises:
+        ValueError: unknown ``how``.
+    """
+    if how not in AGGREGATIONS:
+        raise ValueError(f"aggregation={how!r}; expected one of {', '.join(AGGREGATIONS)}")
+    if any(map(math.isnan, step_scores)):
+        return math.nan
+    return AGGREGATIONS[how](step_scores) if step_scores else 0.0
 
 
 class NonFiniteWarning(RuntimeWarning):
@@ -38,6 +73,23 @@ class TrajectoryScores:
     def best(self) -> int:
         """Index of the highest score; sequences with an error come last, and of equals the first wins."""
         return int(self.score.nan_to_num(nan=-1.0).argmax())
+
+    def aggregate(self, how: str = "geometric_mean") -> Tensor:
+        """[B] float32: every trajectory's step scores in one number, see ``reflective.scores.aggregate``.
+
+        NaN where ``score`` is.
+
+        Raises:
+            ValueError: unknown ``how``; a trajectory with more steps than were recorded one by one.
+        """
+        if how == "geometric_mean":
+            return self.score.clone()
+        for i, (scores, n) in enumerate(zip(self.step_scores, self.n_steps.tolist(), strict=True)):
+            if len(scores) < n:
+                raise ValueError(
+                    f"aggregation={how!r}: of the {n} steps of trajectory {i} only {len(scores)} were recorded"
+                )
+        return torch.tensor([aggregate(scores.tolist(), how) for scores in self.step_scores], dtype=torch.float32)
 
     @classmethod
     def collect(

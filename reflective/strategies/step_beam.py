@@ -1,0 +1,44 @@
+"""Beam search over reasoning steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from . import KEEP, STOP, Step, Strategy
+
+
+@dataclass
+class StepBeam(Strategy):
+    """After every step: ``beams <- top_{n/width} by score``, each continued ``width`` times, so that n run again.
+
+    Beams that finish are put aside; the search ends with n of them, or when none runs any more. Where ``width`` does not
+    divide n, some of the best are continued once more than the others.
+
+    Source: Beeching, Tunstall and Rush, Scaling test-time compute with open models (2024), huggingface/search-and-learn
+    ``beam_search``: width 4, the last step's score, at most 40 rounds, after which the beams decode to their ends.
+
+    Attributes:
+        width: M, continuations of a beam that is kept.
+        rounds: of selection, at most.
+    """
+
+    name: ClassVar[str] = "step_beam"
+    by_step: bool = True
+    aggregation: str = "last"
+    width: int = 4
+    rounds: int = 40
+    _round: int = field(default=0, init=False, repr=False)
+
+    def observe(self, step: Step) -> Sequence[int] | None:
+        running = [i for i, c in enumerate(step.candidates) if not c.finished]
+        actions = [KEEP if c.finished else STOP for c in step.candidates]
+        if len(step.candidates) - len(running) >= self.n:
+            return actions
+        self._round += 1
+        if self._round > self.rounds or not running:
+            return None
+        running.sort(key=lambda i: -self.value(step.candidates[i]))
+        kept = running[: max(1, self.n // self.width)]
+        for rank, i in enumerate(kept):
+            actions[i] = self.n // len(kept) + (rank < self.n % len(kept))
+        return actions

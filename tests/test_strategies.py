@@ -1,0 +1,488 @@
+"""Strategies against a scripted world: decisions checked by hand, guarantees by simulation."""
+
+import dataclasses
+import json
+import math
+import string
+import sys
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_model import byte_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import reflective as rf
+from reflective.model import Config
+from reflective.scores import TrajectoryScores, aggregate
+from reflective.strategies import HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
+from reflective.strategies.particles import systematic
+from reflective.strategies.prune import Prune
+from reflective.strategies.rpc import RPC, fit_mixture, unlikely
+from reflective.strategies.votes import classes, same_answer
+
+
+@dataclass
+class Fake:
+    """A candidate, alive or at the end."""
+
+    step_scores: list[float] = field(default_factory=list)
+    finished: str | None = None
+    number: int = 0
+    parent: int | None = None
+    answer: str | None = None
+    status: str = "stop"
+    token_ids: list[int] = field(default_factory=lambda: [1, 2])
+    log_prob: float = -1.0
+
+    @property
+    def score(self) -> float:
+        return aggregate(self.step_scores)
+
+
+def step(*candidates: Fake, seed: int = 0) -> Step:
+    for i, c in enumerate(candidates):
+        c.number = c.number or i
+    return Step(list(candidates), np.random.default_rng(seed), 0, [True] * len(candidates))
+
+
+def decide(strategy: Strategy, *candidates: Fake) -> list[int] | None:
+    return strategy.observe(step(*candidates))
+
+
+def runs(*scores: float) -> list[Fake]:
+    return [Fake([s]) for s in scores]
+
+
+def search(strategy: Strategy, seed: int, *, steps: int = 4) -> list[Fake]:
+    """Run a strategy that waits for steps on candidates whose every step gets a random score; the results."""
+    world, rng = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+    alive, held, results, born = [Fake(number=i) for i in range(strategy.n)], set(), [], strategy.n
+    for _ in range(1000):
+        running = [c for c in alive if not c.finished and c.number not in held]
+        if not running:
+            assert not any(c.number in held for c in alive), "nothing runs, and the strategy keeps holding"
+            return results + alive
+        for c in running:
+            c.step_scores = [*c.step_scores, float(world.uniform(0.05, 0.95))]
+            c.finished = "stop" if len(c.step_scores) >= steps - c.number % 2 else None
+        actions = strategy.observe(Step(alive, rng, 0, [True] * len(alive))) or [KEEP] * len(alive)
+        assert len(actions) == len(alive)
+        grown = []
+        for c, action in zip(alive, actions, strict=True):
+            held.discard(c.number)
+            if action == HOLD:
+                assert not c.finished
+                held.add(c.number)
+            if action == STOP:
+                c.status = "stopped"
+                results.append(c)
+                continue
+            grown.append(c)
+            for _ in range(action - 1):
+                grown.append(Fake(list(c.step_scores), c.finished, born, c.number))
+                born += 1
+        alive = grown
+    raise AssertionError("the search did not end")
+
+
+def settings(name: str) -> dict[str, float]:
+    return {"threshold": 0.5} if name == "prune" else {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names(name):
+    strategy = by_name(name, n=5, **settings(name))
+    assert (strategy.name, strategy.n) == (name, 5)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"strategy='best'.*best_of_n"):
+        by_name("best")
+    with pytest.raises(ValueError, match="n=0"):
+        by_name("best_of_n", n=0)
+    with pytest.raises(ValueError, match="aggregation='median'"):
+        by_name("best_of_n", aggregation="median")
+    with pytest.raises(ValueError, match=r"Prune\.calibrate"):
+        by_name("prune")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_every_search_ends_with_a_finished_answer_and_repeats_with_its_seed(name, n):
+    found = search(by_name(name, n=n, **settings(name)), seed=7)
+    pick = by_name(name, n=n, **settings(name)).choose(found)
+    assert found[pick].finished and found[pick].status == "stop"
+    again = search(by_name(name, n=n, **settings(name)), seed=7)
+    assert [(c.number, c.parent, c.step_scores, c.status) for c in found] == [
+        (c.number, c.parent, c.step_scores, c.status) for c in again
+    ]
+
+
+def test_the_answer_is_the_best_that_was_not_stopped():
+    found = [Fake([0.3]), Fake([0.9], status="stopped"), Fake([0.5, 0.5]), Fake([0.5]), Fake([math.nan])]
+    best = by_name("best_of_n")
+    assert best.choose(found) == 2, "of equals the first"
+    assert best.choose([found[1], found[4]]) == 1 and best.choose([found[4], found[0]]) == 1
+    assert best.choose([found[1]]) == 0, "nothing else is there"
+    spread = [Fake([0.9, 0.4]), Fake([0.5, 0.6])]
+    assert [by_name("best_of_n", aggregation=a).choose(spread) for a in ("mean", "min", "last")] == [0, 1, 1]
+
+
+HALVES = ["0.5", "1/2", r"\frac12", r"\frac{1}{2}", "$0.50$"]
+
+
+def test_equal_answers():
+    pytest.importorskip("math_verify")
+    for a in HALVES:
+        for b in HALVES:
+            assert same_answer(a, b), (a, b)
+    assert classes(["7", *HALVES, "7.0", "8"]) == [[0, 6], [1, 2, 3, 4, 5], [7]]
+    assert same_answer("x+1", "1 + x") and same_answer(r"2\sqrt{2}", r"\sqrt{8}")
+    assert not same_answer("x+1", "x+2") and not same_answer("0.5", "0.51")
+
+
+def test_answers_that_are_no_mathematics_are_texts():
+    assert same_answer("Yes", " yes ") and same_answer("New York", "new york")
+    assert not same_answer("no", "on"), "as products of variables they would be equal"
+    assert same_answer("1,000", "1000") and same_answer("+7", "7.0") and not same_answer("", "7")
+    assert not same_answer("1/0", "2/0"), "no number"
+
+
+def test_answers_without_math_verify(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert same_answer("0.5", "1/2") and same_answer("x+1", "x+1") and not same_answer("x+1", "1+x")
+
+
+def test_answers_in_a_thread():
+    found = []
+    worker = threading.Thread(target=lambda: found.append((same_answer("1/2", "0.5"), same_answer("x+1", "1+x"))))
+    worker.start()
+    worker.join()
+    assert found == [(True, False)]
+
+
+def test_votes():
+    found = [
+        Fake([0.9], answer="3"), Fake([0.2], answer="5"), Fake([0.3], answer="5.0"), Fake([0.1], answer="5"),
+        Fake([0.99], answer=None), Fake([0.98], answer="3", status="stopped"),
+    ]  # fmt: skip
+    assert by_name("majority").choose(found) == 2, "the most frequent answer, by its best candidate"
+    assert by_name("weighted_vote").choose(found) == 0, "0.9 against 0.6"
+    assert by_name("majority").choose([found[1], found[0]]) == 1, "one vote each: the higher score"
+    assert by_name("majority").choose([found[1], found[4]]) == 0, "no answer, no vote"
+    assert by_name("majority").choose([found[4], Fake([0.995])]) == 1, "no answer at all: the highest score"
+    assert by_name("weighted_vote").choose([Fake([math.nan], answer="1"), Fake([0.1], answer="2")]) == 1
+
+
+def test_first_finish():
+    first = by_name("first_finish")
+    assert decide(first, Fake(), Fake(finished="length"), Fake()) is None, "what was cut has not finished"
+    assert decide(first, Fake(), Fake(finished="stop"), Fake(finished="length"), Fake()) == [STOP, KEEP, KEEP, STOP]
+    cut, long = Fake([0.9], token_ids=[1] * 5, status="length"), Fake([0.8], token_ids=[1] * 8)
+    short, better = Fake([0.1], token_ids=[1] * 7), Fake([0.2], token_ids=[1] * 7)
+    assert (
+        first.choose([cut, long, short]) == 2 and first.choose([long, short, better]) == 2 and first.choose([cut]) == 0
+    )
+
+
+def test_prune_by_hand():
+    rule = Prune(threshold=math.log(2))
+    assert decide(rule, *runs(0.8, 0.41, 0.39)) == [KEEP, KEEP, STOP]
+    rule = Prune(threshold=math.log(2))
+    assert decide(rule, Fake([0.8]), Fake([0.1, 0.1]), Fake([])) == [KEEP] * 3, (
+        "alone at its second step, so no one leads it"
+    )
+    assert decide(rule, Fake([0.8, 0.8]), Fake([0.1, 0.1]), Fake([])) == [KEEP, STOP, KEEP]
+    rule = Prune(threshold=math.log(2))
+    assert decide(rule, Fake([0.8], finished="stop"), Fake([0.9, 0.01]), Fake([0.1], finished="stop")) == [
+        KEEP,
+        STOP,
+        KEEP,
+    ]
+    assert decide(Prune(threshold=math.log(2), min_steps=2), *runs(0.8, 0.1)) == [KEEP, KEEP]
+    assert decide(Prune(threshold=0.1), *runs(math.nan, 0.1, 0.1)) == [STOP, KEEP, KEEP], "no score, no chance"
+    assert decide(Prune(threshold=0.1), *runs(math.nan, math.nan)) == [KEEP, KEEP]
+
+
+def test_prune_takes_each_new_step_in():
+    rule, found = Prune(threshold=0.5), runs(0.9, 0.9)
+    for scores, action in (((0.9, 0.5), KEEP), ((0.9, 0.2), STOP)):
+        for c, s in zip(found, scores, strict=True):
+            c.step_scores.append(s)
+        assert decide(rule, *found) == [KEEP, action]
+    # ln 0.9 - (ln 0.9 + ln 0.5) / 2 = 0.29; with 0.2 after it 0.70
+
+
+def test_prune_calibration_by_hand():
+    winner = [0.4, 1.0, 1.0]  # S: ln 0.4, ln 0.4 / 2, ln 0.4 / 3; the other: ln 0.6, ln 0.6
+    lag = math.log(0.6) - math.log(0.4)
+    questions = [[winner, [0.6, 0.6]]] + [[[0.9], [0.5]]] * 18
+    assert Prune.calibrate(questions).threshold == pytest.approx(lag), "19 questions at 5 %: the largest lag"
+    assert Prune.calibrate(questions, risk=0.1).threshold == 0.0
+    late = math.log(0.6) - math.log(0.4) / 2
+    assert Prune.calibrate(questions, min_steps=2).threshold == pytest.approx(max(late, 0.0))
+    rule = Prune.calibrate(questions)
+    assert (rule.n, rule.risk, rule.questions, rule.min_steps) == (2, 0.05, 19, 1)
+    with pytest.raises(ValueError, match="risk=0.05 needs at least 19 questions, not 18"):
+        Prune.calibrate(questions[1:])
+    with pytest.raises(ValueError, match="risk=0;"):
+        Prune.calibrate(questions, risk=0)
+    with pytest.raises(ValueError, match="number of candidates"):
+        Prune.calibrate([*questions, [[0.5]]])
+
+
+def test_prune_is_calibrated_on_what_generation_returns():
+    lists = [[[0.4, 0.9], [0.6, 0.5]]] * 19
+    scores = [TrajectoryScores(torch.zeros(2), torch.zeros(2), [torch.tensor(s) for s in q], []) for q in lists]
+    expected = Prune.calibrate(lists).threshold
+    assert expected > 0.1 and Prune.calibrate(scores).threshold == pytest.approx(expected, rel=1e-6)
+
+    @dataclass
+    class Question:
+        candidates: list[Fake]
+
+    assert Prune.calibrate([Question([Fake(s) for s in q]) for q in lists]).threshold == expected
+    with pytest.raises(ValueError, match="were stopped"):
+        Prune.calibrate([Question([Fake([0.5], status="stopped")])] * 19)
+
+
+def test_the_embedded_head_comes_with_a_rule():
+    from reflective.default import HEAD
+
+    rule = by_name("prune", HEAD)
+    assert rule.risk == 0.05 and rule.questions >= 19 and rule.n == 8 and 0 < rule.threshold < 5
+
+
+def test_prune_is_kept_as_json(tmp_path):
+    rule = Prune(n=3, threshold=0.25, min_steps=2, risk=0.1, questions=30)
+    rule.save(tmp_path)
+    rule.save(tmp_path / "other.json")
+    assert Prune.load(tmp_path) == Prune.load(tmp_path / "other.json") == rule == by_name("prune", tmp_path)
+    assert by_name("prune", tmp_path, n=7).n == 7 and by_name("prune", tmp_path, threshold=1.0).threshold == 1.0
+    (tmp_path / "prune.json").write_text(json.dumps({"limit": 1}))
+    with pytest.raises(ValueError, match=r"prune\.json is not a valid"):
+        Prune.load(tmp_path)
+
+
+def question(rng: np.random.Generator, n: int = 6) -> list[list[float]]:
+    """Step scores of candidates of unlike lengths whose quality drifts, so that leads change hands."""
+    scores = []
+    for _ in range(n):
+        walk = rng.normal(0, 0.7) + np.cumsum(rng.normal(0, 1.0, int(rng.integers(2, 8))))
+        scores.append((1 / (1 + np.exp(-walk))).tolist())
+    return scores
+
+
+def dropped(rule: Prune, scores: list[list[float]], rng: np.random.Generator) -> tuple[bool, int]:
+    """Whether pruning loses best of N's pick when candidates step in any order; the steps that it decodes."""
+    rule = Prune(threshold=rule.threshold, min_steps=rule.min_steps)
+    alive = [Fake(number=i) for i in range(len(scores))]
+    steps = 0
+    while any(not c.finished for c in alive):
+        c = alive[rng.choice([i for i, c in enumerate(alive) if not c.finished])]
+        c.step_scores.append(scores[c.number][len(c.step_scores)])
+        c.finished = "stop" if len(c.step_scores) == len(scores[c.number]) else None
+        steps += 1
+        actions = rule.observe(Step(alive, rng, 0, [True] * len(alive)))
+        alive = [c for c, action in zip(alive, actions, strict=True) if action]
+    best = max(range(len(scores)), key=lambda i: aggregate(scores[i]))
+    return best not in [c.number for c in alive], steps
+
+
+@pytest.mark.parametrize(("risk", "m"), [(0.2, 9), (0.1, 19)])
+def test_prune_keeps_its_promise(risk, m):
+    rng = np.random.default_rng(0)
+    trials = []
+    for _ in range(600):
+        rule = Prune.calibrate([question(rng) for _ in range(m)], risk=risk)
+        fresh = question(rng)
+        trials.append((*dropped(rule, fresh, rng), sum(map(len, fresh))))
+    losses, steps, all_steps = (np.array(column) for column in zip(*trials, strict=True))
+    assert losses.mean() <= risk + 3 * math.sqrt(risk * (1 - risk) / len(trials))
+    assert steps.sum() < 0.95 * all_steps.sum(), "it does prune"
+
+
+def test_step_beam_by_hand():
+    beam = by_name("step_beam", n=4, width=2)
+    assert decide(beam, *runs(0.1, 0.9, 0.5, 0.2)) == [STOP, 2, 2, STOP]
+    assert decide(beam, Fake([0.99], "stop"), *runs(0.3, 0.4, 0.2)) == [KEEP, 2, 2, STOP]
+    assert decide(beam, Fake([0.9, 0.1]), Fake([0.1, 0.8]), Fake([0.5])) == [STOP, 2, 2], "the last step's score"
+    assert decide(beam, Fake([0.9], "stop"), Fake([0.8], "length"), Fake([0.1])) == [KEEP, KEEP, 4]
+    full = [Fake([0.1 * i], "stop") for i in range(4)]
+    assert decide(beam, *full, *runs(0.9)) == [KEEP] * 4 + [STOP]
+    assert decide(by_name("step_beam", n=3, width=2), *runs(0.1, 0.5, 0.2)) == [STOP, 3, STOP]
+    assert decide(by_name("step_beam", n=5, width=2), *runs(0.1, 0.5, 0.2, 0.3, 0.1)) == [STOP, 3, STOP, 2, STOP]
+    last = by_name("step_beam", n=4, width=2, rounds=1)
+    assert decide(last, *runs(0.1, 0.9, 0.5, 0.2)) is not None and decide(last, *runs(0.9, 0.9, 0.5, 0.5)) is None
+
+
+def test_dvts_by_hand():
+    trees = by_name("dvts", n=4, width=2)
+    assert decide(trees, *runs(0.8, 0.9, 0.2, 0.1)) == [STOP, 2, 2, STOP], "the best of each subtree, not of all"
+    second = [
+        Fake([0.9, 0.3], number=1),
+        Fake([0.1, 0.4], None, 4, 1),
+        Fake([0.2, 0.7], "stop", 2),
+        Fake([0.2, 0.6], None, 5, 2),
+    ]
+    assert decide(trees, *second) == [STOP, 2, KEEP, STOP], "a subtree whose best has finished is done"
+    third = [Fake([0.1, 0.4, 0.1], None, 4, 1), Fake([0.1, 0.4, 0.2], None, 6, 4), second[2]]
+    assert decide(trees, *third) == [STOP, 2, KEEP]
+    uneven = by_name("dvts", n=5, width=2)
+    assert sorted(a for a in decide(uneven, *runs(0.1, 0.2, 0.3, 0.4, 0.5)) if a) == [2, 3]
+    assert decide(by_name("dvts", n=4, width=2, rounds=0), *runs(0.1, 0.2, 0.3, 0.4)) is None
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+def test_systematic_resampling_counts(n):
+    rng = np.random.default_rng(n)
+    total = np.zeros(n)
+    for _ in range(400):
+        weights = rng.exponential(size=n) * (rng.random(n) < 0.8) + 1e-12
+        counts = np.array(systematic(weights, n, rng.random()))
+        expected = n * weights / weights.sum()
+        assert counts.sum() == n and (np.abs(counts - expected) < 1).all()
+        total += counts - expected
+    assert np.abs(total / 400).max() < 0.15, "unbiased"
+    assert systematic(np.array([0.0, 1.0, 0.0]), n, 0.0) == [0, n, 0]
+
+
+def test_particles_by_hand():
+    # logits 0 and ln 3: weights 1/4 and 3/4, so of four particles 1 and 3, wherever the grid lies
+    found = [Fake([0.5]), Fake([0.1, 0.75])]
+    particles = by_name("particles", n=2)
+    for seed in range(20):
+        offset = np.random.default_rng(seed).random()
+        assert particles.observe(step(*found, seed=seed)) == [int(offset < 0.5), 2 - int(offset < 0.5)]
+    flat = by_name("particles", temperature=1e9)
+    assert decide(flat, *runs(0.01, 0.99, 0.5)) == [KEEP] * 3
+    assert decide(particles, Fake([1.0], "stop"), Fake([0.0])) == [2, STOP], "a finished particle is drawn again"
+    assert decide(particles, Fake([0.9], "stop"), Fake([0.1], "stop")) is None
+
+
+def test_astar_by_hand():
+    star = by_name("astar", n=3, branch=2, frontier=3)
+    falls = Fake([0.9, 0.5, 0.8])  # g = 0.4, h = 0.2
+    assert (
+        star.cost(falls) == pytest.approx(0.6) and star.cost(Fake()) == 1.0 and star.cost(Fake([math.nan])) == math.inf
+    )
+    assert decide(star, *runs(0.5, 0.7, 0.2)) == [HOLD, 2, HOLD]
+    assert decide(star, Fake([0.5]), Fake([0.7, 0.4]), Fake([0.2]), Fake([0.7, 0.3])) == [2, HOLD, HOLD, STOP], (
+        "0.5, 0.9, 0.8, 1.1"
+    )
+    assert decide(star, Fake([0.5], "stop"), Fake([0.7]), Fake([0.6])) == [KEEP, 2, HOLD], (
+        "a goal that is not the best waits"
+    )
+    assert decide(star, Fake([0.8], "stop"), Fake([0.7]), Fake([0.3], "stop")) == [KEEP, STOP, KEEP]
+    assert decide(by_name("astar", branch=3, expand=2), *runs(0.5, 0.7, 0.2)) == [3, 3, HOLD]
+    assert star.choose([Fake([0.9, 0.5, 0.8]), Fake([0.5]), Fake([0.9], status="stopped")]) == 1
+
+
+def test_astar_stops_expanding():
+    star = by_name("astar", branch=2, expansions=1)
+    assert decide(star, *runs(0.5, 0.7)) == [HOLD, 2]
+    assert decide(star, Fake([0.5]), Fake([0.7, 0.6]), Fake([0.7, 0.7])) == [STOP, STOP, KEEP]
+    assert decide(star, Fake([0.7, 0.7, 0.1])) == [KEEP]
+    star = by_name("astar", branch=2, expansions=1)
+    decide(star, *runs(0.5, 0.7))
+    assert decide(star, Fake([0.5]), Fake([0.1], "stop")) == [STOP, KEEP]
+
+
+def mixture_loss(x: np.ndarray, w: float, k: tuple[float, float], scale: tuple[float, float]) -> float:
+    z = x[:, None] / np.array(scale)
+    return -np.log(
+        (np.array([w, 1 - w]) * np.array(k) / scale * z ** (np.array(k) - 1) * np.exp(-(z ** np.array(k)))).sum(1)
+    ).sum()
+
+
+def test_weibull_mixture_is_fitted():
+    rng = np.random.default_rng(3)
+    truth = 0.4, (8.0, 20.0), (0.3, 0.8)
+    low = rng.random(300) < truth[0]
+    x = np.where(low, 0.3 * rng.weibull(8.0, 300), 0.8 * rng.weibull(20.0, 300)).clip(1e-6, 1.0)
+    joint, means = fit_mixture(torch.tensor(x))
+    assert -joint.logsumexp(0).sum() <= mixture_loss(x, *truth), "at least as likely as the truth"
+    expected = [scale * math.gamma(1 + 1 / k) for k, scale in zip(truth[1], truth[2], strict=True)]
+    assert sorted(means.tolist()) == pytest.approx(expected, rel=0.03)
+    assert np.mean(np.array(unlikely(x.tolist())) == low) > 0.98
+
+
+def of_probability(p: float, answer: str | None, token: int, length: int = 4, **kwargs: object) -> Fake:
+    return Fake([0.5], answer=answer, token_ids=[token] * length, log_prob=length * math.log(p), **kwargs)
+
+
+def test_rpc_by_hand():
+    p = [0.9, 0.91, *(0.3 + 0.01 * i for i in range(8))]
+    assert unlikely(p) == [False, False] + [True] * 8
+    many = [of_probability(x, "1" if x > 0.8 else "2", i) for i, x in enumerate(p)]
+    assert by_name("majority").choose(many) == 2 and RPC().choose(many) == 0, "1.81 against 2.68 that is pruned"
+    assert RPC().choose([of_probability(0.6, "2", 0, 2), of_probability(0.8, "1", 1, 8)]) == 1, "the mean over tokens"
+    twice = [of_probability(0.5, *of) for of in (("1", 0), ("1", 0), ("2", 1), ("2", 2))]
+    assert by_name("majority").choose(twice) == 0 and RPC().choose(twice) == 2, "a response sampled twice counts once"
+    assert RPC().choose([of_probability(0.5, None, 0), Fake([0.9])]) == 1, "no answers: the highest score"
+    assert RPC().choose([of_probability(0.5, "1", 0, status="stopped"), of_probability(0.4, "2", 1)]) == 1
+    with pytest.raises(ValueError, match="log-probability"):
+        RPC().choose([of_probability(math.nan, "1", 0)])
+    assert unlikely([0.2, 0.3, 0.4, 0.5, 0.6, 0.9, 0.91, 0.9]) == [True] * 4 + [False] * 4, (
+        "0.6 is low, yet above the mean"
+    )
+    assert unlikely([0.5]) == [False] and unlikely([0.5] * 8) == [False] * 8
+
+
+@pytest.fixture(scope="module")
+def model() -> rf.ReflectiveModel:
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    net = AutoModelForCausalLM.from_config(
+        LlamaConfig(**{**tiny._SIZES, "vocab_size": len(tokenizer), "eos_token_id": 1})
+    )
+    head = tiny.head()
+    head[3].weight.mul_(100)  # else all scores would be close to one another
+    head[3].bias.sub_(2)
+    use = Config(
+        rule="text", delimiter=list(string.ascii_letters), prompt="Q: {question}\n", stop="z", answer="([0-9])"
+    )
+    return rf.ReflectiveModel(net.eval(), tokenizer, head, use)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generation(model, name):
+    def run(seed: int) -> list[rf.model.Generation]:
+        strategy = by_name(name, n=4, **({"threshold": 0.4} if name == "prune" else {}))
+        sampling = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 1.0}
+        return model.generate(["why?", "how much?"], strategy=strategy, seed=seed, **sampling)
+
+    found = run(3)
+    for one, again in zip(found, run(3), strict=True):
+        assert one == dataclasses.replace(
+            again, seconds=one.seconds, scoring_seconds=one.scoring_seconds, alive=one.alive
+        )
+    assert [c.token_ids for c in run(4)[0].candidates] != [c.token_ids for c in found[0].candidates]
+    for one in found:
+        assert one.strategy == name and one.best.status in ("stop", "length")
+        prompt = model.encode(one.prompt)[0]
+        ids = [torch.cat([prompt, torch.tensor(c.token_ids, dtype=torch.int64)]) for c in one.candidates]
+        expected = rf.score(model.model, model.head, model.steps, ids, prompt_lengths=len(prompt))
+        for i, c in enumerate(one.candidates):
+            assert c.step_scores == pytest.approx(expected.step_scores[i].tolist(), rel=1e-4), (i, c.status)
+            assert c.score == pytest.approx(float(expected.score[i]), rel=1e-4)
+    forks = [c for one in found for c in one.candidates if c.parent is not None]
+    assert bool(forks) == (name in ("step_beam", "dvts", "particles", "astar"))
+    stopped = [c for one in found for c in one.candidates if c.status == "stopped"]
+    assert bool(stopped) == (name not in ("best_of_n", "majority", "weighted_vote", "rpc"))
+
+
+def test_pruned_candidates_are_those_of_best_of_n_up_to_their_end(model):
+    sampling = {"n": 6, "max_new_tokens": 40, "temperature": 1.0, "top_p": 1.0, "seed": 5}
+    full = model.generate("why?", **sampling)
+    pruned = model.generate("why?", strategy=Prune(threshold=0.3), **sampling)
+    assert pruned.tokens < full.tokens
+    for a, b in zip(full.candidates, pruned.candidates, strict=True):
+        assert b.token_ids == (a.token_ids if b.status != "stopped" else a.token_ids[: len(b.token_ids)])
+    # The lag of the pick, known here in hindsight, is just enough for it to survive.
+    lag = max(Prune.calibrate([full], risk=0.5).threshold, 0.0)
+    assert model.generate("why?", strategy=Prune(threshold=lag), **sampling).best.number == full.best.number
