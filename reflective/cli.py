@@ -1,6 +1,7 @@
 """The command line."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .strategies import NAMES as STRATEGIES
+
 if TYPE_CHECKING:  # at run time inside the commands, so that --help need not wait for torch
     from .model import Generation, ReflectiveModel
 
@@ -23,6 +26,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 Line = TypeVar("Line", str, bytes)
+_COSTS = ("strategy", "seed", "tokens", "seconds", "scoring_seconds", "alive", "interrupted")
 ModelOption = Annotated[
     str, typer.Option(help="Directory of model, tokenizer and head; 'default' is the embedded SmolLM2-135M.")
 ]
@@ -101,26 +105,51 @@ def generate(
     ] = None,
     model: ModelOption = "default",
     head: HeadOption = None,
-    effort: Annotated[str, typer.Option(help="low, medium or high: 2, 8 or 32 candidates.")] = "medium",
+    strategy: Annotated[
+        str, typer.Option(help="How candidates are steered by their scores and chosen: " + ", ".join(STRATEGIES) + ".")
+    ] = "best_of_n",
+    effort: Annotated[
+        str | None, typer.Option(help="low, medium or high: 2, 8 or 32 candidates; default medium.")
+    ] = None,
     n: Annotated[int | None, typer.Option("-n", help="Candidates, instead of --effort.")] = None,
     max_new_tokens: TokensOption = 512,
+    thinking_budget: Annotated[
+        int | None, typer.Option(min=0, help="Tokens after which thinking is ended and the answer is written.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.6,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
     seed: SeedOption = None,
+    together: Annotated[int, typer.Option(min=1, help="Questions decoded in one batch.")] = 8,
+    plot: Annotated[Path | None, typer.Option(help="Draw the (last) question's candidates into this file.")] = None,
     fetch: FetchOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer questions, best of N by score. Prints the chosen text; --json prints every candidate, a line a question."""
-    asked = _stdin_lines() if not questions or questions == ["-"] else questions
+    """Answer questions, by the best of N or another strategy. On a terminal the candidates are shown live.
+
+    Prints the chosen text; --json prints every candidate and what the run cost, a line a question. Ctrl-C prints what there
+    is and ends with exit code 130.
+    """
+    by_line = not questions or questions == ["-"]
+    asked = _stdin_lines() if by_line else iter(questions)
     reflective_model = _load(model, head, fetch)
-    for question in _progress("questions", asked):
-        result = reflective_model.generate(
-            question, effort, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-        )
-        if as_json:
-            _print_json(_record(question, result))
-        else:
-            print(result.text.strip(), flush=True)
+    screen = Console(stderr=True)
+    while part := list(itertools.islice(asked, 1 if by_line and sys.stdin.isatty() else together)):
+        with _board(screen) if screen.is_terminal else nullcontext() as board:
+            results = reflective_model.generate(
+                part, effort, strategy=strategy, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
+                top_p=top_p, seed=seed, thinking_budget=thinking_budget, on_step=board and board.update,
+            )  # fmt: skip
+        for question, result in zip(part, results, strict=True):
+            if as_json:
+                _print_json(_record(question, result))
+            else:
+                print(result.text.strip(), flush=True)
+                if screen.is_terminal:
+                    screen.print(f"[dim]{_costs(result)}[/]", highlight=False)
+        if plot:
+            results[-1].plot(plot)
+        if any(result.interrupted for result in results):
+            raise typer.Exit(130)
 
 
 @app.command()
@@ -284,7 +313,22 @@ def _record(question: str, generation: "Generation") -> dict[str, Any]:
         "text": generation.text,
         "score": generation.score,
         "candidates": [dataclasses.asdict(c) for c in generation.candidates],
+        **{name: getattr(generation, name) for name in _COSTS},
     }
+
+
+def _costs(result: "Generation") -> str:
+    stopped = sum(c.status == "stopped" for c in result.candidates)
+    return (
+        f"{result.strategy}: {result.tokens} tokens, {len(result.candidates)} candidates, {stopped} of them stopped, "
+        f"{result.seconds:.1f} s, {1e3 * result.scoring_seconds:.1f} ms of it scoring"
+    )
+
+
+def _board(console: Console) -> Any:
+    from .demo import Board
+
+    return Board(console)
 
 
 def _print_json(value: Any, file: TextIO | None = None) -> None:

@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
-from torch import Tensor
 from typing_extensions import Self
 
 from .model import Generation, ReflectiveModel
 from .plot import sparkline
 from .published import second_pass
-from .scorer import StreamScorer
+from .search import Live as Candidate
 
 _REFRESH_S = 0.1
 
@@ -33,7 +32,7 @@ def run(
     model: ReflectiveModel, question: str, *, n: int, seed: int | None, max_new_tokens: int, console: Console | None
 ) -> tuple[Generation, Costs]:
     """Generate ``n`` candidates, show them live on ``console`` if there is one, and measure a second pass."""
-    with Board(model, n, console) if console else nullcontext() as board:
+    with Board(console) if console else nullcontext() as board:
         generation = model.generate(
             question, n=n, seed=seed, max_new_tokens=max_new_tokens, schedule="immediate",
             on_step=board.update if board else None,
@@ -55,10 +54,8 @@ def second_pass_seconds(model: ReflectiveModel, generation: Generation) -> float
 class Board:
     """The live table: one row a candidate, there while the ``with`` block lasts."""
 
-    def __init__(self, model: ReflectiveModel, n: int, console: Console) -> None:
-        self.model, self.rows = model, [("", "", "")] * n
-        self.live = Live(self.table(), console=console, transient=True, auto_refresh=False)
-        self.prompt_length = 0
+    def __init__(self, console: Console) -> None:
+        self.live = Live(console=console, transient=True, auto_refresh=False)
         self.shown = 0.0
 
     def __enter__(self) -> Self:
@@ -68,25 +65,18 @@ class Board:
     def __exit__(self, *error: object) -> None:
         self.live.__exit__(None, None, None)
 
-    def update(self, ids: Tensor, scorer: StreamScorer) -> None:
+    def update(self, questions: list[list[Candidate]]) -> None:
         """Called after every decoded token; redraws at most ten times a second."""
-        self.prompt_length = self.prompt_length or ids.shape[1] - 1
         if time.perf_counter() - self.shown < _REFRESH_S:
             return
-        scores = scorer.result()
-        texts = self.model.tokenizer.batch_decode(ids[:, self.prompt_length :], skip_special_tokens=True)
-        self.rows = [
-            (" ".join(text.split())[-60:], sparkline(steps.tolist()), f"{float(score):.3f}" if len(steps) else "")
-            for text, steps, score in zip(texts, scores.step_scores, scores.score, strict=True)
-        ]
-        self.live.update(self.table(), refresh=True)
-        self.shown = time.perf_counter()
-
-    def table(self) -> Table:
         table = Table("", "decoding", "step scores", "score", expand=True)
-        for i, row in enumerate(self.rows, 1):
-            table.add_row(str(i), *row)
-        return table
+        for c in questions[0]:
+            score = f"{c.score():.3f}" if c.step_scores else ""
+            style = "dim" if c.status == "stopped" else None
+            tail = " ".join(c.text.split())[-60:]
+            table.add_row(str(c.number + 1), tail, sparkline(c.step_scores), score, style=style)
+        self.live.update(table, refresh=True)
+        self.shown = time.perf_counter()
 
 
 def report(console: Console, generation: Generation, costs: Costs) -> None:

@@ -1,9 +1,6 @@
-"""Sampling candidates with a scorer riding along, the shared part of their prompts prefilled once."""
+"""Rollouts for training: ``generate`` with a scorer riding along, the shared part of the prompts prefilled once."""
 
 import re
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,17 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from .scorer import StreamScorer
 
-_TAIL = 24  # tokens decoded to look for the stop pattern; no pattern in use spans more
-
-
-@dataclass
-class Sampled:
-    """Attributes: ``sequences``: [B, P + new] ids; ``prompt_length``: P; ``seconds``: of decoding, prefill and
-    scoring included, ``on_step`` not."""
-
-    sequences: Tensor
-    prompt_length: int
-    seconds: float
+TAIL = 24  # tokens decoded to look for a response's end; no pattern in use spans more
 
 
 def sample(
@@ -35,19 +22,15 @@ def sample(
     temperature: float,
     top_p: float,
     stop: str | None = None,
-    on_step: Callable[[Tensor], None] | None = None,
-) -> Sampled:
-    """Decode prompts [B, P] of one length, whose first ``shared`` columns are equal and are prefilled once.
+) -> Tensor:
+    """Decode prompts [B, P] of one length, whose first ``shared`` columns are equal and prefilled once: ids [B, P + new].
 
     Args:
         scorer: attached here, for the decoding alone; ask it for the result afterwards.
         temperature: 0 decodes greedily.
         stop: regular expression; a sequence ends when its newest text matches.
-        on_step: called with all ids after every decoded token.
     """
-    began = time.perf_counter()
     B, P = ids.shape
-    watch = _Stop(tokenizer, P, stop, on_step)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     cache = None
     if shared:
@@ -56,26 +39,22 @@ def sample(
         cache.batch_repeat_interleave(B)
     with scorer:
         scorer.begin(ids)
-        sequences = model.generate(
+        return model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_token(tokenizer),
-            stopping_criteria=StoppingCriteriaList([watch]),
+            stopping_criteria=StoppingCriteriaList([_Stop(tokenizer, P, stop)]) if stop else None,
             **(sampling or {"do_sample": False}),
         )
-    return Sampled(sequences, P, time.perf_counter() - began - watch.watching)
 
 
 def response_lengths(
     sequences: Tensor, prompt_length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """Tokens of each response, up to its end-of-sequence token or the padding at its end."""
-    eos = model.generation_config.eos_token_id
-    eos = tokenizer.eos_token_id if eos is None else eos
-    ends = {eos} if isinstance(eos, int) else set(eos or ())
-    pad, lengths = pad_token(tokenizer), []
+    ends, pad, lengths = end_tokens(model, tokenizer), pad_token(tokenizer), []
     for row in sequences[:, prompt_length:].tolist():
         n = next((i for i, token in enumerate(row) if token in ends), len(row))
         while n and row[n - 1] == pad:
@@ -84,30 +63,22 @@ def response_lengths(
     return lengths
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Any of which ends a response."""
+    eos = model.generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    return {eos} if isinstance(eos, int) else set(eos or ())
+
+
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 class _Stop(StoppingCriteria):
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt_length: int,
-        pattern: str | None,
-        on_step: Callable[[Tensor], None] | None,
-    ) -> None:
-        self.tokenizer, self.prompt_length, self.on_step = tokenizer, prompt_length, on_step
-        self.pattern = re.compile(pattern) if pattern else None
-        self.watching = 0.0  # seconds within on_step
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, pattern: str) -> None:
+        self.tokenizer, self.prompt_length, self.pattern = tokenizer, prompt_length, re.compile(pattern)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        if self.on_step:
-            began = time.perf_counter()
-            self.on_step(input_ids)
-            self.watching += time.perf_counter() - began
-        done = torch.zeros(len(input_ids), dtype=torch.bool)
-        if self.pattern:
-            tail = input_ids[:, max(self.prompt_length, input_ids.shape[1] - _TAIL) :]
-            texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
-            done = torch.tensor([bool(self.pattern.search(text)) for text in texts])
-        return done.to(input_ids.device)
+        tail = input_ids[:, max(self.prompt_length, input_ids.shape[1] - TAIL) :]
+        texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
+        return torch.tensor([bool(self.pattern.search(text)) for text in texts], device=input_ids.device)

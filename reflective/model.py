@@ -1,12 +1,14 @@
 """ReflectiveModel: a backbone, its tokenizer, its head and its step-tokens in one."""
 
+import dataclasses
 import json
 import math
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -14,11 +16,13 @@ from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .finished import score
-from .generation import pad_token, response_lengths, sample
+from .generation import pad_token, response_lengths
 from .scorer import At, Schedule, StreamScorer
 from .scores import TrajectoryScores
+from .search import Live, Question, Scored, Search, ask
 from .sprm import SPRM
 from .steps import StepTokens
+from .strategies import Strategy, by_name
 
 EFFORT = {"low": 2, "medium": 8, "high": 32}  # candidates, paper section 4.1
 CONFIG_NAME = "reflective.json"
@@ -34,7 +38,10 @@ class Config:
         prompt: text around a question, with ``{question}``; None asks the tokenizer's chat template.
         stop: regular expression that ends a response, looked for in its newest 24 tokens; None leaves that to the
             end-of-sequence token.
-        answer: regular expression whose first group is the answer within a response; None: no answers are read.
+        answer: regular expression whose first group is the answer within a response, or behind its ``</think>``;
+            None: no answers are read. Without ``stop`` a response ends when something follows its answer.
+        think_end: text that ends thinking and begins the answer, written when a ``thinking_budget`` is used up;
+            None: the tokenizer's ``</think>``.
     """
 
     rule: str = "contains"
@@ -43,6 +50,7 @@ class Config:
     prompt: str | None = None
     stop: str | None = None
     answer: str | None = None
+    think_end: str | None = None
 
     @classmethod
     def read(cls, file: Path) -> "Config":
@@ -55,7 +63,7 @@ class Config:
 
 @dataclass
 class Candidate:
-    """One sampled response.
+    """One response.
 
     Attributes:
         text: the response.
@@ -63,9 +71,15 @@ class Candidate:
         step_scores: score of every step, in order.
         step_spans: ``(begin, end)`` of every step in ``text``, delimiter included; the text between the last step's end
             and the end of ``text`` belongs to no step.
-        token_ids: the response's tokens.
+        token_ids: the response's tokens, without end-of-sequence token.
         answer: what the checkpoint's answer pattern finds, or None.
         error: why there is no score, or None.
+        status: how it ended: ``"stop"`` by itself, ``"length"`` at ``max_new_tokens``, ``"stopped"`` by the strategy,
+            ``"interrupted"``.
+        log_prob: sum of the model's log-probabilities of its tokens, end-of-sequence included, at temperature 1; NaN
+            for a text that was only scored.
+        number: among its question's candidates, in order of creation; parent: of the one that it was forked from.
+        tokens: decoded for it; those that a fork has from its parent were decoded for the parent.
     """
 
     text: str
@@ -75,21 +89,40 @@ class Candidate:
     token_ids: list[int]
     answer: str | None = None
     error: str | None = None
+    status: str = "stop"
+    log_prob: float = math.nan
+    number: int = 0
+    parent: int | None = None
+    tokens: int = 0
 
 
 @dataclass
 class Generation:
-    """Attributes: ``candidates``: as sampled; ``best``: the highest score; ``seconds``: decoding, scoring included;
-    ``scoring_seconds``: host time within the scorer; ``prompt``: the text given to the model."""
+    """What came of one question.
+
+    Attributes:
+        prompt: the text given to the model.
+        candidates: all that there were, in order of creation.
+        best: the one that the strategy chose.
+        strategy: its name.
+        seed: with which the run can be repeated.
+        tokens: decoded, by all candidates.
+        alive: ``(seconds since the run began, candidates neither finished nor stopped)``, after every forward.
+        seconds: from the beginning of the run, in which other questions may have had a part, to the end of this one.
+        scoring_seconds: host time within the scorer, shared between the questions of a run by their tokens.
+        interrupted: by Ctrl-C; what was decoded by then is here.
+    """
 
     prompt: str
     candidates: list[Candidate]
-    best: Candidate = field(init=False)
+    best: Candidate
+    strategy: str = "best_of_n"
+    seed: int = 0
+    tokens: int = 0
+    alive: list[tuple[float, int]] = field(default_factory=list, repr=False)
     seconds: float = 0.0
     scoring_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.best = max(self.candidates, key=lambda c: -1.0 if math.isnan(c.score) else c.score)
+    interrupted: bool = False
 
     @property
     def text(self) -> str:
@@ -99,6 +132,12 @@ class Generation:
     def score(self) -> float:
         return self.best.score
 
+    def plot(self, path: str | Path) -> None:
+        """Draw the candidates' running scores and how many were alive when into an image file; needs matplotlib."""
+        from .plot import plot_generation
+
+        plot_generation(self, path)
+
 
 class ReflectiveModel:
     """A policy that scores its own reasoning.
@@ -107,12 +146,18 @@ class ReflectiveModel:
         model, tokenizer: as transformers loads them.
         head: of the model's hidden size and dtype.
         config: how the two are used together.
+        home: directory of the head, where a calibrated strategy finds its rule.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: SPRM, config: Config | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        head: SPRM,
+        config: Config | None = None,
+        home: Path | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.head, self.config = model, tokenizer, head, config or Config()
+        self.model, self.tokenizer, self.head, self.config, self.home = model, tokenizer, head, config or Config(), home
         self.steps = StepTokens.from_tokenizer(tokenizer, rule=self.config.rule, delimiter=self.config.delimiter)
 
     @classmethod
@@ -138,13 +183,14 @@ class ReflectiveModel:
                 ``reflective.json``.
         """
         home = Path(head or path).expanduser()
-        file = (home if home.is_dir() else home.parent) / CONFIG_NAME
+        directory = home if home.is_dir() else home.parent
+        file = directory / CONFIG_NAME
         config = Config.read(file) if file.is_file() else Config()
         sprm = None if untrained and not SPRM.found(home) else SPRM.from_pretrained(home)  # first: it fails fast
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
         if sprm is None:
             sprm = SPRM(model.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).eval()
-        return cls(model, AutoTokenizer.from_pretrained(path), sprm.to(model.dtype), config)
+        return cls(model, AutoTokenizer.from_pretrained(path), sprm.to(model.dtype), config, directory)
 
     @classmethod
     def default(cls, *, head: str | Path | None = None, fetch: bool = False) -> "ReflectiveModel":
@@ -177,59 +223,110 @@ class ReflectiveModel:
             raise ValueError("question: the prompt is empty; give at least one character")
         return ids.to(self.model.device)
 
+    @overload
+    def generate(self, question: str, effort: str | None = None, **settings: Any) -> Generation: ...
+
+    @overload
+    def generate(self, question: Sequence[str], effort: str | None = None, **settings: Any) -> list[Generation]: ...
+
     def generate(
         self,
-        question: str,
-        effort: str = "medium",
+        question: str | Sequence[str],
+        effort: str | None = None,
         *,
+        strategy: Strategy | str | None = None,
         n: int | None = None,
         max_new_tokens: int = 512,
         temperature: float = 0.6,
         top_p: float = 0.95,
         seed: int | None = None,
-        schedule: Schedule = "deferred",
+        thinking_budget: int | None = None,
+        batch_rows: int = 64,
+        schedule: Schedule | None = None,
         backend: str | None = None,
         w1_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
-        on_step: Callable[[Tensor, StreamScorer], None] | None = None,
-    ) -> Generation:
-        """Sample candidates, score each step as it is decoded, pick the best.
+        on_step: Callable[[list[list[Live]]], None] | None = None,
+    ) -> Generation | list[Generation]:
+        """Sample candidates, score each step as it is decoded, have a strategy act on the scores and pick the answer.
+
+        Each question's prompt is prefilled once. Ctrl-C ends the run with what was decoded and scored by then.
 
         Args:
-            question: put into the checkpoint's prompt.
-            effort: ``"low"``, ``"medium"``, ``"high"``: 2, 8, 32 candidates; ``n`` overrides it.
-            temperature, top_p: 0.6 and 0.95 as published; temperature 0 decodes greedily.
-            seed: makes the run repeatable, by ``torch.manual_seed``. Ranks of a ``process_group`` need the same one.
-            schedule, backend, w1_dtype, process_group: as for ``StreamScorer``.
-            on_step: called with ids [n, T] and the scorer after every decoded token.
+            question: put into the checkpoint's prompt; of several, all are decoded in one batch, and a list comes back.
+            effort: ``"low"``, ``"medium"``, ``"high"``: 2, 8, 32 candidates. ``n`` overrides it, and without either the
+                strategy's own ``n`` counts, 8 if it says nothing else.
+            strategy: by name (``reflective.strategies.NAMES``) or as an object; None: best of n.
+            max_new_tokens: of a candidate.
+            temperature, top_p: 0.6 and 0.95 as published; temperature 0 decodes greedily. Of the model's
+                ``generation_config`` only the end-of-sequence tokens count.
+            seed: makes the run repeatable; None draws one. Ranks of a ``process_group`` need the same one.
+            thinking_budget: tokens after which a response that still thinks is continued with ``</think>``, or
+                ``config.think_end``, and so comes to its answer; None: it thinks as long as it likes.
+            batch_rows: candidates decoded together at most; further ones come in as places fall free.
+            schedule: as for ``StreamScorer``; None: ``"immediate"`` where somebody looks at the scores while they come.
+            backend, w1_dtype, process_group: as for ``StreamScorer``.
+            on_step: called after every forward with the candidates, ended ones too, of each question under way.
 
         Raises:
-            ValueError: empty question, unknown effort, ``n`` below 1, a head that does not fit.
+            ValueError: empty question, unknown effort or strategy, ``n`` below 1, a head that does not fit, a model
+                whose cache cannot be taken apart, a ``thinking_budget`` with nothing that ends thinking.
+            RuntimeError: the strategy failed; it names it.
         """
-        if n is None and effort not in EFFORT:
-            raise ValueError(f"effort={effort!r}; expected one of {', '.join(EFFORT)}")
-        n = EFFORT[effort] if n is None else n
-        if n < 1:
-            raise ValueError(f"n={n}: at least one candidate is needed")
-        if not question.strip():
+        questions = [question] if isinstance(question, str) else list(question)
+        strategy = self._strategy(strategy, effort, n)
+        if not all(q.strip() for q in questions):
             raise ValueError("question: it is empty")
-        if seed is not None:
-            torch.manual_seed(seed)
-        prompt = self.format(question)
-        ids = self.encode(prompt)
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_rows", batch_rows)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name, value in (("thinking_budget", thinking_budget), ("seed", seed)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+        if seed is None:
+            if process_group is not None:
+                raise ValueError("seed: ranks of a process_group need the same one; give it")
+            seed = secrets.randbits(32)
+        prompts = [self.format(q) for q in questions]
+        looked_at = on_step is not None or type(strategy).observe is not Strategy.observe
         scorer = StreamScorer(
-            self.model, self.head, self.steps, schedule, self.config.at,
-            backend=backend, w1_dtype=w1_dtype, process_group=process_group,
+            self.model, self.head, self.steps, schedule or ("immediate" if looked_at else "deferred"), self.config.at,
+            max_steps=max_new_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
         )  # fmt: skip
-        out = sample(
-            self.model, self.tokenizer, scorer, ids.expand(n, -1),
-            shared=0 if self.model.generation_config.cache_implementation else ids.shape[1] - 1, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            stop=self.config.stop, on_step=on_step and (lambda seen: _watch(on_step, seen, scorer)),
+        search = Search(
+            self, scorer, strategy, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+            thinking_budget=thinking_budget, batch_rows=batch_rows, on_step=on_step,
         )  # fmt: skip
-        scores = scorer.result(out.sequences)
+        done = search.run(self.encode(prompt)[0].tolist() for prompt in prompts)
+        share = scorer.host_seconds / max(1, sum(q.tokens for q in done))
+        found = [self._generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
+        return found[0] if isinstance(question, str) else found
+
+    def _strategy(self, strategy: Strategy | str | None, effort: str | None, n: int | None) -> Strategy:
+        if effort is not None and effort not in EFFORT:
+            raise ValueError(f"effort={effort!r}; expected one of {', '.join(EFFORT)}")
+        n = EFFORT.get(effort) if n is None else n
+        given = {} if n is None else {"n": n}
+        if isinstance(strategy, Strategy):
+            return dataclasses.replace(strategy, **given) if given else strategy
+        return by_name(strategy or "best_of_n", self.home, **given)
+
+    def _generation(self, prompt: str, question: Question, scoring_seconds: float) -> Generation:
+        candidates = [self._ended(c) for c in question.candidates]
+        chosen = ask(question.strategy, "choose", candidates)
         return Generation(
-            prompt, self.candidates(out.sequences, out.prompt_length, scores), out.seconds, scorer.host_seconds
-        )
+            prompt, candidates, candidates[chosen],
+            strategy=question.strategy.name, seed=question.seed, tokens=question.tokens, alive=question.alive,
+            seconds=question.seconds, scoring_seconds=scoring_seconds,
+            interrupted=any(c.status == "interrupted" for c in candidates),
+        )  # fmt: skip
+
+    def _ended(self, live: Live) -> Candidate:
+        candidate = self._candidate(live.token_ids, live.step_scores, live.scored or Scored(0.0, [], None))
+        return dataclasses.replace(
+            candidate, status=live.status, log_prob=live.log_prob, number=live.number, parent=live.parent,
+            tokens=live.new_tokens,
+        )  # fmt: skip
 
     def score(
         self,
@@ -270,45 +367,57 @@ class ReflectiveModel:
     ) -> list[Candidate]:
         """Text, spans and answer of every scored sequence."""
         lengths = lengths or response_lengths(sequences, prompt_length, self.model, self.tokenizer)
-        found = []
-        for i, (row, length) in enumerate(zip(sequences[:, prompt_length:].tolist(), lengths, strict=True)):
-            tokens = row[:length]
-            text = self._decode(tokens)
-            ends = self._ends(tokens, [p - prompt_length for p in scores.step_positions[i].tolist()])
-            found.append(
-                Candidate(
-                    text=text,
-                    score=float(scores.score[i]),
-                    step_scores=scores.step_scores[i].tolist(),
-                    step_spans=list(zip([0, *ends], ends, strict=False)),
-                    token_ids=tokens,
-                    answer=self.answer(text),
-                    error=scores.errors.get(i),
-                )
-            )
-        return found
+        rows = zip(sequences[:, prompt_length:].tolist(), lengths, strict=True)
+        return [
+            self._candidate(row[:length], scores.step_scores[i].tolist(), Scored.of(scores, i, prompt_length))
+            for i, (row, length) in enumerate(rows)
+        ]
+
+    def _candidate(self, tokens: list[int], step_scores: list[float], scored: Scored) -> Candidate:
+        text, ends = self.decode(tokens), self._ends(tokens, scored.positions)
+        return Candidate(
+            text=text,
+            score=scored.score,
+            step_scores=step_scores,
+            step_spans=list(zip([0, *ends], ends, strict=False)),
+            token_ids=tokens,
+            answer=self.answer(text),
+            error=scored.error,
+        )
 
     def _ends(self, tokens: list[int], steps: list[int]) -> list[int]:
         """Where in the decoded text each step-token ends. Decodes two steps at a time: a token's text depends on its
         neighbours, but decoding every prefix anew would take seconds for a thousand steps."""
         ends, length, anchor, last = [], 0, 0, 0
         for step in steps:
-            length += len(self._decode(tokens[anchor : step + 1])) - len(self._decode(tokens[anchor:last]))
+            length += len(self.decode(tokens[anchor : step + 1])) - len(self.decode(tokens[anchor:last]))
             ends.append(length)
             anchor, last = last, step + 1
         return ends
 
     def answer(self, text: str) -> str | None:
-        """What the checkpoint's answer pattern finds in a response."""
-        match = re.search(self.config.answer, text) if self.config.answer else None
+        """What the checkpoint's answer pattern finds in a response, or behind its ``</think>`` if it has one."""
+        if self.config.answer is None:
+            return None
+        tag = self.steps.think_end_id
+        text = text if tag is None else text.rpartition(self.decode([tag], special=True))[2]
+        match = re.search(self.config.answer, text)
         return match.group(1).strip() if match else None
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def think_end(self) -> list[int]:
+        """The tokens that end thinking.
 
+        Raises:
+            ValueError: neither ``config.think_end`` nor a ``</think>`` in the vocabulary.
+        """
+        if self.config.think_end:
+            return self.tokenizer(self.config.think_end, add_special_tokens=False).input_ids
+        if self.steps.think_end_id is None:
+            raise ValueError(
+                "thinking_budget: the tokenizer has no </think>; give think_end in reflective.json, a text that ends thinking"
+            )
+        return [self.steps.think_end_id]
 
-def _watch(on_step: Callable[[Tensor, StreamScorer], None], ids: Tensor, scorer: StreamScorer) -> None:
-    """Call ``on_step`` without charging the results that it asks for to the scorer."""
-    before = scorer.host_seconds
-    on_step(ids, scorer)
-    scorer.host_seconds = before
+    def decode(self, tokens: list[int], *, special: bool = False) -> str:
+        """The text of ``tokens``; ``special``: with that of special tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)

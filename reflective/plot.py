@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from .model import Candidate
+from .model import Candidate, Generation
+from .scores import aggregate
 
 
 def plot_trajectory(candidate: Candidate, path: str | Path, *, title: str = "") -> None:
@@ -39,6 +40,47 @@ def plot_trajectory(candidate: Candidate, path: str | Path, *, title: str = "") 
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     fig.legend(loc="outside lower right", frameon=False, fontsize=9)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def plot_generation(generation: Generation, path: str | Path) -> None:
+    """Draw the running score of every candidate, the chosen one's on top, and how many were alive when.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    plt = pyplot()
+    fig, (scores, alive) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(3, 2))
+    colours = {"stop": "#4477aa", "length": "#ccbb44", "stopped": "#bbbbbb", "interrupted": "#bbbbbb"}
+    for c in sorted(generation.candidates, key=lambda c: (c is generation.best, c.status != "stopped")):
+        running = [aggregate(c.step_scores[:k]) for k in range(1, len(c.step_scores) + 1)]
+        colour = "#cc3311" if c is generation.best else colours[c.status]
+        scores.plot(range(1, len(running) + 1), running, "-o", ms=3, color=colour, lw=2 if c is generation.best else 1)
+    for label, colour in {"chosen": "#cc3311", **colours}.items():
+        if label == "chosen" or any(c.status == label for c in generation.candidates):
+            scores.plot(
+                [],
+                [],
+                "-o",
+                ms=3,
+                color=colour,
+                label={"stop": "finished", "length": "cut at its length"}.get(label, label),
+            )
+    scores.set(
+        xlabel="step",
+        ylabel="score (geometric mean)",
+        ylim=(0, 1),
+        title=f"{generation.strategy}: {generation.tokens} tokens",
+    )
+    seconds, counts = zip(*generation.alive, strict=True) if generation.alive else ((), ())
+    alive.step(seconds, counts, where="post", color="#4477aa")
+    alive.set(xlabel="seconds", ylabel="candidates alive", ylim=(0, None))
+    for ax in (scores, alive):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.xaxis.get_major_locator().set_params(integer=ax is scores)
+    alive.yaxis.get_major_locator().set_params(integer=True)
+    fig.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 

@@ -85,11 +85,11 @@ def roll_out(
             same = (ids == ids[0]).all(0)
             shared = min(int(same.long().cumprod(0).sum()), ids.shape[1] - 1)
             scorer = StreamScorer(model.model, model.head, model.steps, at=model.config.at, record_features=True)
-            out = sample(
+            sequences = sample(
                 model.model, model.tokenizer, scorer, ids, shared=shared, max_new_tokens=max_new_tokens,
                 temperature=temperature, top_p=top_p, stop=model.config.stop,
             )  # fmt: skip
-            yield _judge(model, scorer, out.sequences, out.prompt_length, [questions[g] for g in group], group, samples)
+            yield _judge(model, scorer, sequences, ids.shape[1], [questions[g] for g in group], group, samples)
         progress(len(group) * samples)
 
 

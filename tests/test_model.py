@@ -40,7 +40,7 @@ def test_effort_is_the_number_of_candidates(small, effort, n):
 
 
 def test_candidates_text_scores_and_spans(small):
-    result = small.generate("how?", n=8, max_new_tokens=80, temperature=1.0, top_p=1.0, seed=1)
+    result = small.generate("how?", n=32, max_new_tokens=80, temperature=1.0, top_p=1.0, seed=1)
     assert result.prompt == "Q: how?\n"
     assert sum(len(c.step_scores) for c in result.candidates) > 20
     for c in result.candidates:
@@ -108,7 +108,8 @@ def test_save_and_load(small, tmp_path):
     again = rf.ReflectiveModel.from_pretrained(tmp_path)
     assert again.config == small.config
     a, b = (m.generate("same?", n=2, max_new_tokens=20, seed=3) for m in (small, again))
-    assert a.candidates == b.candidates
+    assert [c.token_ids for c in a.candidates] == [c.token_ids for c in b.candidates]
+    assert a.score == pytest.approx(b.score, rel=1e-5)
     (tmp_path / "score_module.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="score_module"):
         rf.ReflectiveModel.from_pretrained(tmp_path)
@@ -138,3 +139,10 @@ def test_the_default_model_scores_its_steps(default_model):
         if again.token_ids == c.token_ids:
             assert again.step_scores == pytest.approx(c.step_scores, rel=1e-3)
             assert again.step_spans == c.step_spans
+
+
+def test_the_default_model_answers_when_its_thinking_budget_is_used_up(default_model):
+    for c in default_model.generate("7 + 5 + 6", n=3, max_new_tokens=32, seed=0, thinking_budget=4).candidates:
+        thoughts, _, answer = c.text.partition(default_model.config.think_end)
+        assert len(default_model.tokenizer(thoughts).input_ids) == 4
+        assert c.answer is not None and c.answer in answer

@@ -1,0 +1,480 @@
+"""The decode loop behind ``ReflectiveModel.generate``: candidates of several questions in one batch, steered by score.
+
+A prompt is prefilled once. A candidate has a place in the batch only while it decodes: when it finishes, is stopped,
+waits or is held, it leaves, and goes on later from the keys and values kept for it.
+"""
+
+import collections
+import copy
+import dataclasses
+import inspect
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from .generation import TAIL, end_tokens, pad_token
+from .kv import Row, Rows, check_cache
+from .scorer import StreamScorer
+from .scores import TrajectoryScores, aggregate
+from .strategies import HOLD, KEEP, STOP, Step, Strategy
+
+if TYPE_CHECKING:
+    from .model import ReflectiveModel
+
+
+@dataclass(eq=False)
+class Live:
+    """A candidate while the run lasts, as strategies and ``on_step`` see it.
+
+    Attributes:
+        number: within its question, in order of creation; parent: the number of the one that it was forked from.
+        token_ids: of the response so far, without end-of-sequence token; a fork's include its parent's.
+        step_scores: in (0, 1), of every step so far. Kept up to date for strategies that observe and for ``on_step``.
+        new_tokens: decoded for this candidate itself.
+        log_prob: sum of the model's log-probabilities of its tokens, end-of-sequence included, at temperature 1.
+        finished: ``"stop"`` (end-of-sequence, stop pattern, complete answer) or ``"length"``; None while it decodes.
+        status: ``finished``, or else ``"running"``; ``"stopped"`` by the strategy, ``"interrupted"``.
+    """
+
+    number: int
+    question: "Question" = field(repr=False)
+    parent: int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    step_scores: list[float] = field(default_factory=list)
+    new_tokens: int = 0
+    log_prob: float = 0.0
+    finished: str | None = None
+    status: str = "running"
+    # What its last scoring says: geometric mean, columns of the steps in ``token_ids``, and what is wrong.
+    scored: "Scored | None" = field(default=None, repr=False)
+    _state: int | None = field(default=None, repr=False)  # row of the score state; None: as the prompt left it
+    _kept: Row | None = field(default=None, repr=False)  # its cache, outside of the batch
+    _seat: int | None = field(default=None, repr=False)  # its place within the batch
+    _next: tuple[int, float] | None = field(
+        default=None, repr=False
+    )  # token drawn but not accepted, its log-probability
+    _logits: Tensor | None = field(default=None, repr=False)  # that it was drawn from, for forks to draw theirs
+    _unfed: bool = field(default=False, repr=False)  # whether the newest of token_ids is still to be fed
+    _changed: bool = field(default=False, repr=False)
+    _held: bool = field(default=False, repr=False)
+    _steps: int = field(default=0, repr=False)
+    _answer_from: int | None = field(default=0, repr=False)  # where thinking ended in token_ids; None within it
+    _cut: bool = field(default=False, repr=False)  # thinking was ended at the budget
+
+    def __post_init__(self) -> None:
+        q = self.question
+        self._random = np.random.default_rng([q.seed, q.number, self.number])
+
+    @property
+    def text(self) -> str:
+        return self.question.model.decode(self.token_ids)
+
+    @property
+    def answer(self) -> str | None:
+        return self.question.model.answer(self.text)
+
+    def score(self, aggregation: str = "geometric_mean") -> float:
+        """The steps so far in one number, see ``reflective.scores.aggregate``."""
+        return aggregate(self.step_scores, aggregation)
+
+    @property
+    def running(self) -> bool:
+        return self.status == "running"
+
+    @property
+    def _ready(self) -> bool:
+        """Whether there is a token to feed."""
+        return self._unfed and not self._held and self.running
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Attributes: ``score``: geometric mean; ``positions``: in ``token_ids``, of every step's last token; ``error``."""
+
+    score: float
+    positions: list[int]
+    error: str | None
+
+    @classmethod
+    def of(cls, scores: TrajectoryScores, i: int, prompt_length: int) -> "Scored":
+        return cls(float(scores.score[i]), (scores.step_positions[i] - prompt_length).tolist(), scores.errors.get(i))
+
+
+@dataclass(eq=False)
+class Question:
+    """One question of a run, and afterwards its result.
+
+    Attributes:
+        number: within the run; prompt: its ids; strategy: its own copy; seed: the run's.
+        candidates: all that there ever were, in order of creation.
+        tokens: decoded in all; alive: ``(seconds since the run's start, candidates running)`` after every forward.
+        seconds: from the run's start to this question's end, time within ``on_step`` left out.
+    """
+
+    model: "ReflectiveModel" = field(repr=False)
+    number: int
+    prompt: list[int] = field(repr=False)
+    strategy: Strategy
+    seed: int
+    candidates: list[Live] = field(default_factory=list, repr=False)
+    tokens: int = 0
+    alive: list[tuple[float, int]] = field(default_factory=list, repr=False)
+    seconds: float = 0.0
+    _padded: list[int] = field(default_factory=list, repr=False)  # prompt as the scorer was given it
+    _state: int | None = field(default=None, repr=False)  # score state of the prompt, from which candidates fork
+    _kept: Row | None = field(default=None, repr=False)  # the prompt's cache
+
+    def __post_init__(self) -> None:
+        # Numbered beyond every candidate: numpy takes a shorter seed for one that ends in zeros.
+        self.random = np.random.default_rng([self.seed, self.number, 0, 1])
+        steps = self.model.steps
+        last = {token: i for i, token in enumerate(self.prompt)}
+        opened, closed = (last.get(tag, -1) for tag in (steps.think_start_id, steps.think_end_id))
+        self._may_cut = closed <= opened
+        self.candidates = [Live(i, self, _answer_from=None if opened > closed else 0) for i in range(self.strategy.n)]
+
+    @property
+    def open(self) -> list[Live]:
+        return [c for c in self.candidates if c.running]
+
+
+class Search:
+    """One run: a model, a scorer and a strategy over a number of questions.
+
+    Args:
+        scorer: attached here, for the run alone.
+        strategy: copied for every question.
+        max_new_tokens: of a candidate, what it has from its parent included.
+        temperature, top_p: 0 decodes greedily. Of the model's ``generation_config`` only the end-of-sequence counts.
+        seed: candidate c of question q draws one uniform a token from ``default_rng([seed, q, c])``: its text does not
+            depend on which others are alive.
+        thinking_budget: tokens after which thinking is ended, see ``ReflectiveModel.generate``; None: never.
+        batch_rows: candidates decoded together at most.
+        on_step: called after every forward with the candidates, ended ones too, of each question under way.
+
+    Raises:
+        ValueError: a model whose cache cannot be taken apart; a ``thinking_budget`` without a text that ends thinking.
+    """
+
+    def __init__(
+        self,
+        model: "ReflectiveModel",
+        scorer: StreamScorer,
+        strategy: Strategy,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        thinking_budget: int | None,
+        batch_rows: int,
+        on_step: Callable[[list[list[Live]]], None] | None,
+    ) -> None:
+        check_cache(model.model)
+        self.model, self.scorer, self.strategy, self.seed = model, scorer, strategy, seed
+        self.max_new_tokens, self.batch_rows, self.on_step = max_new_tokens, batch_rows, on_step
+        self.observes = type(strategy).observe is not Strategy.observe
+        self.ends = end_tokens(model.model, model.tokenizer)
+        self.stop, self.answer = (p and re.compile(p) for p in (model.config.stop, model.config.answer))
+        self.budget, self.end_ids = thinking_budget, [] if thinking_budget is None else model.think_end()
+        self.end_text = model.decode(self.end_ids, special=True).strip()
+        self.inputs = inspect.signature(model.model.forward).parameters
+        self.warp = None
+        if temperature:
+            self.warp = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+            if top_p < 1:
+                self.warp.append(TopPLogitsWarper(top_p))
+        self.questions: list[Question] = []
+        self._under_way: list[Question] = []
+        self._batch: list[Live] = []
+        self._rows: Rows | None = None
+        self._began = self._watching = 0.0
+
+    def run(self, prompts: Iterable[list[int]]) -> list[Question]:
+        """Decode until every candidate has ended. After a KeyboardInterrupt: what was decoded and scored by then.
+
+        Raises:
+            RuntimeError: the strategy failed, holds everything for ever, or says what is no action.
+        """
+        self.questions = [
+            Question(self.model, i, prompt, copy.deepcopy(self.strategy), self.seed) for i, prompt in enumerate(prompts)
+        ]
+        self._began = time.perf_counter()
+        with torch.no_grad():
+            try:
+                with self.scorer:
+                    self._decode()
+            except KeyboardInterrupt:
+                self._interrupt()
+        return self.questions
+
+    def _decode(self) -> None:
+        waiting = collections.deque(self.questions)
+        while waiting or self._under_way:
+            wanted = sum(c._ready for q in self._under_way for c in q.open)
+            if waiting and wanted < self.batch_rows:
+                fit = math.ceil((self.batch_rows - wanted) / self.strategy.n)
+                self._prefill([waiting.popleft() for _ in range(min(fit, len(waiting)))])
+            else:
+                self._seat()
+                self._forward()
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+
+    def _prefill(self, questions: list[Question]) -> None:
+        """Take in questions: their prompts in one forward, and every candidate's first token."""
+        device, lengths = self.model.model.device, [len(q.prompt) for q in questions]
+        width = max(lengths)
+        for q in questions:
+            q._padded = [pad_token(self.model.tokenizer) or 0] * (width - len(q.prompt)) + q.prompt
+        ids = torch.tensor([q._padded for q in questions], device=device)
+        begins, column = width - torch.tensor(lengths, device=device)[:, None], torch.arange(width, device=device)
+        mask = None if width == min(lengths) else (column >= begins).long()
+        states = self.scorer.admit(ids, mask)
+        self.scorer.assign(states)
+        cache = DynamicCache()
+        logits = self._call(cache, ids, (column - begins).clamp_min(0), mask)
+        rows = Rows(cache, lengths)
+        for i, (q, state) in enumerate(zip(questions, states, strict=True)):
+            q._state, q._kept = state, rows.take(i)
+            for c in q.candidates:
+                c._kept, c._logits = q._kept, logits[i]
+        if self._rows is None:
+            rows.arrange([])
+            self._rows = rows
+        candidates = [c for q in questions for c in q.candidates]
+        self._draw(candidates)
+        self._under_way += questions
+        self._follow(questions, candidates)
+        self.scorer.assign([c._state for c in self._batch])
+
+    def _seat(self) -> None:
+        """Empty the places of those that do not go on, and fill what is free."""
+        stay = [i for i, c in enumerate(self._batch) if c._ready]
+        for i, c in enumerate(self._batch):
+            if not c._ready:
+                c._seat = None
+                c._kept = self._rows.take(i) if c.running else None
+        waiting = (c for q in self._under_way for c in q.candidates if c._ready and c._seat is None)
+        join = list(itertools.islice(waiting, self.batch_rows - len(stay)))
+        if not join and len(stay) == len(self._batch):
+            return
+        self._give_states(join)
+        self._rows.arrange(stay, [c._kept for c in join])
+        self._batch = [self._batch[i] for i in stay] + join
+        for i, c in enumerate(self._batch):
+            c._seat, c._kept = i, None
+        self.scorer.assign([c._state for c in self._batch])
+
+    def _forward(self) -> None:
+        """Feed every seated candidate's newest token and draw its next."""
+        batch, device = self._batch, self.model.model.device
+        sent = torch.tensor([[c.token_ids[-1] for c in batch], self._rows.lengths]).to(device, non_blocking=True)
+        logits = self._call(self._rows.cache, sent[0, :, None], sent[1, :, None], self._rows.mask(device))
+        self._rows.grown()
+        self._draw(batch, logits)
+        for c in batch:
+            c._unfed = False
+        if self.observes or self.on_step:
+            counts = self.scorer.counts()
+            for c, logit in zip(batch, logits, strict=True):
+                if counts[c._state] != c._steps:
+                    c.step_scores = self.scorer.step_scores(c._state)
+                    if self.observes and counts[c._state] > c._steps:
+                        c._changed, c._logits = True, logit.clone()
+                    c._steps = counts[c._state]
+        self._follow(self._under_way, batch)
+
+    def _call(self, cache: DynamicCache, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Logits [R, V] after the last of ``ids``."""
+        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
+        given = {name: value for name, value in given.items() if name in self.inputs}
+        return self.model.model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1]
+
+    def _draw(self, candidates: list[Live], logits: Tensor | None = None) -> None:
+        """A next token for each, from ``logits`` [R, V] or, a batch at a time, from those kept; one read of the device."""
+        if logits is None:
+            for part in _pieces(candidates, self.batch_rows):
+                self._draw(part, torch.stack([c._logits for c in part]))
+            return
+        chance = [c._random.random() for c in candidates]
+        forced = [self._forced(c) for c in candidates]
+        sent = torch.tensor([chance, forced], dtype=torch.float64).to(logits.device, non_blocking=True)
+        logits = logits.float()
+        if self.warp:
+            # float64: a float32 sum over the vocabulary would round away probabilities below 6e-8.
+            cdf = self.warp(None, logits).softmax(-1, dtype=torch.float64).cumsum(-1)
+            tokens = torch.searchsorted(cdf, sent[0, :, None] * cdf[:, -1:], right=True)
+        else:
+            tokens = logits.argmax(-1, keepdim=True)
+        tokens = tokens.clamp_max(logits.shape[1] - 1)  # NaN logits sum to no distribution
+        tokens = torch.where(sent[1, :, None] < 0, tokens, sent[1, :, None].long())
+        log_prob = logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
+        for c, (token, p) in zip(candidates, torch.cat([tokens.double(), log_prob.double()], 1).tolist(), strict=True):
+            c._next = int(token), p
+
+    # -- the candidates ----------------------------------------------------------------------------------------------
+
+    def _follow(self, questions: list[Question], drawn: list[Live]) -> None:
+        """What comes of the tokens just drawn."""
+        self._accept([c for c in drawn if not c._changed])
+        for q in questions:
+            if self.observes:
+                self._consult(q)
+            elapsed = self._elapsed()
+            q.alive.append((elapsed, len(q.open)))
+            if not q.open:
+                q.seconds, q._kept = elapsed, None
+                self.scorer.release([q._state])
+        if self.on_step:
+            began = time.perf_counter()
+            self.on_step([q.candidates for q in self._under_way])
+            self._watching += time.perf_counter() - began
+        self._under_way = [q for q in self._under_way if q.open]
+
+    def _accept(self, candidates: list[Live]) -> None:
+        """Append each one's drawn token, and score those that it ends."""
+        for c in candidates:
+            (token, log_prob), c._next, c._logits = c._next, None, None
+            c.new_tokens += 1
+            c.log_prob += log_prob
+            c.question.tokens += 1
+            if token in self.ends:
+                c.finished = "stop"
+            else:
+                c.token_ids.append(token)
+                c._unfed = True
+                if token in (self.model.steps.think_start_id, self.model.steps.think_end_id):
+                    c._answer_from = len(c.token_ids) if token == self.model.steps.think_end_id else None
+                if self._complete(c):
+                    c.finished = "stop"
+                elif len(c.token_ids) >= self.max_new_tokens:
+                    c.finished = "length"
+            if c.finished:
+                c.status, c._changed = c.finished, True
+        self._score([c for c in candidates if c.finished])
+
+    def _consult(self, q: Question) -> None:
+        """Have the strategy observe what changed, and do as it says."""
+        while True:
+            shown = [c for c in q.candidates if c.running or (c.finished and c.status != "stopped")]
+            due = any(c._changed for c in shown)
+            if q.strategy.by_step:
+                due = due and all(c._changed or c._held or c.finished for c in shown)
+            stuck = not due and any(c._held for c in shown) and all(c._held or c.finished for c in shown)
+            if not due and not stuck:
+                return
+            step = Step(shown, q.random, q.tokens, [c._changed for c in shown])
+            self._act(q, shown, ask(q.strategy, "observe", step))
+            if stuck and q.open and all(c._held for c in q.open):
+                raise RuntimeError(
+                    f"strategy {_name(q.strategy)}: it holds every candidate that could decode, time and again"
+                )
+
+    def _act(self, q: Question, shown: list[Live], actions: Sequence[int] | None) -> None:
+        actions = [KEEP] * len(shown) if actions is None else [int(a) for a in actions]
+        if len(actions) != len(shown) or min(actions, default=KEEP) < HOLD:
+            raise RuntimeError(f"strategy {_name(q.strategy)}: observe gave {actions} for {len(shown)} candidates")
+        forks: list[Live] = []
+        for c, action in zip(shown, actions, strict=True):
+            c._changed, c._held = False, action == HOLD and c.running
+            if action == STOP:
+                c.status = "stopped"
+            elif action > 1:
+                forks += self._fork(c, action - 1)
+        self._draw([c for c in forks if c._logits is not None])
+        self._score([c for c in shown if c.status == "stopped"])
+        self._accept([c for c in q.open if c._next and not c._held])
+
+    def _fork(self, c: Live, k: int) -> list[Live]:
+        """``k`` further candidates that go on where ``c`` is, or are as it has ended."""
+        q = c.question
+        kept = self._rows.take(c._seat) if c._seat is not None and c.running else c._kept
+        states = [None] * k if c._state is None or c.finished else self.scorer.fork([c._state] * k)
+        forks = [
+            dataclasses.replace(
+                c, number=len(q.candidates) + i, parent=c.number, token_ids=list(c.token_ids), new_tokens=0,
+                step_scores=list(c.step_scores), _state=state, _kept=kept, _seat=None, _next=None,
+            )
+            for i, state in enumerate(states)
+        ]  # fmt: skip
+        q.candidates += forks
+        return forks
+
+    def _give_states(self, candidates: list[Live]) -> None:
+        """A score state for each that has none yet."""
+        new = [c for c in candidates if c._state is None]
+        for c, state in zip(new, self.scorer.fork([c.question._state for c in new]) if new else [], strict=True):
+            c._state = state
+
+    def _score(self, candidates: list[Live]) -> None:
+        """Final scores of those that have none; their states are free afterwards."""
+        candidates = [c for c in candidates if c.scored is None]
+        if not candidates:
+            return
+        self._give_states(candidates)
+        rows = [c._state for c in candidates]
+        scores = self.scorer.result([torch.tensor(c.question._padded + c.token_ids) for c in candidates], rows=rows)
+        for i, c in enumerate(candidates):
+            c.scored = Scored.of(scores, i, len(c.question._padded))
+            c.step_scores, c._kept, c._logits = scores.step_scores[i].tolist(), None, None
+        self.scorer.release(rows)
+
+    def _interrupt(self) -> None:
+        for q in self.questions:
+            if q.open:
+                q.seconds = self._elapsed()
+            for c in q.open:
+                c.status = "interrupted"
+        self._score([c for q in self.questions for c in q.candidates if c.new_tokens or c.token_ids])
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._began - self._watching
+
+    # -- where a response ends ---------------------------------------------------------------------------------------
+
+    def _complete(self, c: Live) -> bool:
+        """Whether the newest text holds the stop pattern or, without one, an answer with something behind it."""
+        if self.stop:
+            return bool(self.stop.search(self.model.decode(c.token_ids[-TAIL:])))
+        if not self.answer or c._answer_from is None:
+            return False
+        text = self.model.decode(c.token_ids[max(c._answer_from, len(c.token_ids) - TAIL) :])
+        found = self.answer.search(text)
+        return bool(found) and found.end() < len(text)
+
+    def _forced(self, c: Live) -> int:
+        """The token that must come next, as the thinking budget is used up; -1: any."""
+        if self.budget is None or not 0 <= (past := len(c.token_ids) - self.budget) < len(self.end_ids):
+            return -1
+        if past == 0:
+            ended = self.model.steps.think_end_id in c.token_ids
+            ended = ended or self.end_text in self.model.decode(c.token_ids, special=True)
+            c._cut = c.question._may_cut and not ended
+        return self.end_ids[past] if c._cut else -1
+
+
+def ask(strategy: Strategy, method: str, argument: Any) -> Any:
+    """What ``strategy`` says; a RuntimeError names it if it fails."""
+    try:
+        return getattr(strategy, method)(argument)
+    except Exception as error:
+        raise RuntimeError(f"strategy {_name(strategy)}: {method} failed: {error!r}") from error
+
+
+def _name(strategy: Strategy) -> str:
+    """Of the class, for the strategies of users bear no other."""
+    return type(strategy).__name__
+
+
+def _pieces(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
