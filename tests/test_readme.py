@@ -10,6 +10,8 @@ import torch
 from test_model import byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import reflective as rf
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -41,6 +43,17 @@ def test_everything_in_one_object(default_model, monkeypatch):
     names = {}
     exec("import reflective as rf\n" + BLOCKS[1].replace('effort="medium"', 'effort="low", max_new_tokens=8'), names)  # noqa: S102
     assert len(names["best"].candidates) == 2
+
+
+def test_strategies(default_model, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(type(default_model), "default", lambda: default_model)
+    monkeypatch.chdir(tmp_path)
+    names = {"rf": rf}
+    for block in BLOCKS[2:4]:
+        exec(block.replace("64", "6"), names)  # noqa: S102
+    assert (tmp_path / "prune.png").stat().st_size > 10_000
+    assert names["first"].tokens >= 8 and names["first"].alive
 
 
 def test_the_commands_exist_and_the_numbers_have_a_file():
