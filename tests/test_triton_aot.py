@@ -55,6 +55,11 @@ def launch_all(H: int, dtype: torch.dtype, w1_dtype: torch.dtype) -> None:
     for q, at_predict, immediate in calls:
         ids, hidden = empty(N, q, dtype=torch.int64), empty(N, q, H)
         decode_step(ids, hidden, *automaton, *head, *state, at_predict, immediate)
+    if dtype == torch.float16:  # some of the states, and packed; that adds loads, whatever the head
+        rows, bounds = empty(N, dtype=torch.int32), empty(N + 1, dtype=torch.int32)
+        decode_step(empty(N, 1, dtype=torch.int64), empty(N, 1, H), *automaton, *head, *state, True, True, rows)
+        packed = empty(1, 500, dtype=torch.int64), empty(1, 500, H)
+        decode_step(*packed, *automaton, *head, *state, True, False, rows, bounds)
     for rows in (16, 64):
         score_rows(empty(rows, H), *head)
     logit_rows(empty(R, H), *head[:3])
