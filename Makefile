@@ -13,7 +13,7 @@ VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench abi lint clean
+.PHONY: demo test bench accuracy abi lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/reflective demo
@@ -24,9 +24,15 @@ test: $(VENV)/.test
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks/bench_decode_step.py
 	$(VENV)/bin/reflective bench --device cpu --budget 170 --out benchmarks/results
-	$(VENV)/bin/python benchmarks/decode_overhead.py
-	$(VENV)/bin/python benchmarks/decode_overhead_stepwise.py
+	$(VENV)/bin/python benchmarks/decode_modes.py
+	$(VENV)/bin/python benchmarks/best_of_n.py
 	$(VENV)/bin/python benchmarks/finished_text.py
+	$(VENV)/bin/python benchmarks/soak.py
+	$(VENV)/bin/python benchmarks/report.py --write
+
+# Three quarters of an hour on two cores.
+accuracy: $(VENV)/.test
+	$(VENV)/bin/python benchmarks/strategies.py
 	$(VENV)/bin/python benchmarks/report.py --write
 
 # One build serves several torch versions: a wheel made here, loaded and tested by another torch (downloads that torch).

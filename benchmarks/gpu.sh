@@ -75,7 +75,7 @@ PY
 # What runs on the GPU, in as many processes as help; and, on the GPU beside it, the sanitizer.
 correctness() {
     local tests=() many=()
-    for name in test_cuda test_triton test_sprm_loss_triton test_scorer test_backend; do
+    for name in test_cuda test_triton test_sprm_loss_triton test_scorer test_decoding test_backend; do
         [ -e "$WORK/tests/$name.py" ] && tests+=("$name.py")
     done
     "$PYTHON" -c 'import xdist' 2>/dev/null && many=(-n 6)
@@ -137,7 +137,7 @@ if stage build 170 bash -c build || stage build-cpp 60 env FORCE_CUDA=0 REFLECTI
     for tool in memcheck racecheck; do
         stage $tool 10 bash -c "cat '$WORK/$tool.out'; exit \$(cat '$WORK/$tool.rc')"
     done
-    budget=$(($(left) - 130))
+    budget=$(($(left) - 170)) # the rest is for the compilation of two models and more
     TAIL=6 stage suite $((budget + 25)) bash -c "suite $budget"
     overhead=$(($(left) - 15))
     stage overhead "$overhead" bash -c "decode_overhead $((overhead - 25))"

@@ -7,7 +7,6 @@ python benchmarks/report.py --write    # put it between the README's markers
 import argparse
 import json
 from pathlib import Path
-from statistics import median
 
 from reflective.benchmarks.cases import OURS
 from reflective.benchmarks.record import RESULTS, read
@@ -17,6 +16,14 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 HEAD_REPORT = HERE.parent / "reflective" / "data" / "smollm2-135m-instruct" / "report.json"
 NAMES = {"expression": "PyTorch", "compile": "torch.compile", "published": "the published way"}
+MODES = {
+    "dynamic": "eager, dynamic cache",
+    "static": "eager, static cache",
+    "compiled": "torch.compile, static cache",
+    "lookup": "prompt lookup",
+    "beams": "beam search",
+    "batching": "continuous batching",
+}
 BEGIN, END = "<!-- measured: python benchmarks/report.py --write -->\n", "<!-- end of measured -->\n"
 
 
@@ -43,23 +50,92 @@ def decode_step() -> list[tuple[str, str, str]]:
     return lines
 
 
-def decode_overhead() -> list[tuple[str, str, str]]:
+def decode_modes(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+    """A line for each mode of ``decode_modes.csv``, of its schedules whose scores were right."""
+    found = [r for r in read("decode_modes", folder) if r["throughput_kept"]]
     lines = []
-    for step in read("decode_overhead_stepwise"):
-        found = [r for r in read("decode_overhead") if r["schedule"] == step["schedule"]]
-        share, host, again = (
-            median(float(r[k]) for r in found) for k in ("scorer_share", "scorer_host_s", "second_pass_s")
+    for mode in dict.fromkeys(r["mode"] for r in found):
+        rows = [r for r in found if r["mode"] == mode]
+        kept = "; ".join(
+            f"{r['schedule']} {_percent(r['throughput_kept'])} ({_percent(r['kept_q20'])} to {_percent(r['kept_q80'])})"
+            for r in rows
         )
-        median_kept, total_kept = (100 * float(step[f"throughput_kept_{k}"]) for k in ("median", "total"))
+        spent = ", ".join(f"{float(r['scorer_us']):.0f}" for r in rows)
         lines.append(
             (
-                f"SmolLM2-135M, 8 x 256 tokens, {step['schedule']}",
-                f"{median_kept:.1f} % of the tokens/s without scorer (median of {step['decode_steps']} paired steps; "
-                + f"{total_kept:.1f} % in total), {100 * share:.2f} % of the time spent in the scorer",
-                f"{1e3 * host:.0f} ms instead of a {again:.1f} s second pass",
+                f"SmolLM2-135M, {MODES[mode]}, batch {rows[0]['batch']}",
+                f"of the tokens/s without scorer: {kept}, medians and 20 to 80 % quantiles",
+                f"{spent} µs of {float(rows[0]['plain_ms']):.1f} ms a forward in the scorer",
             )
         )
     return lines
+
+
+def _percent(share: str) -> str:
+    return f"{100 * float(share):.1f} %"
+
+
+def best_of_n(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+    found = {r["way"]: r for r in read("best_of_n", folder)}
+    if not found:
+        return []
+    ours, theirs = found["reflective"], found["published"]
+
+    def time(row: dict[str, str]) -> str:
+        return f"{float(row['generate_s']):.1f} s + {1e3 * float(row['score_s']):,.0f} ms scoring"
+
+    less = float(theirs["score_s"]) / float(ours["score_s"])
+    return [
+        (
+            f"SmolLM2-135M, best of {ours['n']}, {ours['tokens']} tokens each",
+            f"{time(ours)}, {float(ours['score_MiB']):.1f} MiB for it; the published way {time(theirs)}, "
+            + f"{float(theirs['score_MiB']):,.0f} MiB",
+            f"scoring: {less:,.0f} times less time, "
+            + f"{float(ours['score_MiB']) / float(theirs['score_MiB']):.1%} of the memory",
+        )
+    ]
+
+
+def strategies(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+    """A line for each number of candidates in ``strategies.csv``."""
+    found, lines = read("strategies", folder), []
+    for n in dict.fromkeys(r["n"] for r in found):
+        rows = {r["strategy"]: r for r in found if r["n"] == n}
+        best, pruned = rows["best_of_n"], rows["prune"]
+        others = sorted((r for r in rows.values() if r is not best), key=lambda r: -float(r["accuracy"]))
+        lines.append(
+            (
+                f"strategies, {best['questions']} unseen questions, {best['seeds']} seeds, {n} candidates, 95 % intervals",
+                ", ".join(f"{r['strategy']} {_accuracy(r)}" for r in [best, *others]),
+                f"tokens a question: best_of_n {best['tokens']}, prune {pruned['tokens']} "
+                + f"({1 - float(pruned['tokens']) / float(best['tokens']):.0%} fewer)",
+            )
+        )
+    return lines
+
+
+def _accuracy(row: dict[str, str]) -> str:
+    return f"{float(row['accuracy']):.2f} ({float(row['low']):.2f} – {float(row['high']):.2f})"
+
+
+def soak(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+    found = read("soak", folder)
+    if not found:
+        return []
+    last = found[-1]
+
+    def grown(run: str) -> float:
+        samples = [float(r["resident_MiB"]) for r in found if r["run"] == run]
+        return samples[-1] - samples[len(samples) // 4]
+
+    return [
+        (
+            f"{last['sequences']} sequences of {int(last['tokens']):,} tokens, {int(last['steps']):,} steps scored",
+            f"memory over the last three quarters: {grown('scored'):+.1f} MiB, without scorer {grown('plain'):+.1f} MiB "
+            + f"(the ids alone take {last['ids_MiB']})",
+            f"{last['scorer_seconds']} of {last['seconds']} s in the scorer",
+        )
+    ]
 
 
 def finished_text() -> list[tuple[str, str, str]]:
@@ -124,6 +200,20 @@ def gpu(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
     return lines
 
 
+def gpu_decode(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+    """A line for each mode and schedule of ``gpu_decode_overhead.csv``."""
+    return [
+        (
+            f"decode, 1.5B shape, batch {r['batch']}, {r['mode']}, {r['schedule']}",
+            f"{_percent(r['throughput_kept'])} of the tokens/s without scorer; {float(r['scorer_us']):.1f} µs of "
+            + f"{float(r['plain_ms']):.2f} ms a step in its op",
+            f"second pass {float(r['second_pass_s']):.1f} s, scorer {1e3 * float(r['scorer_s']):.1f} ms",
+        )
+        for r in read("gpu_decode_overhead", folder)
+        if r["throughput_kept"]
+    ]
+
+
 def _gpu_table(folder: Path = RESULTS) -> list[str]:
     lines = gpu(folder)
     if not lines:
@@ -133,7 +223,7 @@ def _gpu_table(folder: Path = RESULTS) -> list[str]:
     copy = float(next(r["copy_GB_per_s"] for r in read("gpu_suite", folder) if r["copy_GB_per_s"]))
     return [
         "| GPU | kernel time: CUDA graphs, cold L2, medians | against |", "|---|---|---|",
-        *("| " + " | ".join(line) + " |" for line in lines), "",
+        *("| " + " | ".join(line) + " |" for line in (*lines, *gpu_decode(folder))), "",
         f"{first['gpu']}, copy {copy:,.0f} GB/s, {versions}. File: `benchmarks/results/gpu_suite.csv`, by `benchmarks/gpu.sh`.",
         "",
     ]  # fmt: skip
@@ -143,7 +233,9 @@ def table(folder: Path = RESULTS) -> str:
     first = read("decode_step", folder)[0]
     lines = ["| what | measured | |", "|---|---|---|"]
     lines += [
-        "| " + " | ".join(row) + " |" for part in (decode_step, decode_overhead, finished_text, head) for row in part()
+        "| " + " | ".join(row) + " |"
+        for part in (decode_step, decode_modes, best_of_n, soak, finished_text, head, strategies)
+        for row in part()
     ]
     where = f"{first['cpu']}, {first['cores']} cores, torch {first['torch']}, transformers {first['transformers']}"
     cpu = f"CPU: {where}. Files: `benchmarks/results`, regenerated by `make bench`."

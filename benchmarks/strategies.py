@@ -1,6 +1,6 @@
 """Accuracy against tokens decoded for every strategy, on the embedded model's held-out questions.
 
-    python benchmarks/strategies.py [--questions 48] [--seeds 3] [--n 8 4] [--work DIR] [--out benchmarks/results]
+    python benchmarks/strategies.py [--questions 32] [--seeds 3] [--n 8] [--work DIR] [--out benchmarks/results]
 
 Sums of three numbers that its head was not trained on, nor its pruning rule calibrated; temperature 0.6, top-p 0.95, at most 64
 tokens. With a seed all strategies that begin with n candidates begin with the same ones, so differences are paired. A
@@ -110,9 +110,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--questions", type=int, default=48)
+    parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--n", type=int, nargs="+", default=[8, 4])
+    parser.add_argument("--n", type=int, nargs="+", default=[8])
     parser.add_argument("--work", type=Path, help="keep single records here, and go on from those that are there")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -229,6 +229,8 @@ class StreamScorer:
         if self.flushes_by_hand and (given("compile_config") or graphs) and not given("disable_compile"):
             why = "record_features=True" if self.record_features else "process_group"
             raise ValueError(f"{why} needs eager forwards: leave compile_config out or set disable_compile=True")
+        if self._state is not None:
+            self._hear_host()
         self._generating = True
         self._rows = self._batching = None
         if self._announced is None and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1]:

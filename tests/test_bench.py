@@ -13,7 +13,22 @@ import pytest
 import torch
 
 from reflective import kernels, ops
-from reflective.benchmarks import cases, clocks, command, peers, plots, record, report, suite, targets
+from reflective.benchmarks import (
+    best_of_n,
+    cases,
+    clocks,
+    command,
+    decode_modes,
+    decode_overhead_gpu,
+    peers,
+    plots,
+    record,
+    report,
+    soak,
+    strategies,
+    suite,
+    targets,
+)
 from reflective.benchmarks.cases import CASES, FLOAT8, Cell
 from reflective.benchmarks.suite import Item, Settings
 
@@ -315,3 +330,135 @@ def test_bars_and_json(tmp_path, capsys):
     assert end.value.code == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {r["implementation"] for r in rows} == {"cpu", "expression", "published"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch", "method"), [("lookup", 1, "crop"), ("beams", 8, "reorder_cache"), ("static", 4, "")]
+)
+def test_a_recorded_generation_is_played_with_its_scores(mode, batch, method):
+    subject = decode_modes.tiny()
+    tape = decode_modes.Tape.of(subject, subject.prompts[: {1: 1, 8: 2}.get(batch)], 24, **decode_modes.MODES[mode])
+    assert {str(then) for _, calls in tape.calls for then in calls if method not in str(then)} == set()
+    assert any(calls for _, calls in tape.calls) == bool(method) and bool(tape.length) == (mode == "static")
+    for row in decode_modes.measure(subject, mode, 24, until=0):
+        assert row["check"] == "scores equal" and row["batch"] == batch and row["pairs"] == len(tape.calls) - 1
+        assert row["kept_q20"] <= row["throughput_kept"] <= row["kept_q80"] and row["scorer_us"] > 0
+
+
+def test_compiled_forwards_take_turns_and_their_op_is_timed():
+    torch._dynamo.reset()
+    subject = decode_modes.tiny()
+    tape = decode_modes.Tape.of(subject, subject.prompts, 24, **decode_modes.STATIC)
+    players = [decode_modes.Player(subject, schedule) for schedule in (None, *decode_modes.SCHEDULES)]
+    decode_modes.Lockstep(tape, players, {"fullgraph": True, "backend": "eager"}).run(until=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    for player in players:
+        assert len(player.seconds) == 23 and not player.wrong and bool(player.scorer_us) == bool(player.schedule)
+        assert type(player.net) is type(subject.net)
+        assert next(player.net.parameters()).data_ptr() == next(subject.net.parameters()).data_ptr()
+
+
+def test_whole_generations_take_turns_in_continuous_batching():
+    subject = decode_modes.tiny()
+    players = [decode_modes.Player(subject, schedule) for schedule in (None, "deferred")]
+    decode_modes.turns(players, decode_modes.batching(subject.prompts, 12), 12, until=0)
+    row = decode_modes.row("batching", *players, batch=4, tokens=12)
+    assert row["check"] == "scores equal" and row["pairs"] == 1 and row["scorer_us"] > 0
+
+
+def test_no_figure_of_decoding_on_wrong_scores(tmp_path, monkeypatch, capsys):
+    """A head that answers otherwise than the one that ``rf.score`` is asked with."""
+    truth = decode_modes.rf.score
+    monkeypatch.setattr(
+        decode_modes.rf, "score", lambda net, head, *args, **kwargs: truth(net, type(head)(32), *args, **kwargs)
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["", "--quick", "--mode", "dynamic", "--tokens", "16", "--seconds", "0", "--out", str(tmp_path)]
+    )
+    assert decode_modes.main() == 1
+    for row in record.read("decode_modes", tmp_path):
+        assert "not close" in row["check"] and not row["throughput_kept"] and not row["scorer_us"]
+    assert report.decode_modes(tmp_path) == []
+
+
+def test_gpu_figures_that_need_no_compilation():
+    subject = decode_modes.tiny()
+    for schedule in decode_modes.SCHEDULES:
+        seconds, mib = decode_overhead_gpu.op_alone(subject, schedule)
+        assert 0 < seconds < 0.1 and 0 < mib < 2
+    assert decode_overhead_gpu.published(subject, 40)[0] > 0
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of the resident set is Linux's")
+@pytest.mark.parametrize("way", best_of_n.WAYS)
+def test_best_of_n_both_ways(way, default_model, monkeypatch):
+    for owner, name in ((default_model, "config"), (default_model.model.generation_config, "eos_token_id")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+    found = best_of_n.measure(default_model, way, 2, 16)
+    assert found["steps"] >= 2 and found["generate_s"] > found["score_s"] > 0
+    assert (found["score_MiB"] > 10) == (way == "published")
+
+
+def test_the_readme_shows_decoding_and_best_of_n_once_they_are_measured(tmp_path):
+    assert report.decode_modes(tmp_path) == report.best_of_n(tmp_path) == report.gpu_decode(tmp_path) == []
+    figures = {"plain_ms": 40, "throughput_kept": 0.9991, "kept_q20": 0.99, "kept_q80": 1.01, "scorer_us": 12.3}
+    row = {"mode": "compiled", "batch": 8} | figures
+    record.write("decode_modes", [row | {"schedule": s} for s in decode_modes.SCHEDULES], tmp_path)
+    ((what, kept, spent),) = report.decode_modes(tmp_path)
+    assert what == "SmolLM2-135M, torch.compile, static cache, batch 8" and spent.startswith("12, 12 µs of 40.0 ms")
+    assert "deferred 99.9 % (99.0 % to 101.0 %); immediate 99.9 %" in kept
+    ways = {"reflective": (40.0, 0.05, 1.5), "published": (60.0, 25.0, 150.0)}
+    rows = [
+        {"way": w, "n": 32, "tokens": 256, "generate_s": g, "score_s": s, "score_MiB": m}
+        for w, (g, s, m) in ways.items()
+    ]
+    record.write("best_of_n", rows, tmp_path)
+    ((_, times, ratio),) = report.best_of_n(tmp_path)
+    assert "40.0 s + 50 ms scoring, 1.5 MiB" in times and ratio == "scoring: 500 times less time, 1.0% of the memory"
+
+
+def test_a_long_generation_and_what_it_leaves(tmp_path, monkeypatch, capsys):
+    arguments = ["", "--sequences", "2", "--tokens", "64", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    soak.main()
+    rows = record.read("soak", tmp_path)
+    assert [r["run"] for r in rows] == ["plain"] * 32 + ["scored"] * 32
+    assert int(rows[-1]["steps"]) > 0 and float(rows[-1]["max_error"]) < 1e-5
+    ((what, grown, _),) = report.soak(tmp_path)
+    assert what.startswith("2 sequences of 63 tokens") and "without scorer" in grown
+    monkeypatch.setattr(
+        soak.rf, "score", lambda model, head, *rest, **k: FALSE_SCORE(model, type(head)(64), *rest, **k)
+    )
+    with pytest.raises(SystemExit, match="log-scores differ"):
+        soak.main()
+
+
+FALSE_SCORE = soak.rf.score
+
+
+def test_strategies_are_summed_up_by_question(tmp_path):
+    records = [
+        {"strategy": name, "n": 8, "seed": seed, "question": q, "correct": q < right, "tokens": tokens, "finished": 8}
+        for name, right, tokens in (("best_of_n", 6, 200), ("prune", 5, 150))
+        for seed in range(3)
+        for q in range(10)
+    ]
+    rows = strategies.summary(records)
+    assert [(r["strategy"], r["accuracy"], r["seeds"], r["questions"]) for r in rows] == [
+        ("best_of_n", 0.6, 3, 10), ("prune", 0.5, 3, 10)
+    ]  # fmt: skip
+    assert rows[0]["low"] == pytest.approx(0.3, abs=0.1) and rows[0]["high"] == pytest.approx(0.9, abs=0.1)
+    record.write("strategies", rows, tmp_path)
+    strategies.draw(rows, tmp_path / "strategies.png")
+    ((_, accuracies, tokens),) = report.strategies(tmp_path)
+    assert accuracies.startswith("best_of_n 0.60 (0.30") and tokens.endswith("prune 150.0 (25% fewer)")
+
+
+def test_every_run_decodes_once_for_those_that_only_choose():
+    runs = strategies.strategies(8)
+    assert [s.name for s in runs["best_of_n"]] == ["best_of_n", "majority", "weighted_vote", "rpc"]
+    assert sorted(s.name for part in runs.values() for s in part) == sorted(strategies.NAMES)
+
+
+def test_every_mode_has_a_name_in_the_readme():
+    assert list(report.MODES) == list(decode_modes.MODES)

@@ -5,6 +5,7 @@ Truth is the float64 second pass over the returned ids (``assert_agrees`` of tes
 """
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -134,6 +135,19 @@ def test_cuda_graphs_by_the_default_compilation_of_generate(schedule):
         out = decode(scorer, net, ids, mask, seed=seed, **how)
         assert_agrees(scorer.result(out), net, tiny.head().cuda(), out, mask, "predict")
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+def test_a_prompt_in_pieces_after_a_compiled_generation():
+    """Between the two nobody asks for a result, which would tell the scorer how far the first came."""
+    torch._dynamo.reset()
+    net, (ids, mask) = tiny.model(), prompts((12, 12))
+    ids[:, 6], ids[:, 5] = tiny.STEP_IDS[0], 7
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    scorer = scorer_of(net)
+    decode(scorer, net, ids, mask, cache_implementation="static", compile_config=config)
+    out = decode(scorer, net, ids, mask, prefill_chunk_size=5, suppress_tokens=NO_TAGS)
+    assert_agrees(scorer.result(out), net, tiny.head(), out, mask, "predict")
 
 
 @torch.no_grad()
@@ -419,10 +433,11 @@ def test_states_by_hand():
 # -- continuous batching ---------------------------------------------------------------------------------------------------
 
 
-def batching_config(**kwargs):
-    return ContinuousBatchingConfig(
-        use_cuda_graph=False, use_async_batching=False, num_blocks=64, page_size=16, **kwargs
-    )
+def batching_config(num_blocks=64, **kwargs):
+    names = {f.name for f in dataclasses.fields(ContinuousBatchingConfig)}
+    size = {"page_size" if "page_size" in names else "block_size": 16, "num_blocks": num_blocks}
+    settings = {"use_cuda_graph": False, "use_async_batching": False, "max_batch_tokens": 64}
+    return ContinuousBatchingConfig(**settings | size | kwargs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -451,11 +466,10 @@ def test_continuous_batching_with_shared_prefixes_and_requests_that_are_begun_an
     texts = [[*prefix, *torch.randint(5, tiny.VOCAB, (n,)).tolist()] for n in (4, 9, 2, 7)]
     generation = GenerationConfig(max_new_tokens=60, do_sample=True, eos_token_id=-1)
     scorer = scorer_of(net)
-    config = ContinuousBatchingConfig(
-        use_cuda_graph=False, use_async_batching=False, num_blocks=13, page_size=16, max_batch_tokens=64
-    )
     with scorer:
-        out = net.generate_batch(texts, generation_config=generation, continuous_batching_config=config)
+        out = net.generate_batch(
+            texts, generation_config=generation, continuous_batching_config=batching_config(num_blocks=13)
+        )
     assert not any(o.error for o in out.values()) and len(out) == 4
     rows = [torch.tensor([*o.prompt_ids, *o.generated_tokens]) for o in out.values()]
     assert_finished_agrees(scorer.result(out), net, rows, [len(o.prompt_ids) for o in out.values()])
