@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from test_model import small  # noqa: F401 (a fixture)
@@ -53,6 +55,62 @@ def test_generate(checkpoint):
     assert (
         "no file, nor a directory" in run("generate", "--model", checkpoint, "--head", "/nowhere", "x", code=2).stderr
     )
+
+
+def test_generate_with_a_strategy(checkpoint, tmp_path):
+    args = ("generate", "--model", checkpoint, "--max-new-tokens", 30, "--seed", 1, "-n", 4, "one", "two")
+    done = run(*args, "--strategy", "step_beam", "--json", "--plot", tmp_path / "plot.png")
+    for record in map(json.loads, done.stdout.splitlines()):
+        assert record["strategy"] == "step_beam" and record["seed"] == 1 and not record["interrupted"]
+        assert record["tokens"] == sum(c["tokens"] for c in record["candidates"]) > 30
+        assert record["alive"][-1][1] == 0 and record["seconds"] > record["scoring_seconds"] > 0
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG" and done.stderr == ""
+    assert "no threshold" in run(*args, "--strategy", "prune", code=2).stderr
+    assert "expected one of best_of_n" in run(*args, "--strategy", "none", code=2).stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_generate_shows_candidates_live_and_ends_well_on_ctrl_c(checkpoint):
+    import pty
+
+    screen, terminal = pty.openpty()
+    command = "from reflective.cli import main; main()"
+    args = (
+        "generate",
+        "--model",
+        checkpoint,
+        "--max-new-tokens",
+        4000,
+        "-n",
+        3,
+        "--json",
+        "--strategy",
+        "majority",
+        "one",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, *map(str, args)], stdout=subprocess.PIPE, stderr=terminal, text=True,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    while b"step scores" not in shown:
+        shown += os.read(screen, 4096)
+    process.send_signal(signal.SIGINT)
+    threading.Thread(target=_drain, args=(screen,), daemon=True).start()
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    record = json.loads(out)
+    assert record["interrupted"] and {c["status"] for c in record["candidates"]} == {"interrupted"}
+    assert 3 <= record["tokens"] < 12_000 and "score" in record["candidates"][0]
+
+
+def _drain(screen):
+    try:
+        while os.read(screen, 4096):
+            pass
+    except OSError:  # the other end is closed
+        return
 
 
 def test_score_jsonl_with_broken_lines(checkpoint, tmp_path):
