@@ -28,6 +28,36 @@ def check_cache(model: PreTrainedModel) -> None:
             )
 
 
+class RoomyLayer(DynamicLayer):
+    """A ``DynamicLayer`` that appends where there is room: transformers' copies all keys and values at every token.
+
+    What the model is given are views of buffers that are an eighth longer than needed, and by 64 tokens at least.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._rooms: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = self._append("keys", key_states), self._append("values", value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, new: Tensor) -> Tensor:
+        """``new`` behind what there is, [B, heads, length, width]."""
+        old, room = getattr(self, name), self._rooms.get(name)
+        begin = old.shape[2] if old.numel() else 0
+        end = begin + new.shape[2]
+        # Whoever assigned other keys has left the buffer behind.
+        if room is None or room.data_ptr() != old.data_ptr() or len(room) != len(new) or room.shape[2] < end:
+            room = self._rooms[name] = new.new_empty(*new.shape[:2], end + max(64, end // 8), new.shape[3])
+            if begin:
+                room[:, :, :begin] = old
+        room[:, :, begin:end] = new
+        return room[:, :, :end]
+
+
 @dataclass(frozen=True)
 class Row:
     """One sequence's keys and values. Never written to, so that forks may share it.
@@ -39,6 +69,13 @@ class Row:
 
     layers: list[tuple[Tensor, Tensor] | None]
     length: int
+
+
+def new_cache() -> DynamicCache:
+    """An empty cache whose rows can be taken and joined."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = RoomyLayer
+    return cache
 
 
 class Rows:

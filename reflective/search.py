@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from .generation import TAIL, end_tokens, pad_token
-from .kv import Row, Rows, check_cache
+from .kv import Row, Rows, check_cache, new_cache
 from .scorer import StreamScorer
 from .scores import TrajectoryScores, aggregate
 from .strategies import HOLD, KEEP, STOP, Step, Strategy
@@ -241,7 +241,7 @@ class Search:
         mask = None if width == min(lengths) else (column >= begins).long()
         states = self.scorer.admit(ids, mask)
         self.scorer.assign(states)
-        cache = DynamicCache()
+        cache = new_cache()
         logits = self._call(cache, ids, (column - begins).clamp_min(0), mask)
         rows = Rows(cache, lengths)
         for i, (q, state) in enumerate(zip(questions, states, strict=True)):
