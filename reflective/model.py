@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from .search import Live, Question, Scored, Search, ask
 from .sprm import SPRM
 from .steps import StepTokens
 from .strategies import Strategy, by_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EFFORT = {"low": 2, "medium": 8, "high": 32}  # candidates, paper section 4.1
 CONFIG_NAME = "reflective.json"
@@ -132,11 +135,12 @@ class Generation:
     def score(self) -> float:
         return self.best.score
 
-    def plot(self, path: str | Path) -> None:
-        """Draw the candidates' running scores and how many were alive when into an image file; needs matplotlib."""
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Draw the candidates' running scores and how many were alive when: a figure, also into an image file if a path is
+        given. Needs matplotlib."""
         from .plot import plot_generation
 
-        plot_generation(self, path)
+        return plot_generation(self, path)
 
 
 class ReflectiveModel:

@@ -4,9 +4,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from .model import Candidate, Generation
 from .scores import aggregate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_trajectory(candidate: Candidate, path: str | Path, *, title: str = "") -> None:
@@ -44,8 +48,11 @@ def plot_trajectory(candidate: Candidate, path: str | Path, *, title: str = "") 
     plt.close(fig)
 
 
-def plot_generation(generation: Generation, path: str | Path) -> None:
+def plot_generation(generation: Generation, path: str | Path | None = None) -> "Figure":
     """Draw the running score of every candidate, the chosen one's on top, and how many were alive when.
+
+    Args:
+        path: image file; the suffix decides the format. None: only the figure, which a notebook shows.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -59,20 +66,10 @@ def plot_generation(generation: Generation, path: str | Path) -> None:
         scores.plot(range(1, len(running) + 1), running, "-o", ms=3, color=colour, lw=2 if c is generation.best else 1)
     for label, colour in {"chosen": "#cc3311", **colours}.items():
         if label == "chosen" or any(c.status == label for c in generation.candidates):
-            scores.plot(
-                [],
-                [],
-                "-o",
-                ms=3,
-                color=colour,
-                label={"stop": "finished", "length": "cut at its length"}.get(label, label),
-            )
-    scores.set(
-        xlabel="step",
-        ylabel="score (geometric mean)",
-        ylim=(0, 1),
-        title=f"{generation.strategy}: {generation.tokens} tokens",
-    )
+            name = {"stop": "finished", "length": "cut at its length"}.get(label, label)
+            scores.plot([], [], "-o", ms=3, color=colour, label=name)
+    title = f"{generation.strategy}: {generation.tokens} tokens"
+    scores.set(xlabel="step", ylabel="score (geometric mean)", ylim=(0, 1), title=title)
     seconds, counts = zip(*generation.alive, strict=True) if generation.alive else ((), ())
     alive.step(seconds, counts, where="post", color="#4477aa")
     alive.set(xlabel="seconds", ylabel="candidates alive", ylim=(0, None))
@@ -81,8 +78,10 @@ def plot_generation(generation: Generation, path: str | Path) -> None:
         ax.xaxis.get_major_locator().set_params(integer=ax is scores)
     alive.yaxis.get_major_locator().set_params(integer=True)
     fig.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    fig.savefig(path, dpi=150)
+    if path is not None:
+        fig.savefig(path, dpi=150)
     plt.close(fig)
+    return fig
 
 
 def sparkline(scores: Sequence[float]) -> str:

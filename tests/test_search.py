@@ -464,5 +464,10 @@ def test_n_of_a_strategy(model):
 
 def test_plot(model, tmp_path):
     pytest.importorskip("matplotlib")
-    model.generate("A", strategy=Scripted(turns=[{0: 2, 1: STOP}]), **SAMPLING).plot(tmp_path / "run.png")
+    result = model.generate("A", strategy=Scripted(turns=[{0: 2, 1: STOP}]), **SAMPLING)
+    figure = result.plot(tmp_path / "run.png")
+    scores, alive = figure.axes
+    assert sum(len(line.get_xdata()) for line in scores.lines) == sum(len(c.step_scores) for c in result.candidates)
+    assert alive.lines[0].get_ydata().tolist() == [count for _, count in result.alive]
+    assert result.plot().axes
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
