@@ -133,13 +133,9 @@ class StreamState:
 
     def counts(self) -> list[int]:
         """Of every sequence, how many scored steps count for the tags seen so far. One read of the device."""
-        n = len(self.seq)
-        tags = self.seq[:, [layout.N_THINK, layout.N_END]].double()
-        table = torch.cat([tags, self.tally[:, :, layout.COUNT]], 1).cpu()[:n].tolist()
-        return [
-            int(sum(counts[r] for r in layout.counted_regions(int(n_think), int(n_end))))
-            for n_think, n_end, *counts in table
-        ]
+        n_think, n_end = self.seq[:, [layout.N_THINK, layout.N_END]].clamp_max(2).unbind(1)
+        counted = _COUNTED.to(self.seq.device)[n_think, n_end]  # [N, N_REGIONS]
+        return (self.tally[:, :, layout.COUNT] * counted).sum(1).int().tolist()
 
     def sequence(self, i: int) -> "SequenceTally":
         """What sequence ``i`` has by now, of the regions that count for the tags seen so far."""
@@ -163,6 +159,12 @@ class StreamState:
             counted[i, layout.counted_regions(seq[layout.N_THINK], seq[layout.N_END])] = True
         order = (sequence << 32 | step).argsort()
         return order[counted[sequence, region][order]]
+
+
+# Which regions count, by the number of tags seen of either kind (two stands for more): [3, 3, N_REGIONS].
+_COUNTED = torch.tensor(
+    [[[r in layout.counted_regions(a, b) for r in range(layout.N_REGIONS)] for b in range(3)] for a in range(3)]
+)
 
 
 def static(tensor: Tensor) -> Tensor:

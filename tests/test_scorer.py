@@ -188,6 +188,7 @@ def test_tags_missing_single_and_doubled(tags):
         for t in range(5, 150):
             net(text[:, t : t + 1], past_key_values=cache)
     assert_agrees(scorer.result(text), net, head, text, torch.ones(2, 5, dtype=torch.long), "predict")
+    assert scorer.counts() == scorer.result().n_steps.tolist()
 
 
 def test_prompt_that_holds_the_think_tag():
