@@ -347,6 +347,7 @@ def test_a_recorded_generation_is_played_with_its_scores(mode, batch, method):
 
 def test_compiled_forwards_take_turns_and_their_op_is_timed():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     subject = decode_modes.tiny()
     tape = decode_modes.Tape.of(subject, subject.prompts, 24, **decode_modes.STATIC)
     players = [decode_modes.Player(subject, schedule) for schedule in (None, *decode_modes.SCHEDULES)]
