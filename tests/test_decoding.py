@@ -434,6 +434,7 @@ def test_states_by_hand():
 
 
 def batching_config(num_blocks=64, **kwargs):
+    pytest.importorskip("psutil", reason="continuous batching looks at the machine's memory")
     names = {f.name for f in dataclasses.fields(ContinuousBatchingConfig)}
     size = {"page_size" if "page_size" in names else "block_size": 16, "num_blocks": num_blocks}
     settings = {"use_cuda_graph": False, "use_async_batching": False, "max_batch_tokens": 64}
