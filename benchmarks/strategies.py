@@ -80,30 +80,34 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against tokens a question; a line joins a strategy's sizes."""
+    """Accuracy against tokens a question, every point with its name; a line joins a strategy's sizes."""
     plt = pyplot()
-    fig, ax = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
-    markers = dict(zip(NAMES, "osD^vP*X<>", strict=True))
-    colors = plt.get_cmap("tab10").colors
-    for i, name in enumerate(NAMES):
+    fig, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    colors = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=True))
+    for name in NAMES:
         part = sorted((row for row in rows if row["strategy"] == name), key=lambda row: row["n"])
-        if part:
-            tokens, accuracy = [r["tokens"] for r in part], [r["accuracy"] for r in part]
-            error = [[r["accuracy"] - r["low"] for r in part], [r["high"] - r["accuracy"] for r in part]]
-            ax.errorbar(
-                tokens, accuracy, error, color=colors[i], marker=markers[name], ms=6, lw=1, elinewidth=0.5, capsize=2,
-                label=name,
-            )  # fmt: skip
-            for row in part:
-                ax.annotate(f" {row['n']}", (row["tokens"], row["accuracy"]), fontsize=7, color=colors[i])
+        ax.plot([r["tokens"] for r in part], [r["accuracy"] for r in part], "o-", color=colors[name], ms=6, lw=1)
+    lowest, highest = min(r["accuracy"] for r in rows), max(r["accuracy"] for r in rows)
+    gap, label = max(highest - lowest, 0.1) / 16, float("inf")
+    middle, sizes = float(np.median([r["tokens"] for r in rows])), {r["n"] for r in rows}
+    for row in sorted(rows, key=lambda r: -r["accuracy"]):  # names below each other where points lie on each other
+        label, left = min(row["accuracy"], label - gap), row["tokens"] < 0.9 * middle
+        ax.annotate(
+            row["strategy"] + (f", n = {row['n']}" if len(sizes) > 1 else ""), (row["tokens"], row["accuracy"]),
+            (row["tokens"] * (0.94 if left else 1.06), row["accuracy"] if left else label), fontsize=8, va="center",
+            ha="right" if left else "left", color=colors[row["strategy"]],
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.6", "relpos": (1 if left else 0, 0.5)},
+        )  # fmt: skip
+        label = float("inf") if left and label == row["accuracy"] else label
     seeds, questions = rows[0]["seeds"], rows[0]["questions"]
-    ax.set(xlabel="tokens decoded a question", ylabel="accuracy", xscale="log")
+    half = float(np.mean([(r["high"] - r["low"]) / 2 for r in rows]))
+    ax.set(xlabel="tokens decoded a question", ylabel="accuracy", xlim=(0, 1.25 * max(r["tokens"] for r in rows)))
     ax.set_title(
-        f"SmolLM2-135M-Instruct, {questions} held-out sums, {seeds} seeds; numbers: candidates; 95 %", fontsize=9
+        f"SmolLM2-135M-Instruct, {questions} held-out sums, {seeds} seeds, n = {sorted(sizes)}; 95 % intervals ± {half:.2f}",
+        fontsize=10,
     )
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.3)
-    fig.legend(loc="outside right upper", frameon=False, fontsize=8)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
