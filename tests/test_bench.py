@@ -403,11 +403,13 @@ def test_best_of_n_both_ways(way, default_model, monkeypatch):
 def test_the_readme_shows_decoding_and_best_of_n_once_they_are_measured(tmp_path):
     assert report.decode_modes(tmp_path) == report.best_of_n(tmp_path) == report.gpu_decode(tmp_path) == []
     figures = {"plain_ms": 40, "throughput_kept": 0.9991, "kept_q20": 0.99, "kept_q80": 1.01, "scorer_us": 12.3}
-    row = {"mode": "compiled", "batch": 8} | figures
+    row = {"mode": "compiled", "batch": 8, "pairs": 95} | figures
     record.write("decode_modes", [row | {"schedule": s} for s in decode_modes.SCHEDULES], tmp_path)
     ((what, kept, spent),) = report.decode_modes(tmp_path)
     assert what == "SmolLM2-135M, torch.compile, static cache, batch 8" and spent.startswith("12, 12 µs of 40.0 ms")
     assert "deferred 99.9 % (99.0 % to 101.0 %); immediate 99.9 %" in kept
+    record.write("decode_modes", [row | {"schedule": s, "pairs": 1} for s in decode_modes.SCHEDULES], tmp_path)
+    assert "too few" in report.decode_modes(tmp_path)[0][1]
     ways = {"reflective": (40.0, 0.05, 1.5), "published": (60.0, 25.0, 150.0)}
     rows = [
         {"way": w, "n": 32, "tokens": 256, "generate_s": g, "score_s": s, "score_MiB": m}
