@@ -156,7 +156,8 @@ def test_a_compiler_that_fails(force: str, tmp_path: Path) -> None:
     done = build_ext(tmp_path, REFLECTIVE_FORCE_BUILD=force, REFLECTIVE_SKIP_CUDA_BUILD="1")
     assert (done.returncode != 0) == (force == "1")
     assert ("reflective: the C++ compiler failed" in done.stdout) == (force == "0")
-    assert "CUDA" not in done.stdout
+    ours = [line for line in done.stdout.splitlines() if line.startswith("reflective:")]
+    assert "CUDA" not in "".join(ours)  # torch's CUDA builds have warnings of their own
 
 
 def test_without_torch_the_build_names_the_remedy(tmp_path: Path) -> None:
