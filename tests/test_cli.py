@@ -74,7 +74,8 @@ def test_generate_shows_candidates_live_and_ends_well_on_ctrl_c(checkpoint):
     import pty
 
     screen, terminal = pty.openpty()
-    command = "from reflective.cli import main; main()"
+    # Shells have their background jobs ignore Ctrl-C, and children inherit that.
+    command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom reflective.cli import main; main()"
     args = ("generate", "--model", checkpoint, "--json", "--strategy", "majority", "--together", 100, *["one"] * 100)
     process = subprocess.Popen(
         [sys.executable, "-c", command, *map(str, args)], stdout=subprocess.PIPE, stderr=terminal, text=True,
