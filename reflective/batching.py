@@ -69,9 +69,9 @@ class Batching:
         (row,) = self.scorer.admit(ids)
         self.rows[state.request_id], self.seen[state.request_id] = row, past
         if past:
-            device, b = self.scorer.backbone.device, self.scorer.backbone
-            hidden = torch.zeros(1, 1, b.hidden_size, dtype=b.dtype, device=device).expand(-1, past, -1)
-            self.scorer.feed(ids[:, :past].to(device), hidden, torch.tensor([row], dtype=torch.int32, device=device))
+            hidden = self.scorer.no_hidden(1, past)
+            rows = torch.tensor([row], dtype=torch.int32, device=hidden.device)
+            self.scorer.feed(ids[:, :past].to(hidden.device), hidden, rows)
 
     def features(self, ids: Tensor, hidden: Tensor) -> None:
         """Score the states [1, T, H] of that forward."""

@@ -309,9 +309,10 @@ class StreamScorer:
             raise ValueError(
                 f"the cache holds {past} tokens, all of the announced prompt; leave at least one to decode"
             )
-        self._consume(ids[:, :past].to(self.backbone.device), self._no_hidden(len(ids), past))
+        self._consume(ids[:, :past].to(self.backbone.device), self.no_hidden(len(ids), past))
 
-    def _no_hidden(self, n: int, q: int = 1) -> Tensor:
+    def no_hidden(self, n: int, q: int = 1) -> Tensor:
+        """States [n, q, H] for tokens whose own are not known."""
         b = self.backbone
         return torch.zeros(n, 1, b.hidden_size, dtype=b.dtype, device=b.device).expand(-1, q, -1)
 
@@ -557,7 +558,7 @@ class StreamScorer:
         copy = self._read = state.take(rows)
         if self.at == "token":
             copy.silence()
-        self._run(copy, unfed, self._no_hidden(len(rows)))
+        self._run(copy, unfed, self.no_hidden(len(rows)))
         self._flush(copy, len(rows), self._recorded_last)
         return [copy.sequence(i) for i in range(len(rows))]
 

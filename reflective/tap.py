@@ -71,14 +71,14 @@ class Tap:
         self.ids: Tensor | None = None  # the token ids of the compiled forward in progress
         self.depth = 0  # of generate calls; early-exit drafts call the model's own generate
         self.cache: Callable[[], Any] = lambda: None  # weak reference to the cache that is followed
+        self.plain_call: Any = None  # what generate compiled before; with listeners it compiles the listening __call__
 
     @classmethod
     def add(cls, backbone: Backbone, listener: Listener) -> None:
         """Have ``listener`` told of what the backbone's model does."""
         tap = vars(backbone.model).get(_ATTRIBUTE) or cls(backbone)
         if not tap.listeners:
-            # Of an instance's attributes torch.compile sees the module's class first: _listening_model's code, not the plain.
-            tap._plain_call = {name: vars(tap.model).pop(name) for name in [_COMPILED_CALL] if name in vars(tap.model)}
+            tap.plain_call = vars(tap.model).pop(_COMPILED_CALL, None)
             _exchange(tap.model, _listening_model, tap)
             _exchange(tap.layer, _listening_layer, tap)
         tap.listeners += (listener,)
@@ -93,7 +93,8 @@ class Tap:
             _restore(tap.layer)
             _restore(tap.model)
             vars(tap.model).pop(_COMPILED_CALL, None)
-            vars(tap.model).update(tap._plain_call)
+            if tap.plain_call is not None:
+                vars(tap.model)[_COMPILED_CALL] = tap.plain_call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
         """Of a copied model or cache nobody hears."""
