@@ -1,5 +1,6 @@
 """What scoring needs to know of a Hugging Face model, found without a list of class names."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 _PIECE = 512  # tokens; SmolLM2's activations of one piece (3 MB each) stay in cache
+_HEARD = "_reflective_heard"  # where the last layer keeps those who listen
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,19 @@ class Backbone:
             raise ValueError(f"model: the weights of {name} are on the meta device; load them first")
         return cls(model, decoder, layers, text.hidden_size, text.vocab_size, dtype, device)
 
-    def on_features(self, use: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-        """Call ``use(hidden [B, q, H])`` whenever the last layer is about to run. Remove the handle to detach.
+    @contextmanager
+    def listening(self, use: Callable[[Tensor], object]) -> Iterator[None]:
+        """Within, ``use(hidden [B, T, H])`` gets what enters the last layer of every forward, with its autograd graph.
+
+        Once a forward, also under gradient checkpointing: the class of the last layer is exchanged, because a hook may run
+        within a checkpoint, where states are detached, and again when the checkpoint is computed anew. What wraps the model
+        (DDP, accelerate, peft) makes no difference.
 
         Raises:
             ValueError: in a forward, if what the layers hand on is not one state a token.
         """
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+        def hear(hidden: Tensor) -> None:
             if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
                 raise ValueError(
                     f"model: the layers of {type(self.model).__name__} hand on {list(hidden.shape)}, not one state of "
@@ -84,37 +92,72 @@ class Backbone:
                 )
             use(hidden)
 
-        return self.layers[-1].register_forward_pre_hook(hook, with_kwargs=True)
+        layer = self.layers[-1]
+        before, others = type(layer), vars(layer).get(_HEARD)
+        vars(layer)[_HEARD] = (*(others or ()), hear)
+        if not others:
+            layer.__class__ = _heard(before)
+        try:
+            yield
+        finally:
+            vars(layer)[_HEARD] = tuple(other for other in vars(layer)[_HEARD] if other is not hear)
+            if not others:
+                layer.__class__ = before
+                del vars(layer)[_HEARD]
 
-    def features(self, ids: Tensor, attention_mask: Tensor | None, row: Tensor, column: Tensor) -> Tensor:
-        """States [M, H] that enter the last layer at ``(row, column)`` of ``ids`` [B, T].
+    def hidden(self, ids: Tensor, attention_mask: Tensor | None, shared: int = 0) -> Tensor:
+        """States [B, T - shared, H] that enter the last layer, with their autograd graph, for ``ids`` [B, T].
 
         The last layer, the final norm and the LM head never run, and no other layer's states are kept.
         Left or right padding gives the positions that the text has alone.
+
+        Args:
+            shared: this many columns, alike in all rows and without padding, run once for all rows and are not returned.
+                See ``can_share``.
 
         Raises:
             ValueError: an id stands for an image, a video or a sound, which the ids do not hold.
         """
         self._check_text_only(ids)
         first = _device_of(self.model.get_input_embeddings())  # several devices: the last layer's may be another
-        inputs: dict[str, Any] = {"input_ids": ids.to(first), "use_cache": False}
-        if attention_mask is not None:
+        ids, inputs = ids.to(first), {"use_cache": False}
+        if shared:
+            inputs = {"use_cache": True, "past_key_values": DynamicCache(config=self._text_config())}
+            self._states({"input_ids": ids[:1, :shared], **inputs})
+            inputs["past_key_values"].batch_repeat_interleave(len(ids))
+        # No token sees padding on its right. Without a mask attention is faster, and a sliding window over nothing but padding
+        # does not make its row NaN.
+        if attention_mask is not None and not (attention_mask[:, 0] != 0).all():
             inputs["attention_mask"] = mask = attention_mask.to(first)
             if "position_ids" in inspect.signature(self.decoder.forward).parameters:
                 inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        return self._states({"input_ids": ids[:, shared:], **inputs})
 
+    def can_share(self) -> bool:
+        """Whether what is cached of a prefix can be shared, and gradients go through it: no recurrent state, and no gradient
+        checkpointing, which computes every layer anew, without a cache."""
+        layers = DynamicCache(config=self._text_config()).layers
+        recomputes = self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.layers)
+        return not recomputes and all(isinstance(layer, DynamicLayer) for layer in layers)
+
+    def _text_config(self) -> PretrainedConfig:
+        return self.model.config.get_text_config(decoder=True)
+
+    def _states(self, inputs: dict[str, Any]) -> Tensor:
         def stop(hidden: Tensor) -> None:
-            raise _Reached(hidden[row, column])
+            raise _Reached(hidden)
 
-        handle = self.on_features(stop)
         try:
-            with torch.no_grad(), self._narrow_mlps():
+            with self.listening(stop):
                 self.decoder(**inputs)
         except _Reached as reached:
-            return reached.features
-        finally:
-            handle.remove()
+            return reached.hidden
         raise RuntimeError(f"the last layer of {type(self.model).__name__} never ran; it cannot be scored")
+
+    def features(self, ids: Tensor, attention_mask: Tensor | None, row: Tensor, column: Tensor) -> Tensor:
+        """States [M, H] at ``(row, column)`` of ``hidden(ids, attention_mask)``, without a graph."""
+        with torch.no_grad(), self._narrow_mlps():
+            return self.hidden(ids, attention_mask)[row, column]
 
     def _check_text_only(self, ids: Tensor) -> None:
         for kind in ("image", "video", "audio"):
@@ -183,8 +226,26 @@ def _size(x: Tensor) -> float:
     return float(x.abs().max())
 
 
-class _Reached(Exception):
-    """Ends a forward once the features are there."""
+@functools.cache
+def _heard(base: type) -> type:
+    """``base`` under its own name, for transformers looks names up; its instances tell of the states that enter them."""
 
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
+    class Heard(base):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            for hear in vars(self)[_HEARD]:
+                hear(args[0] if args else kwargs["hidden_states"])
+            return super().__call__(*args, **kwargs)
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Heard, name, getattr(base, name))
+    # transformers wraps the forwards of subclasses for checkpointing; a layer that is computed anew when nobody listens any
+    # more would then be checkpointed once more within.
+    Heard.forward = base.forward
+    return Heard
+
+
+class _Reached(Exception):
+    """Ends a forward once its states are there."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden

@@ -57,7 +57,7 @@ def score(
     pad, length = padding(attention_mask, ids.shape, backbone.device)
 
     log_scores = torch.zeros(ids.shape, dtype=torch.float32, device=backbone.device)
-    for rows in _batches((length - pad).tolist(), batch_tokens):
+    for rows in batches_by_length((length - pad).tolist(), batch_tokens):
         if not mask[rows].any():
             continue
         # From the first token to the last state that is read; what follows it cannot change it.
@@ -67,7 +67,7 @@ def score(
         real = (column >= pad[rows, None]) & (column < length[rows, None])
         row, step = steps_here.nonzero(as_tuple=True)  # [M]
         hidden = backbone.features(
-            ids[rows, left:right], None if real.all() else real.long(), row, step - int(at == "predict")
+            ids[rows, left:right], None if real.all() else real.long(), row, read_at(step, at)
         )  # [M, H]
         log_scores[torch.tensor(rows, device=ids.device)[row], left + step] = placed.score_rows(hidden)
 
@@ -81,6 +81,28 @@ def score(
     )
 
 
+def read_at(step: Tensor, at: At) -> Tensor:
+    """Column of the state that stands for the step whose step-token is at column ``step``."""
+    return step - int(at == "predict")
+
+
+def read_positions(
+    steps: StepTokens,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    prompt_lengths: Tensor | Sequence[int] | int | None,
+    at: At,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(row, step, read)``, int64 [M] each: of every step that counts in [B, T], row by row, its step-token's column and
+    the column of the state that the head reads: those of ``score``, for training.
+
+    Raises:
+        ValueError: see ``StepTokens.mask``.
+    """
+    row, step = steps.mask(input_ids, attention_mask, prompt_lengths).nonzero(as_tuple=True)
+    return row, step, read_at(step, at)
+
+
 def _pad(sequences: Sequence, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """A list of sequences as right-padded ids [B, T] and their mask."""
     if attention_mask is not None:
@@ -92,7 +114,7 @@ def _pad(sequences: Sequence, attention_mask: Tensor | None) -> tuple[Tensor, Te
     return pad_sequence(rows, batch_first=True), mask
 
 
-def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
     """Rows grouped by length, each group's padded size within ``batch_tokens`` (or a single row)."""
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):

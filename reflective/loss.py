@@ -1,6 +1,7 @@
 """The self-supervised process reward loss: step scores learnt from outcomes alone."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,13 +55,14 @@ def sprm_loss_rows(
     feature_gradient_scale: float = 1.0,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
-    """``sprm_loss(head(features).squeeze(-1), ...)`` as one op, its forward and its backward fused on a GPU.
+    """``sprm_loss(head(features).squeeze(-1), ...)``; on a GPU one op, its forward and its backward fused.
 
-    The head's own ``Dropout`` applies while ``head.training``, drawn from torch's generator of the device. On a CPU the
-    definition answers, which is slower than ``sprm_loss`` of the head's logits.
+    The head's own ``Dropout`` applies while ``head.training``, drawn from torch's generator of the device. Autocast has no
+    say: the head computes in its own dtype.
 
     Args:
-        features: [M, H] hidden states of the steps, cast to the head's dtype.
+        features: [M, H] hidden states of the steps, cast to the head's dtype. Without any (M = 0) the loss is 0, and every
+            weight of the head still has a gradient.
         feature_gradient_scale: factor on the gradient of ``features`` (the published training code uses 1e-4 where the
             policy trains with the head; it costs nothing where ``features`` requires none).
         all_reduce: adds up, in place, the float32 tensor [3] it is given over all processes, for instance
@@ -70,20 +72,41 @@ def sprm_loss_rows(
     Raises:
         ValueError: the features are not the head's size, or the head drops every unit.
     """
-    w1, dropout = head[0].weight, float(head[2].p) if head.training else 0.0
-    if features.shape[1:] != w1.shape[1:]:
+    dropout = float(head[2].p) if head.training else 0.0
+    if features.shape[1:] != head[0].weight.shape[1:]:
         raise ValueError(f"features: shape {tuple(features.shape)}, expected [M, {head.hidden_size}]")
     if not 0 <= dropout < 1:
         raise ValueError(f"head: dropout {dropout} leaves no unit to learn with; expected at least 0 and below 1")
-    seed = torch.randint(2**63 - 1, (1,), device=features.device) if dropout else None
-    sums, counts, *_ = torch.ops.reflective.sprm_loss(
-        features.to(w1.dtype), w1, head[0].bias, head[3].weight, head[3].bias,
-        trajectory_index, _beside(features, outcomes), _beside(features, trajectory_weight),
-        seed, dropout, feature_gradient_scale, dynamic,
-    )  # fmt: skip
+    # On a CPU the op's definition would spend most of its time on dropout: 100 integer operations for eight units.
+    terms = _plain if features.device.type == "cpu" else _fused
+    weight = _beside(features, trajectory_weight)
+    with torch.autocast(features.device.type, enabled=False):
+        sums, counts = terms(
+            head, features.to(head.dtype), feature_gradient_scale, trajectory_index, _beside(features, outcomes), weight,
+            dynamic,
+        )  # fmt: skip
     if all_reduce is not None:
         all_reduce(counts)
     return _mean(sums, counts, class_balance)
+
+
+def _fused(head: SPRM, features: Tensor, scale: float, *labels: Any) -> tuple[Tensor, Tensor]:
+    """``sums`` [2] and ``counts`` [3] of ``torch.ops.reflective.sprm_loss``; labels: as for ``loss_terms``."""
+    *labels, dynamic = labels
+    dropout = float(head[2].p) if head.training else 0.0
+    seed = torch.randint(2**63 - 1, (1,), device=features.device) if dropout else None
+    weights = head[0].weight, head[0].bias, head[3].weight, head[3].bias
+    sums, counts, *_ = torch.ops.reflective.sprm_loss(features, *weights, *labels, seed, dropout, scale, dynamic)
+    return sums, counts
+
+
+def _plain(head: SPRM, features: Tensor, scale: float, *labels: Any) -> tuple[Tensor, Tensor]:
+    """The same, dropout drawn by torch."""
+    if scale != 1:
+        features = torch.lerp(features.detach(), features, scale)  # the value is exact: start + scale * 0
+    logit = head(features).squeeze(-1)
+    sums, counts, *_ = loss_terms(logit.to(torch.promote_types(logit.dtype, torch.float32)), *labels)
+    return sums, counts
 
 
 def _beside(other: Tensor, tensor: Tensor | None) -> Tensor | None:

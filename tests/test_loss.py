@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import reflective as rf
+from reflective import loss as losses
 from reflective.kernels.sprm_loss import dropout_mask
 from reflective.loss import sprm_loss_rows
 
@@ -75,6 +76,12 @@ def rows(M=40, H=24, K=40, N=9, dtype=torch.float64, seed=0):
     return head, features, torch.randint(N - 1, (M,)), torch.tensor([1.0, 0.0, NAN]).repeat(N)[:N]
 
 
+@pytest.fixture(params=["plain", "fused"])
+def either(request, monkeypatch):
+    """sprm_loss_rows as on a CPU, and as on a GPU (the op's definition)."""
+    monkeypatch.setattr(losses, "_plain", getattr(losses, f"_{request.param}"))
+
+
 def gradients(loss, head, features):
     return torch.autograd.grad(loss, [features, *head.parameters()])
 
@@ -82,7 +89,7 @@ def gradients(loss, head, features):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("balance", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_rows(dynamic, balance, weighted):
+def test_rows(dynamic, balance, weighted, either):
     head, features, owner, y = rows()
     flags = {
         "dynamic": dynamic,
@@ -99,8 +106,9 @@ def test_rows(dynamic, balance, weighted):
 
 
 @pytest.mark.parametrize("p", [0.5, 0.1])
-def test_dropout(p):
-    """Autograd through a head whose Dropout is the mask drawn."""
+def test_dropout(p, monkeypatch):
+    """Autograd through a head whose Dropout is the mask that the op draws."""
+    monkeypatch.setattr(losses, "_plain", losses._fused)
     head, features, owner, y = rows()
     head.train()[2].p = p
     torch.manual_seed(3)
@@ -115,6 +123,16 @@ def test_dropout(p):
     torch.testing.assert_close(
         gradients(loss, head, features), gradients(expected, head, features), rtol=1e-5, atol=1e-7
     )
+    assert sprm_loss_rows(head, features, owner, y) != loss, "another step, another mask"
+
+
+def test_dropout_on_a_cpu_is_torchs():
+    head, features, owner, y = rows()
+    torch.manual_seed(3)
+    loss = sprm_loss_rows(head.train(), features, owner, y)
+    torch.manual_seed(3)
+    expected = rf.sprm_loss(head(features).squeeze(-1), owner, y)
+    torch.testing.assert_close(loss, expected, check_dtype=False)
     assert sprm_loss_rows(head, features, owner, y) != loss, "another step, another mask"
 
 
@@ -139,7 +157,7 @@ def test_dropout_of_neighbours_is_independent():
         assert abs((a == b).double().mean() - 0.5) < 0.01
 
 
-def test_feature_gradient_scale():
+def test_feature_gradient_scale(either):
     """As the published ``f * s + f.detach() * (1 - s)``, with the head's own gradients untouched."""
     head, f, owner, y = rows()
     head.eval()
@@ -150,7 +168,7 @@ def test_feature_gradient_scale():
 
 
 @pytest.mark.parametrize("balance", [False, True])
-def test_shares_of_two_processes_add_up(balance):
+def test_shares_of_two_processes_add_up(balance, either):
     head, f, owner, y = rows()
     head.eval()
     parts = [owner % 2 == side for side in (0, 1)]
@@ -167,20 +185,27 @@ def test_shares_of_two_processes_add_up(balance):
     torch.testing.assert_close(gradients(sum(shares), head, f), gradients(whole, head, f))
 
 
-def test_rows_and_head_of_other_dtypes():
+def test_rows_and_head_of_other_dtypes(either):
     head, f, owner, y = rows(dtype=torch.float32)
     f = f.detach().bfloat16().requires_grad_()
-    sprm_loss_rows(head, f, owner.int().long(), y.double()).backward()
+    head.eval()
+    expected = sprm_loss_rows(head, f.float(), owner, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sprm_loss_rows(head, f, owner.int().long(), y.double())
+    assert loss == expected, "computed in the head's dtype"
+    loss.backward()
     assert f.grad.dtype == torch.bfloat16 and head[0].weight.grad.dtype == torch.float32
 
 
-def test_no_rows():
+def test_no_rows(either):
     head, f, owner, y = rows(M=0)
     loss = sprm_loss_rows(head, f, owner, y)
     assert loss == 0 and not any(g.any() for g in gradients(loss, head, f))
+    shared = sprm_loss_rows(head, f, owner, y, feature_gradient_scale=0.1, all_reduce=lambda counts: counts.add_(1))
+    assert shared == 0 and not any(g.any() for g in gradients(shared, head, f))
 
 
-def test_refused():
+def test_refused(either):
     head, f, owner, y = rows()
     with pytest.raises(ValueError, match=r"features: shape \(40, 23\), expected \[M, 24\]"):
         sprm_loss_rows(head, f[:, 1:], owner, y)
@@ -209,7 +234,7 @@ def test_opcheck(device, dropout, weighted):
             torch.library.opcheck(op.sprm_loss_backward.default, backward)
 
 
-def test_compiled_without_a_graph_break(device):
+def test_compiled_without_a_graph_break(device, either):
     head, f, owner, y = rows(dtype=torch.float32)
     head, f, owner, y = head.train().to(device), f.detach().to(device).requires_grad_(), owner.to(device), y.to(device)
 
