@@ -1,21 +1,23 @@
 """Questions with checkable answers, for training and evaluating a head."""
 
 import itertools
-import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
 _STRETCH = 20_000
+_BLOCK = 500
 
 
 @dataclass(frozen=True)
 class Question:
-    """Attributes: ``text``: as put into the prompt; ``answer``: the right one."""
+    """Attributes: ``text``: as put into the prompt; ``answer``: the right one; ``entry``: the record that it comes from, for
+    verifiers that need more than the answer."""
 
     text: str
     answer: str
+    entry: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
 
 def sums(seed: int, *, terms: int = 3, low: int = 2, high: int = 14) -> Iterator[Question]:
@@ -27,15 +29,22 @@ def sums(seed: int, *, terms: int = 3, low: int = 2, high: int = 14) -> Iterator
 
 
 def chain_sum(seed: int, *, terms: int = 3, digits: int = 1) -> Iterator[Question]:
-    """Sums and differences of reasoning-gym's ``chain_sum``, endless and with repetitions."""
+    """Sums and differences of reasoning-gym's ``chain_sum``, the bare expression, endless and with repetitions."""
+    made = gym(seed, "chain_sum", min_terms=terms, max_terms=terms, min_digits=digits, max_digits=digits)
+    return (Question(q.entry["metadata"]["expression"], q.answer, q.entry) for q in made)
+
+
+def gym(seed: int, dataset: str, **options: Any) -> Iterator[Question]:
+    """Questions of a reasoning-gym dataset, endless; ``options`` are those of its configuration.
+
+    Raises:
+        ValueError, TypeError: unknown dataset or options.
+    """
     import reasoning_gym
 
-    for index in range(10**9):
-        data = reasoning_gym.create_dataset(
-            "chain_sum", seed=seed + index, size=1,
-            min_terms=terms, max_terms=terms, min_digits=digits, max_digits=digits,
-        )  # fmt: skip
-        yield Question(data[0]["metadata"]["expression"], data[0]["answer"])
+    for begin in itertools.count(seed, _BLOCK):  # a dataset draws its question i from seed + i
+        for entry in reasoning_gym.create_dataset(dataset, seed=begin, size=_BLOCK, **options):
+            yield Question(entry["question"], str(entry["answer"]), entry)
 
 
 TASKS = {"sums": sums, "chain_sum": chain_sum}
@@ -57,18 +66,3 @@ def split(questions: Iterator[Question], *sizes: int) -> list[list[Question]]:
             part.append(question)
         parts.append(part)
     return parts
-
-
-def read_jsonl(path: str | Path) -> Iterator[Question]:
-    """Questions from lines ``{"question": ..., "answer": ...}``.
-
-    Raises:
-        ValueError: a line that is no such object, by its number.
-    """
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                yield Question(str(record["question"]), str(record["answer"]))
-            except (json.JSONDecodeError, KeyError, TypeError) as e:
-                raise ValueError(f"{path}, line {number}: expected an object with question and answer ({e})") from e
