@@ -1,0 +1,160 @@
+"""Rollouts: their features are the states that scoring reads, and a run that was killed goes on as if it had not been."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from test_train_sampler import CHARACTERS, reflective
+
+import reflective as rf
+from reflective.tasks import Question
+from reflective.train.data import Rollouts
+from reflective.train.rollout import View, recorded, roll_out, roll_out_views
+
+QUESTIONS = [Question(text, text[0]) for text in ("why now?", "who?", "x", "how so, then?", "when?")]
+SETTINGS = {"samples": 6, "temperature": 1.0, "max_new_tokens": 12, "batch_rows": 4, "seed": 3}
+
+
+def judged(response, question):
+    return None if "z" in response else float("b" in response)
+
+
+def rolled(model, views, **settings):
+    settings = {
+        **SETTINGS,
+        "top_p": 1.0,
+        "verify": judged,
+        "block": 2,
+        "first": 0,
+        "progress": lambda n: None,
+    } | settings
+    return roll_out_views(model, QUESTIONS, views, **settings)
+
+
+def together(blocks):
+    blocks = list(blocks)
+    return {name: Rollouts.join([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def fields_of(rollouts):
+    return {f.name: getattr(rollouts, f.name) for f in dataclasses.fields(rollouts)}
+
+
+def assert_same(a, b):
+    for name, value in fields_of(a).items():
+        torch.testing.assert_close(value, getattr(b, name), rtol=0, atol=0, equal_nan=True)
+
+
+def hidden(model, rollouts, i):
+    with torch.no_grad():
+        return model.model(rollouts.ids(i).long()[None], output_hidden_states=True).hidden_states
+
+
+def test_features_are_the_states_that_scoring_reads():
+    model = reflective("llama")
+    rules = {
+        "vowels": model.steps,
+        "two": rf.StepTokens.from_tokenizer(model.tokenizer, rule="text", delimiter=["ab", "b", "N"]),
+        "some": rf.StepTokens.from_tokenizer(model.tokenizer, rule="contains", delimiter=list("stXY ")),
+    }
+    views = {
+        f"{name} {at}": View(steps, at, layer=-2) for name, steps in rules.items() for at in ("predict", "token")
+    } | {"deep": View(model.steps, layer=-1), "shallow": View(model.steps, layer=1)}
+    found, dropped = together(rolled(model, views)), 0
+    for name, view in views.items():
+        r = found[name]
+        rows = [r.ids(i).long() for i in range(len(r))]
+        scores = rf.score(
+            model.model, model.head, view.steps, rows, at=view.at, prompt_lengths=r.prompt_length, backend="torch"
+        )
+        assert len(r.features) == len(r.trajectory) == len(r.position) > 20
+        for i in range(len(r)):
+            mine, expected = r.trajectory == i, scores.step_positions[i]
+            # A step-token that was generated last was never fed: at="token" it has no state.
+            seen = expected < int(r.length[i]) - (view.at == "token")
+            dropped += int((~seen).sum())
+            assert r.position[mine].tolist() == expected[seen].tolist()
+            read = r.position[mine] - (view.at == "predict")
+            torch.testing.assert_close(r.features[mine], hidden(model, r, i)[view.layer][0, read], rtol=1e-4, atol=1e-4)
+            if view.layer == -2:
+                own = model.head(r.features[mine]).sigmoid().squeeze(-1)
+                torch.testing.assert_close(own, scores.step_scores[i][seen], rtol=1e-3, atol=1e-5)
+    assert dropped > 0
+    for a, b in itertools.pairwise(found.values()):
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.count, b.count)
+
+
+def test_an_outcome_head_reads_the_last_state_that_was_computed():
+    model = reflective("llama")
+    r = together(rolled(model, {"outcome": View(None)}, max_new_tokens=5))["outcome"]
+    assert r.trajectory.tolist() == list(range(len(r))) and (r.length == r.prompt_length + 1).any()
+    assert torch.equal(r.position, r.length - 1)
+    expected = torch.stack([hidden(model, r, i)[-2][0, -2] for i in range(len(r))])
+    torch.testing.assert_close(r.features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_draw_is_counted_and_judged():
+    model, told = reflective("llama", answer="([b-z])"), []
+    r = Rollouts.join(list(roll_out(model, QUESTIONS, **SETTINGS, verify=judged, block=2, progress=told.append)))
+    assert sum(told) == 6 * len(QUESTIONS)
+    for q, question in enumerate(QUESTIONS):
+        mine = (r.question == q).nonzero().flatten().tolist()
+        assert int(r.count[mine].sum()) == 6
+        texts = [model.decode(r.ids(i)[int(r.prompt_length[i]) :].tolist()) for i in mine]
+        assert len(set(texts)) == len(texts)
+        assert all(r.ids(i)[: int(r.prompt_length[i])].tolist() == model.tokenizer.encode(question.text) for i in mine)
+        for i, text in zip(mine, texts, strict=True):
+            verdict = judged(text, question)
+            assert bool(r.outcome[i].isnan()) if verdict is None else float(r.outcome[i]) == verdict
+            assert (int(r.answer[i]) < 0) == (model.answer(text) is None)
+        for i, j in itertools.combinations(range(len(mine)), 2):
+            same = model.answer(texts[i]) == model.answer(texts[j])
+            assert (r.answer[mine[i]] == r.answer[mine[j]]) == same
+    assert {0.0, 1.0} < set(r.outcome.nan_to_num(-1).tolist())
+
+
+def test_questions_without_a_step_leave_the_features_as_they_are():
+    model = reflective("llama")
+    model.model.to(torch.bfloat16)
+    nowhere = rf.StepTokens.from_tokenizer(model.tokenizer, rule="text", delimiter="".join(CHARACTERS[:20]))
+    (r, *_) = rolled(model, {"none": View(nowhere), "some": View(model.steps)}, max_new_tokens=3, samples=2)
+    assert r["none"].features.shape == (0, 64) and r["some"].features.shape[1] == 64
+    assert r["none"].features.dtype == r["some"].features.dtype == torch.bfloat16
+
+
+def test_a_later_block_is_what_it_is_in_a_whole_run():
+    model, views = reflective("llama"), {"steps": View(reflective("llama").steps)}
+    whole, told = list(rolled(model, views)), []
+    (last,) = rolled(model, views, first=2, progress=told.append)
+    assert len(whole) == 3 and sum(told) == 6 * len(QUESTIONS)
+    assert_same(whole[2]["steps"], last["steps"])
+    assert last["steps"].question.unique().tolist() == [4]
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    model = reflective("llama")
+    views = {"steps": View(model.steps), "outcome": View(None)}
+    began = []
+
+    def make(first):
+        began.append(first)
+        return rolled(model, views, first=first)
+
+    def killed(first):
+        yield next(make(first))
+        raise KeyboardInterrupt
+
+    whole = recorded(tmp_path / "whole", {"seed": 3}, make)
+    with pytest.raises(KeyboardInterrupt):
+        recorded(tmp_path / "killed", {"seed": 3}, killed)
+    (tmp_path / "killed" / "unfinished").mkdir()
+    (tmp_path / "killed" / "unfinished" / "steps.safetensors").write_bytes(b"half of")
+    again = recorded(tmp_path / "killed", {"seed": 3}, make)
+    read = recorded(tmp_path / "killed", {"seed": 3}, make)
+    assert began == [0, 0, 1, 3]
+    for name in views:
+        assert_same(whole[name], again[name])
+        assert_same(whole[name], read[name])
+    with pytest.raises(ValueError, match="made with other settings"):
+        recorded(tmp_path / "killed", {"seed": 4}, make)
