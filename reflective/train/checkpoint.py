@@ -1,0 +1,65 @@
+"""A training run's state on disk, so that a run that was killed goes on where it stood."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Checkpoint:
+    """The newest state of one run, ``training_state.pt`` in a directory. It is replaced as a whole: whenever a run is killed, a
+    complete state is there, or none.
+
+    Args:
+        directory: made on the first ``save``; None keeps nothing.
+        settings: what the run depends on, as JSON can say it.
+    """
+
+    def __init__(self, directory: str | Path | None, settings: dict[str, Any]) -> None:
+        self.file = None if directory is None else Path(directory).expanduser() / "training_state.pt"
+        self.settings = json.loads(json.dumps(settings))
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last, on the CPU; None at the beginning.
+
+        Raises:
+            ValueError: it is of a run with other settings, named.
+        """
+        if self.file is None or not self.file.is_file():
+            return None
+        saved = torch.load(self.file, map_location="cpu", weights_only=True)
+        then, now = saved["settings"], self.settings
+        if then != now:
+            other = "; ".join(
+                f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
+                for name in sorted(then.keys() | now.keys())
+                if then.get(name) != now.get(name)
+            )
+            raise ValueError(f"{self.file.parent} holds a run with other settings ({other}); choose another directory")
+        return saved["state"]
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep ``state``: tensors, numbers, strings, and lists and dicts of these."""
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.file.with_suffix(".unfinished")
+        torch.save({"settings": self.settings, "state": state}, unfinished)
+        unfinished.replace(self.file)
+
+
+def fingerprint(tensors: Iterable[Tensor | None]) -> str:
+    """A hash of the tensors' shapes and of at most 4,096 values of each."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // 4096)].double().cpu()
+        digest.update(str(list(tensor.shape)).encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,46 @@
+"""The SPRM's loss on a batch of whole sequences, from the hidden states of the forward that is running anyway."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..finished import read_positions
+from ..loss import sprm_loss_rows
+from ..scorer import At
+from ..sprm import SPRM
+from ..steps import StepTokens
+
+
+def sprm_objective(
+    head: SPRM,
+    steps: StepTokens,
+    hidden: Tensor,
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    prompt_lengths: Tensor | None,
+    outcomes: Tensor,
+    *,
+    at: At = "predict",
+    dynamic: bool = True,
+    class_balance: bool = True,
+    trajectory_weight: Tensor | None = None,
+    feature_gradient_scale: float = 1.0,
+    all_reduce: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """``sprm_loss_rows`` of the steps of ``ids`` [B, T], whose states are those that ``rf.score`` would read.
+
+    Args:
+        hidden: [B, T, H], what enters the last layer, with its graph.
+        attention_mask, prompt_lengths: as for ``rf.score``.
+        outcomes: [B], NaN without a verdict.
+        dynamic ... all_reduce: as for ``sprm_loss_rows``.
+
+    Returns:
+        The loss, float32 scalar, part of the graph also where there is no step (distributed training waits for gradients
+        of every parameter).
+    """
+    row, _, read = read_positions(steps, ids, attention_mask, prompt_lengths, at)
+    return sprm_loss_rows(
+        head, hidden[row, read], row, outcomes, dynamic=dynamic, class_balance=class_balance,
+        trajectory_weight=trajectory_weight, feature_gradient_scale=feature_gradient_scale, all_reduce=all_reduce,
+    )  # fmt: skip
