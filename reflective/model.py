@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 EFFORT = {"low": 2, "medium": 8, "high": 32}  # candidates, paper section 4.1
 CONFIG_NAME = "reflective.json"
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass
@@ -176,22 +177,29 @@ class ReflectiveModel:
     ) -> "ReflectiveModel":
         """Load a directory with a transformers model, its tokenizer and a head.
 
+        An adapter of peft's beside the head is merged into the weights, so what comes back is a plain model.
+
         Args:
-            path: model and tokenizer.
-            head: head and ``reflective.json``, where they lie elsewhere; default ``path``.
+            path: model and tokenizer; or an adapter alone, which names the model that it was trained on.
+            head: head, ``reflective.json`` and adapter, where they lie elsewhere; default ``path``.
             dtype: of the model; the head follows.
             untrained: start from a random head where there is none, to train it.
 
         Raises:
             FileNotFoundError, ValueError: the head is missing or is none, see ``SPRM.from_pretrained``; a broken
-                ``reflective.json``.
+                ``reflective.json``; an adapter that is no change of weights, or lies beside a whole model.
+            ImportError: an adapter, but no peft.
         """
         home = Path(head or path).expanduser()
         directory = home if home.is_dir() else home.parent
         file = directory / CONFIG_NAME
         config = Config.read(file) if file.is_file() else Config()
         sprm = None if untrained and not SPRM.found(home) else SPRM.from_pretrained(home)  # first: it fails fast
+        adapters = [d for d in dict.fromkeys([Path(path).expanduser(), directory]) if (d / _ADAPTER).is_file()]
+        path = _adapted_model(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
+        for adapter in adapters:
+            model = _merged(model, adapter)
         if sprm is None:
             sprm = SPRM(model.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).eval()
         return cls(model, AutoTokenizer.from_pretrained(path), sprm.to(model.dtype), config, directory)
@@ -425,3 +433,34 @@ class ReflectiveModel:
     def decode(self, tokens: list[int], *, special: bool = False) -> str:
         """The text of ``tokens``; ``special``: with that of special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+
+def _adapted_model(path: str | Path) -> str | Path:
+    """``path``, or the model that the adapter in it was trained on."""
+    file = Path(path).expanduser() / _ADAPTER
+    if not file.is_file():
+        return path
+    if file.with_name("config.json").is_file():
+        # Whether the weights have the adapter's change already cannot be told.
+        raise ValueError(f"{path} holds a model and an adapter; keep the adapter elsewhere, and give that as head")
+    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """``model`` with the adapter's change added to its weights, in float32 and rounded once."""
+    try:
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise ImportError(f"{adapter} holds an adapter, and loading one needs peft: pip install peft") from error
+    adapted = PeftModel.from_pretrained(model, str(adapter))
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ValueError(f"{adapter} holds an adapter that cannot be merged: it changes inputs, not weights")
+    layers = [m.get_base_layer() for m in adapted.modules() if isinstance(m, BaseTunerLayer)]
+    dtypes = [layer.weight.dtype for layer in layers]
+    for layer, dtype in zip(layers, dtypes, strict=True):
+        layer.to(torch.promote_types(dtype, torch.float32))
+    plain = adapted.merge_and_unload()
+    for layer, dtype in zip(layers, dtypes, strict=True):
+        layer.to(dtype)
+    return plain.requires_grad_(True).eval()

@@ -2,6 +2,7 @@
 
 import math
 import string
+import sys
 
 import pytest
 import tiny
@@ -113,6 +114,83 @@ def test_save_and_load(small, tmp_path):
     (tmp_path / "score_module.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="score_module"):
         rf.ReflectiveModel.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def adapted(small, tmp_path):
+    """The small model with an adapter; ``base`` and ``tuned`` hold the one and, with a head of its own, the other."""
+    peft = pytest.importorskip("peft")
+    small.save_pretrained(tmp_path / "base")
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    layers = ["q_proj", "v_proj", "down_proj"]
+    tuned = peft.get_peft_model(net, peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers, init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "tuned")
+    tiny.head(seed=1).save_pretrained(tmp_path / "tuned")
+    return tuned.eval()
+
+
+@torch.no_grad()
+def logits_of(net):
+    return net(torch.arange(2, 42)[None]).logits
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["head", "path"])
+def test_an_adapter_beside_the_head_is_merged(small, adapted, tmp_path, alone):
+    """As ``head``, or as ``path``: then its configuration names the model."""
+    given = {} if alone else {"head": tmp_path / "tuned"}
+    model = rf.ReflectiveModel.from_pretrained(tmp_path / ("tuned" if alone else "base"), **given)
+    assert type(model.model) is type(small.model) and not hasattr(model.model, "peft_config")
+    assert [name for name, _ in model.model.named_modules()] == [name for name, _ in small.model.named_modules()]
+    assert all(p.requires_grad for p in model.model.parameters()) and not model.model.training
+    torch.testing.assert_close(logits_of(model.model), logits_of(adapted), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(logits_of(adapted), logits_of(small.model), rtol=0.1)
+
+    rows = torch.arange(2, 250)[None]
+    expected = rf.score(adapted.get_base_model(), tiny.head(seed=1), model.steps, rows)
+    assert rf.score(model.model, model.head, model.steps, rows).step_scores[0].tolist() == pytest.approx(
+        expected.step_scores[0].tolist(), rel=1e-5
+    )
+    model.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "adapter_config.json").exists()
+    again = rf.ReflectiveModel.from_pretrained(tmp_path / "plain")
+    assert torch.equal(logits_of(again.model), logits_of(model.model))
+
+
+def test_a_merged_weight_is_rounded_once(adapted, tmp_path):
+    model = rf.ReflectiveModel.from_pretrained(tmp_path / "base", head=tmp_path / "tuned", dtype=torch.bfloat16).model
+    for name, layer in adapted.base_model.model.named_modules():
+        if hasattr(layer, "lora_A"):
+            exact = (
+                layer.base_layer.weight.bfloat16().float()
+                + 2 * layer.lora_B.default.weight @ layer.lora_A.default.weight
+            )
+            assert torch.equal(model.get_submodule(name).weight, exact.bfloat16())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_the_default_model_takes_an_adapter(adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr("reflective.default.converted", lambda fetch: tmp_path / "base")
+    model = rf.ReflectiveModel.default(head=tmp_path / "tuned")
+    torch.testing.assert_close(logits_of(model.model), logits_of(adapted), rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_that_cannot_be_merged(small, adapted, tmp_path, monkeypatch):
+    import peft
+
+    adapted.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="holds a model and an adapter"):
+        rf.ReflectiveModel.from_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "adapter_config.json").unlink()
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    peft.get_peft_model(net, prompt).save_pretrained(tmp_path / "prompt")
+    small.head.save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match="changes inputs, not weights"):
+        rf.ReflectiveModel.from_pretrained(tmp_path / "base", head=tmp_path / "prompt")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="pip install peft"):
+        rf.ReflectiveModel.from_pretrained(tmp_path / "base", head=tmp_path / "tuned")
 
 
 @pytest.mark.parametrize(
