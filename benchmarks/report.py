@@ -158,18 +158,41 @@ def finished_text() -> list[tuple[str, str, str]]:
 
 def head() -> list[tuple[str, str, str]]:
     report = json.loads(HEAD_REPORT.read_text())
-    m, s = report["metrics"], report["settings"]
+    m = report["metrics"]
 
     def show(name: str) -> str:
         return f"{m[name]['value']:.3f} ({m[name]['low']:.3f} – {m[name]['high']:.3f})"
 
     return [
         (
-            f"embedded model, {s['eval_questions']} unseen questions, {s['samples']} samples, 95 % intervals",
-            f"pass@1 {show('pass@1')}, majority@8 {show('majority@n')}, any@8 {show('any@n')}",
-            f"best-of-8 by score {show('best-of-n')}, score-weighted vote {show('weighted-vote@n')}",
+            f"embedded model, {report['questions']} unseen questions, {report['samples']} samples, 95 % intervals",
+            f"pass@1 {show('pass@1')}, majority@8 {show('majority@8')}, any@8 {show('any@8')}",
+            f"best of 8 by score {show('best_of@8')}, score-weighted vote {show('weighted_vote@8')}",
         )
     ]
+
+
+def reproduction(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+    """A line for each family and policy of ``reproduction.csv``."""
+    rows = [r for r in read("reproduction", folder) if r["table"].endswith("joint training")]
+    lines = []
+    for key in dict.fromkeys((r["family"], r["table"], r["variant"]) for r in rows):
+        at = {r["measure"]: r for r in rows if (r["family"], r["table"], r["variant"]) == key}
+
+        def show(name: str, at: dict[str, dict[str, str]] = at) -> str:
+            low, high = (float(at[name][k]) for k in ("low", "high"))
+            return f"{float(at[name]['value']):.3f} ({low:.3f} – {high:.3f})"
+
+        family, when, variant = key
+        lines.append(
+            (
+                f"{family}, {when}, {variant}; {at['pass@1']['questions']} unseen questions, {at['pass@1']['seeds']} seeds",
+                f"pass@1 {show('pass@1')}, majority@8 {show('majority@8')}, any@8 {show('any@8')}",
+                f"best of 2 / 8 / 32 by score {' / '.join(show(f'best_of@{n}') for n in (2, 8, 32))}, "
+                + f"score-weighted vote@8 {show('weighted_vote@8')}",
+            )
+        )
+    return lines
 
 
 def gpu(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
@@ -238,7 +261,7 @@ def table(folder: Path = RESULTS) -> str:
     lines = ["| what | measured | |", "|---|---|---|"]
     lines += [
         "| " + " | ".join(row) + " |"
-        for part in (decode_step, decode_modes, best_of_n, soak, finished_text, head, strategies)
+        for part in (decode_step, decode_modes, best_of_n, soak, finished_text, head, reproduction, strategies)
         for row in part()
     ]
     where = f"{first['cpu']}, {first['cores']} cores, torch {first['torch']}, transformers {first['transformers']}"

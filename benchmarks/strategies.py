@@ -3,7 +3,7 @@
     python benchmarks/strategies.py [--questions 32] [--seeds 3] [--n 8] [--work DIR] [--out benchmarks/results]
 
 Sums of three numbers that its head was not trained on, nor its pruning rule calibrated; temperature 0.6, top-p 0.95, at most 64
-tokens. With a seed all strategies that begin with n candidates begin with the same ones, so differences are paired. A
+tokens, the model in bfloat16. With a seed all strategies that begin with n candidates begin with the same ones, so differences are paired. A
 strategy that only chooses at the end (best of N, the votes, RPC) is given the candidates of one run. An
 interrupted run goes on where it stopped if ``--work`` names a directory.
 
@@ -20,14 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import reflective as rf
 from reflective.benchmarks.record import RESULTS, environment, write
+from reflective.benchmarks.reproduction import ship
+from reflective.benchmarks.reproduction.families import FAMILIES
+from reflective.benchmarks.reproduction.rollouts import default
+from reflective.benchmarks.reproduction.rollouts import questions as held_out
 from reflective.default import HEAD
 from reflective.plot import pyplot
 from reflective.strategies import NAMES, Strategy, by_name
 from reflective.strategies.votes import same_answer
-from reflective.tasks import Question, split, sums
+from reflective.tasks import Question
 
 AT_A_TIME = 16  # questions in one call
 
@@ -122,10 +127,9 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
-    # The head's training set, its evaluation set and the questions that the pruning rule was calibrated on are the first,
-    # second and third part of this stream.
-    questions = split(sums(0), 640, 320, 40)[1][: args.questions]
-    model, found = rf.ReflectiveModel.default(), []
+    # Not those of its training, and behind those that the pruning rule was calibrated on.
+    questions = held_out(FAMILIES[ship.FAMILY])[1][ship.CALIBRATED :][: args.questions]
+    model, found = default(torch.bfloat16), []
     for n, seed, first in itertools.product(args.n, range(args.seeds), range(0, args.questions, AT_A_TIME)):
         for run, choosers in strategies(n).items():
             file = work / f"{run}-{n}-{seed}-{first}.jsonl"

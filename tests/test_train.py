@@ -1,141 +1,340 @@
-"""Training: recorded rollouts, the fit, and the measures, each against a case whose answer is known."""
+"""`reflective train` from questions to files: every way end to end, killed and gone on with, and as two processes."""
 
 import copy
+import dataclasses
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from rich.progress import Progress
+from rich.console import Console
+from test_model import byte_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import reflective as rf
-from reflective import tasks, train
+from reflective import train
 from reflective.model import Config
+from reflective.tasks import Question
+from reflective.train import Rollouts, Settings, record_features, roll_out, run
+from reflective.train.checkpoint import fingerprint
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # TRL, transformers and torch announce what they will deprecate
+DELIMITERS = [chr(c) for c in range(ord("0"), ord("z"))]
+FAST = Settings(
+    verifier="test_train:even", questions=6, eval_questions=4, samples=8, temperature=1.0, max_new_tokens=10, epochs=2,
+    batch=16, lora=2, steps=3, group=4, dtype="float32", backbone_lr=1e-3,
+)  # fmt: skip
 
 
-def synthetic(questions=60, samples=8, seed=0, signal=3.0):
-    """Rollouts whose features carry correctness in dimension 0 and the question's difficulty, larger, in dimension 1."""
-    g = torch.Generator().manual_seed(seed)
-    question = torch.arange(questions).repeat_interleave(samples)
-    hard = torch.rand(questions, generator=g)[question]
-    outcome = (torch.rand(len(question), generator=g) > hard).float()
-    trajectory = torch.arange(len(question)).repeat_interleave(3)
-    features = torch.randn(len(trajectory), 16, generator=g)
-    features[:, 0] += signal * (outcome[trajectory] - 0.5)
-    features[:, 1] += 6 * (0.5 - hard[trajectory])
-    answer = torch.where(outcome > 0, 0, torch.randint(1, 4, outcome.shape, generator=g))
-    return train.Rollouts(features * 5 + 40, trajectory, outcome, question, answer, torch.full_like(question, 30))
+def even(response: str, question: Question) -> float | None:
+    return float(sum(map(ord, response)) % 2 == 0)
 
 
-def test_fit_finds_correctness_within_questions():
-    head = train.fit(synthetic(300, seed=0), epochs=8, warmup=4)
-    metrics = train.evaluate(synthetic(seed=1), head, resamples=200)
-    assert metrics["auc_within"].value > 0.9
-    assert metrics["best-of-n"].value > metrics["pass@1"].value + 0.2
-    assert metrics["pass@1"].low < metrics["pass@1"].value < metrics["pass@1"].high
-    # At random the same head knows nothing.
-    blank = train.evaluate(synthetic(seed=1, signal=0.0), head, resamples=200)
-    assert abs(blank["auc_within"].value - 0.5) < 0.1
+def policy(**use):
+    """A random model in whose text every third byte or so ends a step."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(**{**tiny._SIZES, "vocab_size": len(tokenizer), "num_hidden_layers": 3, "eos_token_id": 1})
+    net = AutoModelForCausalLM.from_config(config).eval()
+    use = {"rule": "text", "delimiter": DELIMITERS, "prompt": "Q: {question}\n", "answer": "(.)"} | use
+    return rf.ReflectiveModel(net, tokenizer, tiny.head(), Config(**use))
 
 
-def test_fit_is_repeatable_and_needs_both_outcomes():
-    a, b = (train.fit(synthetic(20), epochs=2, warmup=1, seed=5) for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    rollouts = synthetic(20)
-    rollouts.outcome[:] = 1
-    with pytest.raises(ValueError, match="both outcomes are needed"):
-        train.fit(rollouts)
+def changed(**settings):
+    return dataclasses.replace(FAST, **settings)
 
 
-def test_measures_on_a_case_done_by_hand():
-    """Two questions, the score being sigmoid(feature): q0 has a right best, q1 a wrong one that the vote outweighs."""
-    head = rf.SPRM(1, 2)
-    with torch.no_grad():
-        head[0].weight[:, 0], head[3].weight[0] = torch.tensor([1.0, -1.0]), torch.tensor([1.0, -1.0])
-        head[0].bias.zero_(), head[3].bias.zero_()
-    rollouts = train.Rollouts(
-        features=torch.tensor([2.0, -1.0, -2.0, 0.5, 1.0, 0.9]).unsqueeze(1),
-        trajectory=torch.arange(6),
-        outcome=torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0]),
-        question=torch.tensor([0, 0, 0, 1, 1, 1]),
-        answer=torch.tensor([0, 1, 1, 0, 1, 0]),
-        tokens=torch.ones(6, dtype=torch.long),
-    )
-    m = {k: v.value for k, v in train.evaluate(rollouts, head.eval(), resamples=10).items()}
-    assert m["pass@1"] == pytest.approx(0.5)
-    assert m["any@n"] == 1
-    assert m["best-of-n"] == 0.5
-    assert m["majority@n"] == 0.5  # q0: the wrong answer has two votes; q1: the right one
-    assert m["weighted-vote@n"] == 1.0
-    assert m["auc_within"] == pytest.approx(2 / 4)
+class Killed(Exception):
+    pass
 
 
-def test_questions_are_distinct_and_disjoint():
-    first, second = tasks.split(tasks.sums(0), 300, 200)
-    texts = [q.text for q in first + second]
-    assert len(set(texts)) == 500
-    assert all(eval(q.text) == int(q.answer) for q in first)
-    with pytest.raises(ValueError, match="not enough different questions: 301 asked for, 300 found"):
-        tasks.split(iter(first), 301)
-    with pytest.raises(ValueError, match="not enough different questions: 9 asked for, 8 found"):
-        tasks.split(tasks.sums(0, low=1, high=2), 9)  # the task itself never ends
+def no_rollouts(*args, **kwargs):
+    raise AssertionError("nothing is to be rolled out")
 
 
-def test_chain_sum():
-    ours = tasks.split(tasks.chain_sum(3), 20)[0]
-    assert all(eval(q.text) == int(q.answer) for q in ours)
+def same(a, b):
+    """Reports, but for the time that it took."""
+    drop = ("seconds", "versions")
+    return {k: v for k, v in a.items() if k not in drop} == {k: v for k, v in b.items() if k not in drop}
 
 
-def test_read_jsonl(tmp_path):
-    file = tmp_path / "questions.jsonl"
-    file.write_text('{"question": "1 + 1", "answer": 2}\n{"question": 3}\n')
-    lines = tasks.read_jsonl(file)
-    assert next(lines) == tasks.Question("1 + 1", "2")
-    with pytest.raises(ValueError, match="line 2"):
-        next(lines)
+def shown(report):
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(train.table(report))
+    return console.export_text()
 
 
-@pytest.mark.parametrize(
-    ("given", "right", "same"),
-    [("14", "14", True), ("+14", "14", True), ("14", "-14", False), ("1/2", "0.5", True), ("x", "14", False)],
-)
-def test_same_answer(given, right, same):
-    assert train.same_answer(given, right) is same
+# -- the head ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_end_to_end_and_resumed(tmp_path, default_model):
-    """The embedded model on a handful of questions; a second run takes up the rollouts of the first."""
-    settings = train.Settings(
-        task="sums", questions=4, eval_questions=2, samples=4, temperature=0.8, max_new_tokens=40, epochs=2, warmup=1,
-        batch=8, seed=0,
-    )  # fmt: skip
-    metrics = train.train(default_model, settings, tmp_path, Progress(disable=True))
-    assert 0 <= metrics["pass@1"].value <= 1
-    written = json.loads((tmp_path / "report.json").read_text())
-    assert written["settings"]["questions"] == 4 and written["metrics"]["any@n"]["value"] == metrics["any@n"].value
-    assert written["rollouts"]["train"]["trajectories"] == 16 and written["rollouts"]["eval"]["trajectories"] == 8
+def test_head_end_to_end_and_gone_on_with(tmp_path, monkeypatch):
+    model = policy()
+    settings = changed(published=True)
+    before = fingerprint(model.model.parameters())
+    report = train.train(model, settings, tmp_path)
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert fingerprint(model.model.parameters()) == before
+    assert report["rollouts"]["train"]["trajectories"] == 48 and report["rollouts"]["eval"]["trajectories"] == 32
+    assert {"best_of@2", "best_of@8", "auc_within"} < report["metrics"].keys() and "before" not in report
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {
+        "score_module.safetensors", "score_module.pt", "reflective.json", "report.json", "log.jsonl", "rollouts"
+    }  # fmt: skip
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(entry["stage"], entry["done"]) for entry in log] == [("fit", 1), ("fit", 2)]
+    assert {"loss", "kept", "gap"} < log[0].keys()
     head = rf.SPRM.from_pretrained(tmp_path)
-    assert head.hidden_size == 576
-    assert Config(**json.loads((tmp_path / "reflective.json").read_text())) == default_model.config
+    assert head.hidden_size == tiny.HIDDEN and head.dtype == model.model.dtype
+    assert Config.read(tmp_path / "reflective.json") == model.config
+    for name in ("pass@1", "majority@8", "best_of@8", "auc_within", "score_gap", "kept", "ece"):
+        assert name in shown(report)
 
-    kept = train.Rollouts.join(
-        [train.Rollouts.load(str(f)) for f in sorted((tmp_path / "train").glob("*.safetensors"))]
+    (block,) = (tmp_path / "rollouts" / "train").glob("0*")
+    rolled = Rollouts.load(block / "steps.safetensors")
+    seen = [rolled.ids(i)[: int(rolled.prompt_length[i])].tolist() for i in range(len(rolled))]
+    (held_out,) = (tmp_path / "rollouts" / "eval").glob("0*/steps.safetensors")
+    held_out = Rollouts.load(held_out)
+    assert not any(held_out.ids(i)[: int(held_out.prompt_length[i])].tolist() in seen for i in range(len(held_out))), (
+        "questions of the evaluation are others"
     )
-    assert len(kept.outcome) == 16 and len(kept.features) == len(kept.trajectory) > 16
-    last = max((tmp_path / "train").glob("*.safetensors"))
-    before = train.Rollouts.load(str(last))
-    last.unlink()
-    train.train(default_model, settings, tmp_path, Progress(disable=True))
-    again = train.Rollouts.load(str(last))
-    assert torch.equal(before.tokens, again.tokens) and torch.allclose(before.features, again.features, atol=1e-4)
-    with pytest.raises(ValueError, match="other settings"):
-        train.train(
-            default_model, train.Settings(**{**vars(settings), "temperature": 0.9}), tmp_path, Progress(disable=True)
-        )
-    unanswering = copy.copy(default_model)
-    unanswering.config = Config(rule="text")
+
+    shutil.rmtree(block)
+    (tmp_path / "report.json").unlink()
+    again = train.train(model, settings, tmp_path)
+    assert same(again, report)
+    new = Rollouts.load(block / "steps.safetensors")
+    assert torch.equal(new.tokens, rolled.tokens) and torch.equal(new.features, rolled.features)
+    monkeypatch.setattr(run, "roll_out", no_rollouts)
+    monkeypatch.setattr(run, "_cast", no_rollouts)
+    assert train.train(model, settings, tmp_path) == again, "one that is over only reports"
+
+
+def test_other_settings(tmp_path, monkeypatch):
+    model = policy()
+    first = train.train(model, FAST, tmp_path)
+    with pytest.raises(ValueError, match="rollouts made with other settings"):
+        train.train(model, changed(temperature=0.9), tmp_path)
+    with pytest.raises(ValueError, match="rollouts made with other settings"):
+        train.train(policy(at="token"), FAST, tmp_path)
+    made = []
+    monkeypatch.setattr(run, "record_features", no_rollouts)
+    monkeypatch.setattr(run, "roll_out", lambda *a, **k: made.append(k["first"]) or iter(()))
+    other = train.train(model, changed(epochs=3, lr=1e-3), tmp_path)
+    assert made == [1, 1], "the rollouts are those that are there"
+    assert other["rollouts"] == first["rollouts"] and other["metrics"] != first["metrics"]
+    assert train.train(model, changed(epochs=3, lr=1e-3), tmp_path) == other
+
+
+def test_goes_on_from_a_head_and_in_another_dtype(tmp_path):
+    model, start = policy(), tiny.head(seed=7)
+    start.save_pretrained(tmp_path / "start")
+    settings = changed(continue_head=str(tmp_path / "start"), lr=0.0, dtype="bfloat16")
+    train.train(model, settings, tmp_path / "run")
+    for key, weight in rf.SPRM.from_pretrained(tmp_path / "run").state_dict().items():
+        torch.testing.assert_close(weight, start.state_dict()[key])
+    rolled = Rollouts.load(tmp_path / "run" / "rollouts" / "train" / "00000" / "steps.safetensors")
+    assert rolled.features.dtype == torch.bfloat16 and model.model.dtype == torch.float32
+
+
+def test_refused(tmp_path):
     with pytest.raises(ValueError, match="no answer pattern"):
-        train.train(unanswering, settings, tmp_path, Progress(disable=True))
-    with pytest.raises(ValueError, match="neither one of sums, chain_sum nor a JSONL file"):
-        train.train(
-            default_model, train.Settings(**{**vars(settings), "task": "maths"}), tmp_path, Progress(disable=True)
+        train.train(policy(answer=None), changed(verifier=None), tmp_path)
+    with pytest.raises(ValueError, match="task='maths': none of sums, chain_sum, reasoning-gym:<dataset> or a file"):
+        train.train(policy(), changed(task="maths"), tmp_path)
+    for wrong, message in (
+        ({"way": "both"}, "way='both'"), ({"dtype": "int8"}, "dtype='int8'"), ({"way": "joint", "data": "x"}, "of its own"),
+        ({"way": "joint", "group": 3}, "batch=16 is no multiple of group=3"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            changed(**wrong)
+
+
+# -- features of responses from elsewhere ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["predict", "token"])
+def test_recorded_features_are_those_of_the_sampler(at):
+    model = policy(at=at)
+    questions = [Question(text, "") for text in ("one", "another one", "why?")]
+    (drawn,) = roll_out(model, questions, samples=24, temperature=1.0, max_new_tokens=12, verify=even)
+    last = drawn.length - 1
+    ends_in_a_step = model.steps.mask(*drawn.padded(range(len(drawn)), 0)[:2])[torch.arange(len(drawn)), last]
+    assert ends_in_a_step.any(), "of which at=token knows no state"
+    bare = dataclasses.replace(drawn, features=None, trajectory=None, position=None)
+    seen = []
+    read = record_features(model, bare, batch_tokens=64, progress=seen.append)
+    assert sum(seen) == len(drawn) and len(seen) > 3
+    order = (drawn.trajectory * 1000 + drawn.position).argsort()
+    assert torch.equal(read.trajectory, drawn.trajectory[order]) and torch.equal(read.position, drawn.position[order])
+    torch.testing.assert_close(read.features, drawn.features[order], rtol=1e-4, atol=1e-5)
+
+
+def test_from_a_file_of_judged_responses(tmp_path, monkeypatch):
+    model = policy()
+    questions = [Question(f"{i} + 1", "") for i in range(9)]
+    (drawn,) = roll_out(model, questions, samples=8, temperature=1.0, max_new_tokens=10, verify=even)
+    train.write_rollouts(drawn, tmp_path / "judged.jsonl", model.tokenizer)
+    monkeypatch.setattr(run, "roll_out", no_rollouts)
+    monkeypatch.setattr(run, "_BLOCK", 10)
+    settings = changed(data=str(tmp_path / "judged.jsonl"), way="backbone", dtype="bfloat16")
+    report = train.train(model, settings, tmp_path / "run")
+    counts = report["rollouts"]
+    assert (counts["train"]["questions"], counts["eval"]["questions"]) == (6, 3)
+    assert counts["train"]["trajectories"] == 48 and counts["after"] == counts["eval"]
+    assert report["before"]["pass@1"] == report["metrics"]["pass@1"], "the same responses, read anew"
+    assert report["before"]["score_gap"] != report["metrics"]["score_gap"]
+    assert len(list((tmp_path / "run" / "rollouts" / "train").glob("0*"))) > 3
+    assert Rollouts.load(tmp_path / "run/rollouts/train/00000/steps.safetensors").features.dtype == torch.bfloat16
+
+
+# -- with the backbone -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [2, None], ids=["lora", "full"])
+def test_backbone_end_to_end_and_gone_on_with(tmp_path, monkeypatch, lora):
+    settings, model = changed(way="backbone", lora=lora, backbone_epochs=3), policy()
+    report = train.train(model, settings, tmp_path / "whole")
+    assert report["before"].keys() == report["metrics"].keys()
+    assert report["rollouts"]["after"]["trajectories"] == 32 and "before" in shown(report)
+    names = {p.name for p in (tmp_path / "whole").iterdir()}
+    assert {"tokenizer.json", "adapter_model.safetensors" if lora else "model.safetensors"} < names
+    assert not any(name.startswith("unfinished") for name in names)
+    changes = [
+        not torch.equal(a, b) for a, b in zip(model.model.parameters(), policy().model.parameters(), strict=True)
+    ]
+    assert sum(changes) > 4 and not any("lora" in name for name, _ in model.model.named_modules())
+    head = rf.SPRM.from_pretrained(tmp_path / "whole")
+    assert all(torch.equal(w, head.state_dict()[k]) for k, w in model.head.state_dict().items())
+    if not lora:
+        loaded = rf.ReflectiveModel.from_pretrained(tmp_path / "whole")
+        assert fingerprint(loaded.model.parameters()) == fingerprint(model.model.parameters())
+
+    from reflective.train import backbone
+
+    tell = run._Tell.__call__
+
+    def killing(self, done, **numbers):
+        tell(self, done, **numbers)
+        if self.name.startswith("tune") and done == 100:
+            raise Killed
+
+    monkeypatch.setattr(run._Tell, "__call__", killing)
+    with pytest.raises(Killed):
+        train.train(policy(), settings, tmp_path / "killed")
+    monkeypatch.setattr(run._Tell, "__call__", tell)
+    monkeypatch.setattr(backbone._Learner, "learn", no_rollouts)
+    assert same(train.train(policy(), settings, tmp_path / "killed"), report)
+
+
+# -- joint -------------------------------------------------------------------------------------------------------------
+
+
+def test_joint_end_to_end_and_gone_on_with(tmp_path, monkeypatch):
+    settings, model = changed(way="joint", steps=2), policy()
+    report = train.train(model, settings, tmp_path / "whole")
+    names = {p.name for p in (tmp_path / "whole").iterdir()}
+    assert {"adapter_model.safetensors", "score_module.safetensors", "reflective.json"} < names
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if entry["stage"] == "joint"]
+    assert [entry["done"] for entry in steps] == [1, 2] and {"reward", "loss", "kept", "gap"} < steps[0].keys()
+    assert report["before"].keys() == report["metrics"].keys() and report["rollouts"]["after"]["trajectories"] == 32
+    changes = [
+        not torch.equal(a, b) for a, b in zip(model.model.parameters(), policy().model.parameters(), strict=True)
+    ]
+    assert sum(changes) > 4, "the adapter is merged"
+
+    tell = run._Tell.__call__
+
+    def killing(self, done, **numbers):
+        if self.name == "joint" and done == 2:
+            raise Killed
+        tell(self, done, **numbers)
+
+    monkeypatch.setattr(run._Tell, "__call__", killing)
+    with pytest.raises(Killed):
+        train.train(policy(), settings, tmp_path / "killed")
+    monkeypatch.setattr(run._Tell, "__call__", tell)
+    begun = []
+    from reflective.train import joint
+
+    newest = joint.get_last_checkpoint
+    monkeypatch.setattr(joint, "get_last_checkpoint", lambda path: begun.append(newest(path)) or begun[-1])
+    resumed = train.train(policy(), settings, tmp_path / "killed")
+    assert begun[0].endswith("checkpoint-1")
+    assert resumed["metrics"]["pass@1"] == report["metrics"]["pass@1"]
+    assert resumed["metrics"]["score_gap"]["value"] == pytest.approx(report["metrics"]["score_gap"]["value"], rel=1e-3)
+
+
+def test_joint_of_a_chat_goes_on_from_a_head_with_all_weights(tmp_path):
+    model = policy(prompt=None)
+    model.tokenizer.chat_template = "{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}"
+    tiny.head(seed=7).save_pretrained(tmp_path / "start")
+    settings = changed(
+        way="joint", steps=2, lora=None, continue_head=str(tmp_path / "start"), gradient_checkpointing=True
+    )
+    report = train.train(model, settings, tmp_path / "run")
+    assert "train" not in report["rollouts"], "answers of its own"
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert fingerprint(model.model.parameters()) != fingerprint(policy().model.parameters())
+    halved = copy.copy(policy())
+    halved.model = halved.model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="loses small updates in torch.bfloat16"):
+        train.train(halved, settings, tmp_path / "halved")
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def test_command_line_as_two_processes(tmp_path):
+    policy().save_pretrained(tmp_path / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "reflective", "train", str(tmp_path / "run"), "--model", str(tmp_path / "model"), "--way",
+        "backbone", "--verifier", "test_train:even", "--questions", "6", "--eval-questions", "5", "--samples", "8",
+        "--temperature", "1", "--max-new-tokens", "10", "--epochs", "2", "--batch", "16", "--lora", "2", "--json",
+    ]  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+            cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        (out, error), (nothing, other) = (rank.communicate(timeout=240) for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0], error + other
+    report = json.loads(out)
+    assert nothing == "" and report == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["rollouts"]["train"]["trajectories"] == 48 and report["rollouts"]["eval"]["questions"] == 5
+    shares = sorted(p.name for p in (tmp_path / "run" / "rollouts").iterdir())
+    assert shares == ["eval-0-of-2", "eval-1-of-2", "train-0-of-2", "train-1-of-2"]
+
+
+def test_the_extras_are_asked_for_when_they_are_needed(monkeypatch):
+    program = (
+        "import sys, reflective.train\nassert not {'torch', 'trl', 'peft', 'accelerate', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    for name in train.__all__:
+        assert getattr(train, name) is not None
+    monkeypatch.delitem(sys.modules, "reflective.train.backbone")
+    monkeypatch.delitem(vars(train), "tune")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r'peft is not installed: pip install "reflective-kernels\[train\]"'):
+        _ = train.tune

@@ -1,394 +1,369 @@
-"""Train a head from outcomes alone: roll out with the scorer recording features, fit, measure on unseen questions."""
+"""reflective train: from questions, or from responses that were judged elsewhere, to a head, an adapter or a model."""
 
+import copy
 import hashlib
-import itertools
+import importlib.metadata
 import json
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
-import torch.nn.functional as F
+from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
 
-from .generation import sample
-from .loss import sprm_loss
-from .model import CONFIG_NAME, ReflectiveModel
-from .scorer import StreamScorer
-from .sprm import SPRM, geometric_mean
-from .tasks import TASKS, Question, read_jsonl, split
+from .. import __version__
+from ..model import CONFIG_NAME, ReflectiveModel
+from ..sprm import NAMES, SPRM
+from ..tasks import TASKS, Question, gym, split
+from . import extras
+from .checkpoint import fingerprint
+from .data import Rollouts, read_questions, read_rollouts, split_questions
+from .head import fit
+from .metrics import evaluate
+from .processes import Processes
+from .record import record_features
+from .rollout import recorded, roll_out
+from .settings import Settings
+from .verify import Verifier, verifier
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-@dataclass
-class Rollouts:
-    """Sampled trajectories and the features of their steps.
+    from .backbone import Step, Tuned
 
-    Attributes:
-        features: [M, H] float32; trajectory: [M] int64, the owner of each step, ascending.
-        outcome: [N] float32, 1 correct, 0 incorrect; question: [N] int64, the question that was answered.
-        answer: [N] int64, equal numbers for equal answers to one question, -1 where none was given.
-        tokens: [N] int64, length of each response.
-    """
-
-    features: Tensor
-    trajectory: Tensor
-    outcome: Tensor
-    question: Tensor
-    answer: Tensor
-    tokens: Tensor
-
-    def save(self, path: str) -> None:
-        safetensors.torch.save_file(vars(self), path)
-
-    @classmethod
-    def load(cls, path: str) -> "Rollouts":
-        return cls(**safetensors.torch.load_file(path))
-
-    @classmethod
-    def join(cls, parts: Sequence["Rollouts"]) -> "Rollouts":
-        shift = torch.tensor([0, *(len(p.outcome) for p in parts)]).cumsum(0).tolist()
-        joined = {k: torch.cat([getattr(p, k) for p in parts]) for k in vars(parts[0])}
-        joined["trajectory"] = torch.cat([p.trajectory + s for p, s in zip(parts, shift, strict=False)])
-        return cls(**joined)
+_SHOWN = ("pass@1", "majority", "weighted_vote", "best_of", "any", "auc_within", "score_gap", "kept", "ece")
+_PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
+_GYM = "reasoning-gym:"
+_WATCHED = 64  # questions of the evaluation that the progress bar's numbers are of
+_BLOCK = 4096  # trajectories read before their features are written down
+_DAY = timedelta(days=1)  # processes that are done with their share of the rollouts wait for the others
 
 
-def roll_out(
-    model: ReflectiveModel,
-    questions: Sequence[Question],
-    *,
-    samples: int = 8,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    max_new_tokens: int = 64,
-    batch: int = 64,
-    seed: int = 0,
-    first: int = 0,
-    progress: Callable[[int], None] = lambda n: None,
-) -> Iterator[Rollouts]:
-    """Answer every question ``samples`` times; yields one batch of about ``batch`` trajectories at a time.
+def train(
+    model: ReflectiveModel, settings: Settings, output: str | Path, bars: Progress | None = None
+) -> dict[str, Any]:
+    """Roll out or read, train, and measure on questions that training never saw.
 
-    Every batch is seeded by itself, so starting at batch ``first`` yields what a whole run would from there.
+    Ways ``backbone`` and ``joint`` begin with a head that is fitted to the model as it is, or with ``continue_head``: what is
+    measured with that is their ``before``. They train ``model`` in place, and leave a LoRA adapter merged into it. Under
+    ``accelerate launch`` the processes share the work; the main one writes. A run that was killed goes on, and one that is
+    over only returns its report.
 
-    Features are those that the scorer gathers while decoding: no forward is run for them. Questions are batched by the
-    length of their prompt, and what the prompts of a batch begin with in common is prefilled once.
-    """
-    prompts = [model.encode(model.format(q.text))[0] for q in questions]
-    for number, group in enumerate(_groups([len(p) for p in prompts], max(1, batch // samples))):
-        if number >= first:
-            torch.manual_seed(seed * 1_000_003 + number)
-            ids = torch.stack([prompts[g] for g in group]).repeat_interleave(samples, 0)
-            same = (ids == ids[0]).all(0)
-            shared = min(int(same.long().cumprod(0).sum()), ids.shape[1] - 1)
-            scorer = StreamScorer(model.model, model.head, model.steps, at=model.config.at, record_features=True)
-            sequences = sample(
-                model.model, model.tokenizer, scorer, ids, shared=shared, max_new_tokens=max_new_tokens,
-                temperature=temperature, top_p=top_p, stop=model.config.stop,
-            )  # fmt: skip
-            yield _judge(model, scorer, sequences, ids.shape[1], [questions[g] for g in group], group, samples)
-        progress(len(group) * samples)
-
-
-def _groups(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices of equal length, at most ``size`` together."""
-    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    for _, same in itertools.groupby(by_length, key=lambda i: lengths[i]):
-        while group := list(itertools.islice(same, size)):
-            yield group
-
-
-def _judge(
-    model: ReflectiveModel, scorer: StreamScorer, sequences: Tensor, prompt_length: int,
-    questions: list[Question], numbers: list[int], samples: int,
-) -> Rollouts:  # fmt: skip
-    candidates = model.candidates(sequences, prompt_length, scorer.result(sequences))
-    features, owner = scorer.features()
-    outcome, answers = [], []
-    for q, question in enumerate(questions):
-        kinds: dict[str, int] = {}
-        for candidate in candidates[q * samples : (q + 1) * samples]:
-            given = candidate.answer
-            outcome.append(float(given is not None and same_answer(given, question.answer)))
-            answers.append(-1 if given is None else kinds.setdefault(given, len(kinds)))
-    return Rollouts(
-        features=features.float().cpu(),
-        trajectory=owner.cpu(),
-        outcome=torch.tensor(outcome),
-        question=torch.tensor(numbers).repeat_interleave(samples),
-        answer=torch.tensor(answers),
-        tokens=torch.tensor([len(c.token_ids) for c in candidates]),
-    )
-
-
-def same_answer(given: str, right: str) -> bool:
-    """Equal as text, or else in math-verify's judgement."""
-    if given.strip() == right.strip():
-        return True
-    if _is_integer(given) and _is_integer(right):
-        return int(given) == int(right)
-    from math_verify import parse, verify
-
-    return bool(verify(parse(right), parse(given)))
-
-
-def _is_integer(text: str) -> bool:
-    return text.strip().lstrip("+-").isdecimal()
-
-
-def recorded(path: Path, settings: dict[str, Any], make: Callable[[int], Iterator[Rollouts]]) -> Rollouts:
-    """All rollouts of ``make``, kept in directory ``path`` batch by batch, so that an interrupted run goes on there.
+    ==============================  ==================================================================================
+    ``score_module.safetensors``    the head; ``score_module.pt`` too if ``published``
+    ``reflective.json``             how it is used
+    ``adapter_*`` or the model      of ways ``backbone`` and ``joint``, with the tokenizer
+    ``report.json``                 what is returned
+    ``log.jsonl``                   loss, kept steps and score gap of every epoch or step
+    ``rollouts/``                   answers and features, for a killed run, or for another with other settings of training
+    ``unfinished-*/``               states of training, until the run is over
+    ==============================  ==================================================================================
 
     Args:
-        settings: what the rollouts depend on; kept beside them.
-        make: yields the batches from a given one on.
+        output: their directory.
+        bars: shows every stage; None: nothing is shown.
+
+    Returns:
+        ``run`` (its settings, and fingerprints of model and files), ``versions``, ``rollouts`` (counts), ``seconds`` (of each
+        stage, since the last start), ``metrics`` and ``before``: by name ``value``, ``low`` and ``high`` as ``evaluate`` gives
+        them, None for NaN.
 
     Raises:
-        ValueError: ``path`` holds rollouts of other settings.
+        ValueError: an unknown task, too few questions, no way to judge answers, nothing to learn from, or ``output`` holds
+            rollouts of another model or made with other settings.
+        ImportError: a package of the ``train`` extra is missing.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    stamp, text = path / "settings.json", json.dumps(settings, sort_keys=True, indent=2)
-    if stamp.is_file() and stamp.read_text() != text:
-        raise ValueError(f"{path} holds rollouts made with other settings; choose another directory or remove it")
-    stamp.write_text(text)
-    files = sorted(path.glob("*.safetensors"))
-    parts = [Rollouts.load(str(file)) for file in files]
-    for number, part in enumerate(make(len(parts)), len(parts)):
-        part.save(str(path / "unfinished"))
-        (path / "unfinished").rename(path / f"{number:05d}.safetensors")
-        parts.append(part)
-    return Rollouts.join(parts)
+    with extras():
+        return _Run(model, settings, Path(output).expanduser(), bars).report()
 
 
-def fingerprint(model: ReflectiveModel) -> str:
-    """A hash of every 997th weight of the backbone: which model made the rollouts, wherever its files lie."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.model.state_dict().items()):
-        digest.update(name.encode() + weight.flatten()[::997].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def table(report: dict[str, Any]) -> Table:
+    """What ``train`` returns, for a terminal: selection among 8 responses, or among as many as there are."""
+    after, before = report["metrics"], report.get("before")
+    sizes = {int(name.partition("@")[2]) for name in after if name.startswith("best_of@")}
+    n = 8 if 8 in sizes else max(sizes, default=0)
+    shown = Table("held-out questions", *(("before", "after") if before else ("value",)), "95 % interval")
+    for name in _SHOWN:
+        name = name if name in after else f"{name}@{n}"
+        if name in after:
+            value, low, high = (_text(after[name][k]) for k in ("value", "low", "high"))
+            shown.add_row(name, *([_text(before[name]["value"])] if before else []), value, f"{low} – {high}")
+    return shown
 
 
-def fit(
-    rollouts: Rollouts,
-    *,
-    epochs: int = 24,
-    warmup: int = 24,
-    lr: float = 3e-4,
-    batch: int = 64,
-    weight_decay: float = 0.01,
-    within_questions: bool = True,
-    class_balance: bool = False,
-    seed: int = 0,
-    progress: Callable[[int, float], None] = lambda epoch, loss: None,
-) -> SPRM:
-    """Fit a head to recorded features by the self-supervised loss, backbone untouched.
-
-    Features are standardised per dimension while fitting, and that is folded into the first layer at the end, so the
-    head reads raw hidden states.
-
-    Args:
-        epochs: passes over the questions; of these ``warmup`` in plain BCE before the dynamic weights switch on, all of
-            them by default: on questions held back, plain BCE ranked best and the weights cost accuracy even after a
-            warm-up (``benchmarks/results/head_schedules.csv``).
-        batch: trajectories a step, all samples of a question together.
-        within_questions: use only questions with both outcomes and weigh the two sides of each equally, so that nothing
-            can be learnt from how hard a question is.
-        class_balance: weigh the two outcomes of a batch against each other, see ``sprm_loss``; adds nothing to the
-            balance within questions.
-        progress: called with epoch and its mean loss.
-
-    Raises:
-        ValueError: nothing to learn from: no step, or one outcome only.
-    """
-    x, owner, y = rollouts.features, rollouts.trajectory, rollouts.outcome
-    if not len(x) or y.min() == y.max():
-        raise ValueError(f"rollouts: {len(x)} steps, {int(y.sum())} of {len(y)} correct; both outcomes are needed")
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    mean, sd = x.mean(0), x.std(0).clamp_min(1e-6)
-    x = (x - mean) / sd
-    weight = _question_weights(rollouts) if within_questions else torch.ones_like(y)
-    used = torch.unique(rollouts.question[weight > 0])
-
-    head = SPRM(x.shape[1]).train()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
-    per_step = max(1, batch // int(torch.bincount(rollouts.question).max()))
-    of_question = {int(q): (rollouts.question == q).nonzero().flatten() for q in used}
-    steps_of = torch.bincount(owner, minlength=len(y))
-    begins = torch.cat([torch.zeros(1, dtype=torch.int64), steps_of.cumsum(0)])
-    for epoch in range(epochs):
-        losses = []
-        for chunk in used[torch.randperm(len(used), generator=generator)].split(per_step):
-            trajectories = torch.cat([of_question[int(q)] for q in chunk])
-            rows = torch.cat([torch.arange(begins[t], begins[t + 1]) for t in trajectories.tolist()])
-            index = torch.arange(len(trajectories)).repeat_interleave(steps_of[trajectories])
-            loss = sprm_loss(
-                head(x[rows]).squeeze(-1), index, y[trajectories], dynamic=epoch >= warmup,
-                class_balance=class_balance, trajectory_weight=weight[trajectories],
-            )  # fmt: skip
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        progress(epoch, sum(losses) / len(losses))
-    with torch.no_grad():
-        head[0].weight /= sd
-        head[0].bias -= head[0].weight @ mean
-    return head.requires_grad_(False).eval()
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
-def _question_weights(rollouts: Rollouts) -> Tensor:
-    """[N]: per question, each outcome's trajectories share a weight of half the question's; 0 with one outcome only."""
-    n = int(rollouts.question.max()) + 1
-    right = torch.zeros(n).index_add(0, rollouts.question, rollouts.outcome)
-    wrong = torch.zeros(n).index_add(0, rollouts.question, 1 - rollouts.outcome)
-    side = torch.where(rollouts.outcome > 0, right[rollouts.question], wrong[rollouts.question])
-    both = ((right > 0) & (wrong > 0))[rollouts.question]
-    return torch.where(both, (right + wrong)[rollouts.question] / (2 * side), 0.0)
+class _Run:
+    def __init__(self, model: ReflectiveModel, settings: Settings, output: Path, bars: Progress | None) -> None:
+        self.model, self.settings, self.output = model, settings, output
+        self.accelerator = _accelerator()
+        self.processes = Processes(self.accelerator, model.model.device)
+        self.bars = bars if bars is not None and self.processes.main else Progress(disable=True)
+        self.seconds: dict[str, float] = {}
+        self.counts: dict[str, dict[str, float]] = {}
+        s, sources = settings, [Path(source) for source in (settings.data, settings.task) if source is not None]
+        self.policy = {
+            "model": fingerprint(model.model.parameters()), "use": asdict(model.config), "dtype": s.dtype, "seed": s.seed,
+            "files": [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in sources if f.is_file()],
+        }  # fmt: skip
+        self.run = json.loads(json.dumps(self.policy | asdict(s)))
+        name = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()[:8]
+        self.unfinished = output / f"unfinished-{name}"
 
+    def report(self) -> dict[str, Any]:
+        file = self.output / "report.json"
+        if file.is_file() and (report := json.loads(file.read_text()))["run"] == self.run:
+            return report
+        if self.accelerator is not None and not getattr(self.model.model, "hf_device_map", None):
+            self.model.model.to(self.processes.device)
+        tables = self._train()
+        report = {
+            "run": self.run, "versions": _versions(), "rollouts": self.counts,
+            "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()}, **tables,
+        }  # fmt: skip
+        self._write(file, report)
+        self._wait()
+        if self.processes.main:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        return report
 
-@dataclass(frozen=True)
-class Metric:
-    """Attributes: ``value``; ``low``, ``high``: 95 % bootstrap interval over questions."""
+    def _train(self) -> dict[str, Any]:
+        s = self.settings
+        if s.data:
+            learnt, held_out = self._from_file()
+            held_out = self._features("eval", held_out)
+        else:
+            learnt, held_out = None, self._answers("eval")
+        if s.continue_head is None or s.way == "head":
+            learnt = self._features("train", learnt) if s.data else self._answers("train")
+            head = self._fit(learnt, held_out)
+        else:
+            head = SPRM.from_pretrained(s.continue_head).float().to(self.processes.device)
+            if s.way == "backbone" and not s.data:
+                learnt = self._answers("train")
+        found = self._measure(held_out, head)
+        if s.way == "head":
+            if self.processes.main:
+                for name in NAMES[: 1 + s.published]:
+                    head.to(self.model.model.dtype).save_pretrained(self.output / name)
+            self._write(self.output / CONFIG_NAME, asdict(self.model.config))
+            return {"metrics": found}
+        self.model.head = head
+        trained = self._tune(learnt) if s.way == "backbone" else self._joint()
+        if self.processes.main:
+            trained.save(self.output, published=s.published)
+            self.model.tokenizer.save_pretrained(self.output)
+        if trained.adapter is not None:
+            self.model.model = trained.adapter.merge_and_unload()
+        held_out = self._features("after", held_out) if s.data else self._answers("after")
+        return {"metrics": self._measure(held_out, trained.head), "before": found}
 
-    value: float
-    low: float
-    high: float
+    # -- stages ----------------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _questions(self) -> dict[str, list[Question]]:
+        s = self.settings
+        if s.task in TASKS:
+            questions = TASKS[s.task](s.seed)
+        elif s.task.startswith(_GYM):
+            questions = gym(s.seed, s.task.removeprefix(_GYM))
+        elif Path(s.task).is_file():
+            questions = read_questions(s.task)
+        else:
+            raise ValueError(f"task={s.task!r}: none of {', '.join(TASKS)}, {_GYM}<dataset> or a file")
+        return dict(zip(("train", "eval"), split(questions, s.questions, s.eval_questions), strict=True))
 
-def evaluate(rollouts: Rollouts, head: SPRM, *, resamples: int = 2000, seed: int = 0) -> dict[str, Metric]:
-    """Selection by score on rollouts of unseen questions, against what needs no score.
+    def _verifier(self) -> Verifier:
+        s = self.settings
+        spec = s.verifier or (s.task if s.task.startswith(_GYM) else "answer")
+        return verifier(spec, self.model.answer if self.model.config.answer else None)
 
-    ``pass@1`` is the mean outcome, ``random-of-n`` one seeded pick, ``any@n`` the ceiling, ``auc_within`` the chance that a
-    correct trajectory outscores an incorrect one of the same question. Of equal votes the mean outcome counts.
-    """
-    with torch.no_grad():
-        log_scores = F.logsigmoid(head.float()(rollouts.features).squeeze(-1)).clamp_min(math.log(1e-10)).double()
-    n = len(rollouts.outcome)
-    log_sum = torch.zeros(n, dtype=torch.float64).index_add(0, rollouts.trajectory, log_scores)
-    steps = torch.bincount(rollouts.trajectory, minlength=n)
-    score = [geometric_mean(s, k) for s, k in zip(log_sum.tolist(), steps.tolist(), strict=True)]
-    outcome, answer = rollouts.outcome.tolist(), rollouts.answer.tolist()
+    def _from_file(self) -> tuple[Rollouts, Rollouts]:
+        s, rollouts = self.settings, read_rollouts(self.settings.data, self.model.tokenizer)
+        questions = len(rollouts.question.unique())
+        held_out = min(s.eval_questions, max(1, questions // 3))
+        return split_questions(rollouts, 1 - held_out / questions, s.seed)
 
-    rng = random.Random(seed)
-    rows: list[dict[str, float]] = []
-    for q in torch.unique(rollouts.question).tolist():
-        group = (rollouts.question == q).nonzero().flatten().tolist()
-        best = max(score[i] for i in group)
-        right = [score[i] for i in group if outcome[i]]
-        wrong = [score[i] for i in group if not outcome[i]]
-        rows.append(
-            {
-                "pass@1": _mean([outcome[i] for i in group]),
-                "random-of-n": outcome[rng.choice(group)],
-                "majority@n": _vote(group, answer, outcome, dict.fromkeys(group, 1.0)),
-                "weighted-vote@n": _vote(group, answer, outcome, {i: score[i] for i in group}),
-                "best-of-n": _mean([outcome[i] for i in group if score[i] == best]),
-                "any@n": max(outcome[i] for i in group),
-                "pairs": len(right) * len(wrong),
-                "won": sum((r > w) + 0.5 * (r == w) for r in right for w in wrong),
-            }
-        )
-    table = {k: torch.tensor([row[k] for row in rows], dtype=torch.float64) for k in rows[0]}
-    draws = torch.randint(len(rows), (resamples, len(rows)), generator=torch.Generator().manual_seed(seed))
-    pairs, won = table.pop("pairs"), table.pop("won")
-    metrics = {k: _interval(float(v.mean()), v[draws].mean(1)) for k, v in table.items()}
-    metrics["auc_within"] = _interval(float(won.sum() / pairs.sum()), won[draws].sum(1) / pairs[draws].sum(1))
-    return metrics
+    def _answers(self, name: str) -> Rollouts:
+        """Rollouts of the model as it is, each process answering its share of the questions."""
+        s, part = self.settings, "train" if name == "train" else "eval"
+        count, index = self.processes.count, self.processes.index
+        questions = self._questions[part][index::count]
+        sampling = {k: getattr(s, k) for k in ("samples", "temperature", "top_p", "max_new_tokens", "batch_rows")}
 
+        def make(first: int) -> Iterator[dict[str, Rollouts]]:
+            for block in roll_out(
+                _cast(self.model, s.dtype), questions, **sampling, seed=(2 * s.seed + (part == "eval")) * count + index,
+                verify=self._verifier(), first=first, progress=tell.advance,
+            ):  # fmt: skip
+                block.question = block.question * count + index
+                yield {"steps": block}
 
-def _vote(group: list[int], answer: list[int], outcome: list[float], weight: dict[int, float]) -> float:
-    totals: dict[int, float] = {}
-    for i in group:
-        if answer[i] >= 0:
-            totals[answer[i]] = totals.get(answer[i], 0.0) + weight[i]
-    if not totals:
-        return 0.0
-    top = max(totals.values())
-    return _mean([_mean([outcome[i] for i in group if answer[i] == a]) for a, total in totals.items() if total == top])
+        depends = sampling | {"verifier": s.verifier, "questions": [q.text for q in questions]}
+        with self._stage(f"roll out {name}", len(questions) * s.samples) as tell:
+            return self._shared(name, depends, make)
 
+    def _features(self, name: str, rollouts: Rollouts) -> Rollouts:
+        """``rollouts`` with features of the model as it is, each process reading its share."""
+        mine = rollouts.select(torch.arange(len(rollouts)) % self.processes.count == self.processes.index)
+        block = torch.arange(len(mine)) // _BLOCK
 
-def _interval(value: float, draws: Tensor) -> Metric:
-    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Metric(value, low, high)
+        def make(first: int) -> Iterator[dict[str, Rollouts]]:
+            model = _cast(self.model, self.settings.dtype)
+            tell.advance(int((block < first).sum()))
+            for number in range(first, -(-len(mine) // _BLOCK)):
+                yield {"steps": record_features(model, mine.select(block == number), progress=tell.advance)}
 
+        with self._stage(f"read {name}", len(mine)) as tell:
+            return self._shared(name, {"of": fingerprint([mine.tokens, mine.length, mine.outcome])}, make)
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    def _shared(
+        self, name: str, depends: dict[str, Any], make: Callable[[int], Iterator[dict[str, Rollouts]]]
+    ) -> Rollouts:
+        """What all processes ``make``, kept block by block; what depends on the training only until the run is over."""
+        count, home = self.processes.count, self.unfinished if name == "after" else self.output / "rollouts"
+        shares = [home / (name if count == 1 else f"{name}-{i}-of-{count}") for i in range(count)]
+        recorded(shares[self.processes.index], self.policy | depends, make)
+        self._wait()
+        blocks = [block for share in shares for block in sorted(share.glob("[0-9]*/steps.safetensors"))]
+        rollouts = Rollouts.join([Rollouts.load(block) for block in blocks])
+        drawn, judged = rollouts.count.float(), ~rollouts.outcome.isnan()
+        self.counts[name] = {
+            "questions": len(rollouts.question.unique()), "trajectories": int(drawn.sum()), "different": len(rollouts),
+            "steps": len(rollouts.trajectory),
+            "correct": float((drawn * rollouts.outcome)[judged].sum() / drawn[judged].sum()),
+        }  # fmt: skip
+        return rollouts
 
+    def _fit(self, learnt: Rollouts, held_out: Rollouts) -> SPRM:
+        s = self.settings
+        watched = held_out.select(torch.isin(held_out.question, held_out.question.unique()[:_WATCHED]))
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything a training run depends on. Attributes: see ``reflective train --help``."""
+        def on_epoch(epoch: int, loss: float, head: SPRM) -> None:
+            now = evaluate(watched, head, n=(), resamples=1)
+            tell(epoch + 1, loss=loss, kept=now["kept"].value, gap=now["score_gap"].value)
 
-    task: str
-    questions: int
-    eval_questions: int
-    samples: int
-    temperature: float
-    max_new_tokens: int
-    epochs: int
-    warmup: int
-    batch: int
-    seed: int
-
-
-def train(model: ReflectiveModel, settings: Settings, output: Path, bars: Any) -> dict[str, Metric]:
-    """Roll out, fit, evaluate; writes ``score_module.safetensors``, ``reflective.json`` and ``report.json`` to ``output``.
-
-    Training and evaluation questions are disjoint.
-
-    Args:
-        bars: a ``rich.progress.Progress``.
-
-    Raises:
-        ValueError: an unknown task, too few questions, no answer pattern, or nothing to learn from.
-    """
-    s = settings
-    if model.config.answer is None:
-        raise ValueError(f"model: its {CONFIG_NAME} has no answer pattern, so no answer can be judged")
-    if s.task in TASKS:
-        questions = TASKS[s.task](s.seed)
-    elif Path(s.task).is_file():
-        questions = read_jsonl(s.task)
-    else:
-        raise ValueError(f"task={s.task!r}: neither one of {', '.join(TASKS)} nor a JSONL file")
-    parts = dict(zip(("train", "eval"), split(questions, s.questions, s.eval_questions), strict=True))
-    rollouts = {}
-    for number, (name, chosen) in enumerate(parts.items()):
-        bar = bars.add_task(f"roll out {name}", total=len(chosen) * s.samples)
-
-        def make(first: int, chosen=chosen, number=number, bar=bar) -> Iterator[Rollouts]:
-            return roll_out(
-                model, chosen, samples=s.samples, temperature=s.temperature, max_new_tokens=s.max_new_tokens,
-                batch=s.batch, seed=2 * s.seed + number, first=first, progress=lambda n: bars.advance(bar, n),
+        with self._stage("fit", s.epochs) as tell:
+            return fit(
+                learnt, epochs=s.epochs, warmup=s.warmup if s.way == "head" else None, lr=s.lr, batch=s.batch,
+                width=s.width, within_questions=s.within_questions, class_balance=s.class_balance, seed=s.seed,
+                init=SPRM.from_pretrained(s.continue_head) if s.continue_head else None, on_epoch=on_epoch,
+                checkpoint=self.unfinished / "fit", accelerator=self.accelerator,
             )  # fmt: skip
 
-        depends = {k: getattr(s, k) for k in ("task", "samples", "temperature", "max_new_tokens", "batch", "seed")}
-        depends |= {"model": fingerprint(model), "use": asdict(model.config), "questions": [q.text for q in chosen]}
-        rollouts[name] = recorded(output / name, depends, make)
-    bar = bars.add_task("fit", total=s.epochs)
-    head = fit(
-        rollouts["train"], epochs=s.epochs, warmup=s.warmup, seed=s.seed, progress=lambda epoch, loss: bars.advance(bar)
-    )
-    metrics = evaluate(rollouts["eval"], head)
-    head.to(model.model.dtype).save_pretrained(output)
-    (output / CONFIG_NAME).write_text(json.dumps(asdict(model.config), indent=2) + "\n")
-    counts = {
-        name: {"trajectories": len(r.outcome), "steps": len(r.features), "correct": float(r.outcome.mean())}
-        for name, r in rollouts.items()
-    }
-    report = {"settings": asdict(s), "rollouts": counts, "metrics": {k: asdict(m) for k, m in metrics.items()}}
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return metrics
+    def _tune(self, learnt: Rollouts) -> "Tuned":
+        from .backbone import tune
+
+        s = self.settings
+
+        def on_step(step: "Step") -> None:
+            tell(round(100 * step.done, 1), loss=step.loss, kept=step.kept, gap=step.gap)
+
+        with self._stage("tune, %", 100) as tell:
+            return tune(
+                self.model, learnt, lora=s.lora, epochs=s.backbone_epochs, warmup=s.warmup, backbone_lr=s.backbone_lr,
+                head_lr=s.lr, batch=s.batch, autocast=None if s.dtype == "float32" else torch.bfloat16,
+                gradient_checkpointing=s.gradient_checkpointing, within_questions=s.within_questions,
+                class_balance=s.class_balance, seed=s.seed, on_step=on_step, checkpoint=self.unfinished / "tune",
+                accelerator=self.accelerator,
+            )  # fmt: skip
+
+    def _joint(self) -> "Tuned":
+        from .joint import train_jointly
+
+        with self._stage("joint", self.settings.steps) as tell:
+            return train_jointly(
+                self.model, self._questions["train"], self._verifier(), self.settings, self.unfinished / "joint",
+                processes=self.processes.count, tell=tell,
+            )  # fmt: skip
+
+    def _measure(self, rollouts: Rollouts, head: SPRM) -> dict[str, dict[str, float | None]]:
+        draws = torch.bincount(rollouts.question.unique(return_inverse=True)[1], rollouts.count)
+        with self._stage("evaluate", None):
+            found = evaluate(rollouts, head, n=sorted({2, 8, max(2, int(draws.min()))}))
+        return {name: _without_nan(asdict(metric)) for name, metric in found.items()}
+
+    # -- what they share -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _stage(self, name: str, total: float | None) -> Iterator["_Tell"]:
+        began = time.perf_counter()
+        tell = _Tell(self.bars, name, total, self.output / "log.jsonl" if self.processes.main else None)
+        yield tell
+        self.bars.update(tell.bar, total=total or 1, completed=total or 1)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def _write(self, file: Path, content: dict[str, Any]) -> None:
+        """As a whole, by the main process."""
+        if self.processes.main:
+            unfinished = file.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(content, indent=2) + "\n")
+            unfinished.replace(file)
+
+    def _wait(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
 
 
-def table(metrics: dict[str, Metric]) -> Table:
-    """The metrics for a terminal."""
-    table = Table("held-out questions", "value", "95 % interval")
-    for name, m in metrics.items():
-        table.add_row(name, f"{m.value:.3f}", f"{m.low:.3f} – {m.high:.3f}")
-    return table
+class _Tell:
+    """A stage's progress bar, and its part of the log."""
+
+    def __init__(self, bars: Progress, name: str, total: float | None, log: Path | None) -> None:
+        self.bars, self.name, self.log, self.bar = bars, name, log, bars.add_task(name, total=total)
+
+    def advance(self, n: int) -> None:
+        self.bars.advance(self.bar, n)
+
+    def __call__(self, done: float, **numbers: float) -> None:
+        text = "  ".join([self.name, *(f"{name} {_text(value)}" for name, value in numbers.items())])
+        self.bars.update(self.bar, completed=done, description=text if numbers else None)
+        if numbers and self.log is not None:
+            with open(self.log, "a", encoding="utf-8") as log:
+                log.write(json.dumps({"stage": self.name, "done": done, **_without_nan(numbers)}) + "\n")
+
+
+def _accelerator() -> "Accelerator | None":
+    """None for a CPU alone, where it is not needed."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" and not torch.cuda.is_available():
+        return None
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_DAY)])
+
+
+def _cast(model: ReflectiveModel, dtype: str) -> ReflectiveModel:
+    """``model`` with a backbone of ``dtype``, a copy where it has another: what is trained keeps its own."""
+    if dtype == "auto" or getattr(torch, dtype) == model.model.dtype:
+        return model
+    cast = copy.copy(model)
+    cast.model = copy.deepcopy(model.model).to(getattr(torch, dtype))
+    return cast
+
+
+def _versions() -> dict[str, str]:
+    found = {"reflective": __version__}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
+    """With None for NaN, which JSON does not have."""
+    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+
+
+def _text(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,110 @@
+"""The paper's result in miniature, in under 90 minutes on two CPU cores.
+
+    python -m reflective.benchmarks.reproduction WORK [--stage NAME ...] [--out benchmarks/results]
+
+Stages, each of which goes on where it was interrupted: rollouts of the embedded model on three families of questions; heads
+from their features; joint training of policy and head, and rollouts afterwards; a separate PRM; tables and pictures. Only
+where asked for by name: ``ship``, which replaces the head that the package comes with by the best one.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from reflective.benchmarks.record import RESULTS, write
+
+from . import heads, joint, rollouts, separate, ship, tables
+from .families import FAMILIES
+
+
+def decode(work: Path) -> None:
+    """Rollouts of the policy as it comes."""
+    model = rollouts.default(torch.bfloat16)
+    for name, family in FAMILIES.items():
+        train, held_out = rollouts.questions(family)
+        for part, asked, samples in (
+            ("train", train, rollouts.TRAIN_SAMPLES),
+            ("eval", held_out, rollouts.EVAL_SAMPLES),
+        ):
+            rollouts.rollouts(
+                model, family, asked, work / name / part, samples=samples, seed=int(part == "eval"), all_views=True
+            )
+            print(f"rollouts: {name}, {part}", flush=True)
+
+
+def fit(work: Path) -> None:
+    """Every head that a table asks for."""
+    for number, name in enumerate(heads.fit_all(work), 1):
+        print(f"heads: {number}, {name}", flush=True)
+
+
+def train_jointly(work: Path) -> None:
+    """Policy and head together, and rollouts of what came of it, each seed on its share of the held-out questions."""
+    for seed in range(rollouts.SEEDS):
+        place = work / "joint" / f"seed {seed}"
+        if not (place / "trainer_state.json").is_file():
+            model = rollouts.default(torch.bfloat16)
+            joint.train(model, heads.head(work, heads.ALL, heads.MAIN, seed).float(), place, seed)
+            print(f"joint: trained, seed {seed}", flush=True)
+    for seed in range(rollouts.SEEDS):
+        place = work / "joint" / f"seed {seed}"
+        model = joint.merged(place)
+        for name, family in FAMILIES.items():
+            asked = rollouts.questions(family)[1][seed :: rollouts.SEEDS]
+            rollouts.rollouts(
+                model, family, asked, place / name, samples=rollouts.EVAL_SAMPLES, seed=2 + seed, all_views=False
+            )
+            print(f"joint: rollouts, seed {seed}, {name}", flush=True)
+
+
+def compare(work: Path) -> None:
+    """A second model as PRM."""
+    for seed in range(rollouts.SEEDS):
+        separate.compare(work, separate.FAMILY, seed)
+        print(f"separate PRM: seed {seed}", flush=True)
+
+
+STAGES: dict[str, Callable[[Path], None]] = {
+    "rollouts": decode, "heads": fit, "joint": train_jointly, "separate": compare,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="directory for everything in between")
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "ship"], help="only these")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for name in args.stage or (*STAGES, "tables"):
+        began = time.perf_counter()
+        if name == "tables":
+            tables.make(args.work, args.out)
+        elif name == "ship":
+            ship.ship(args.work)
+        else:
+            STAGES[name](args.work)
+        _note(args.work, name, time.perf_counter() - began)
+    write(
+        "reproduction_stages", [{"stage": k, "seconds": round(v, 1)} for k, v in _seconds(args.work).items()], args.out
+    )
+
+
+def _note(work: Path, stage: str, seconds: float) -> None:
+    """Add to what the stage has taken so far."""
+    taken = _seconds(work)
+    taken[stage] = taken.get(stage, 0) + seconds
+    (work / "seconds.json").write_text(json.dumps(taken))
+
+
+def _seconds(work: Path) -> dict[str, float]:
+    file = work / "seconds.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Joint training of the recipe: GRPO on the three families at once, the SPRM's loss riding along."""
+
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from reflective.model import CONFIG_NAME, ReflectiveModel
+from reflective.sprm import SPRM
+from reflective.tasks import Question
+from reflective.train.verify import verifier
+
+from .families import FAMILIES
+from .rollouts import MAX_NEW_TOKENS, TEMPERATURE, policy, questions
+
+STEPS, PROMPTS, GROUP = 30, 4, 8  # optimizer steps; of each: questions, answers to each
+RANK, POLICY_LR, HEAD_LR = 16, 2e-4, 1e-4
+
+
+def train(model: ReflectiveModel, head: SPRM, path: Path, seed: int, steps: int = STEPS) -> None:
+    """Train a LoRA adapter of ``model`` and ``head`` from where they are; both, and the log, go into ``path``.
+
+    Questions are those of training, the families taking turns: the prompts of one step share their worked examples. An interrupted run goes on from its newest
+    checkpoint there.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from reflective.train.grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts
+
+    asked: list[list[tuple[str, Question]]] = []
+    for name, family in FAMILIES.items():
+        chosen = questions(family)[0]
+        random.Random(f"{seed} {name}").shuffle(chosen)
+        asked.append([(name, q) for q in chosen])
+    turns = [asked[step % len(FAMILIES)].pop() for step in range(steps) for _ in range(PROMPTS)]
+    asking = {name: policy(model, family) for name, family in FAMILIES.items()}
+    verify = {name: verifier("answer", m.answer) for name, m in asking.items()}
+    data = Dataset.from_list(
+        [{"prompt": asking[name].format(q.text), "family": name, "answer": q.answer} for name, q in turns]
+    )
+
+    def correct(completions: list[str], family: list[str], answer: list[str], **_: object) -> list[float | None]:
+        return [verify[f](text, Question("", a)) for text, f, a in zip(completions, family, answer, strict=True)]
+
+    stop = next(iter(asking.values())).config.stop
+    args = ReflectiveGRPOConfig(
+        output_dir=str(path), max_steps=steps, seed=seed, shuffle_dataset=False, report_to="none", disable_tqdm=True,
+        per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, max_completion_length=MAX_NEW_TOKENS,
+        temperature=TEMPERATURE, top_p=1.0, learning_rate=POLICY_LR, lr_scheduler_type="constant_with_warmup",
+        warmup_steps=3, beta=0.0, bf16=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+        logging_steps=1, save_steps=max(1, steps // 4), save_total_limit=1, head_learning_rate=HEAD_LR,
+        sprm_warmup_steps=None, within_questions=True, class_balance=False,
+    )  # fmt: skip
+    trainer = ReflectiveGRPOTrainer(
+        model.model, correct, args, steps=model.steps, head=head, train_dataset=data, processing_class=model.tokenizer,
+        rollout_func=shared_rollouts(stop=stop), peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(path)) if path.is_dir() else None)
+    trainer.save_model(str(path))
+    config = next(iter(asking.values())).config
+    (path / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
+    trainer.state.save_to_json(str(path / "trainer_state.json"))
+
+
+def merged(path: Path) -> ReflectiveModel:
+    """The embedded model with the adapter that ``train`` left in ``path`` merged into it, in bfloat16, and its head."""
+    model = ReflectiveModel.default(head=path)
+    model.model.to(torch.bfloat16)
+    model.head.to(torch.bfloat16)
+    return model

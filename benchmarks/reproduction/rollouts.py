@@ -1,0 +1,91 @@
+"""Rollouts of the recipe: per family and policy, with every view of the states that a table asks for."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reflective.model import ReflectiveModel
+from reflective.steps import StepTokens
+from reflective.tasks import Question, split
+from reflective.train.data import Rollouts
+from reflective.train.rollout import View, recorded, roll_out_views
+
+from .families import Family
+
+TRAIN, FIRST, EVAL, SEEDS = 1024, 512, 510, 3  # questions; those of evaluation are dealt to the seeds of joint training
+TRAIN_SAMPLES, EVAL_SAMPLES, TEMPERATURE, MAX_NEW_TOKENS = 12, 32, 0.8, 48
+LAYERS = tuple(range(-1, -11, -1))
+RULES = {"blank line": "\n\n", "full stop": ".", "equals sign": "="}  # delimiters beside ".\n\n"
+
+
+def questions(family: Family) -> tuple[list[Question], list[Question]]:
+    """For training and for evaluation, without a common question."""
+    # Held out between two parts of the others: TRAIN can grow without changing what is held out.
+    train, held_out, more = split(family.questions(0), FIRST, EVAL, TRAIN - FIRST)
+    train += more
+    seen = {q.text for q in train} | {question for question, *_ in family.examples}
+    assert not seen & {q.text for q in held_out}
+    return train, held_out
+
+
+def policy(model: ReflectiveModel, family: Family) -> ReflectiveModel:
+    """``model`` asked as the family is."""
+    return ReflectiveModel(model.model, model.tokenizer, model.head, family.config)
+
+
+def views(model: ReflectiveModel, *, all_of_them: bool) -> dict[str, View]:
+    """The published one, ``steps``, and beside it every layer, ``at="token"``, an outcome head's and other step rules'."""
+    found = {"steps": View(model.steps)}
+    if all_of_them:
+        found |= {f"layer{layer}": View(model.steps, layer=layer) for layer in LAYERS if layer != -2}
+        found |= {"token": View(model.steps, at="token"), "outcome": View(None)}
+        for name, delimiter in RULES.items():
+            found[name] = View(StepTokens.from_tokenizer(model.tokenizer, rule="text", delimiter=delimiter))
+    return found
+
+
+def rollouts(
+    model: ReflectiveModel,
+    family: Family,
+    asked: list[Question],
+    path: Path,
+    *,
+    samples: int,
+    seed: int,
+    all_views: bool,
+    batch_rows: int = 256,
+) -> dict[str, Rollouts]:
+    """Answers to ``asked``, kept under ``path``."""
+    model = policy(model, family)
+    settings: dict[str, Any] = {
+        "temperature": TEMPERATURE,
+        "top_p": 1.0,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "samples": samples,
+    }
+    settings |= {"seed": seed, "batch_rows": batch_rows, "verify": "answer"}
+
+    def make(first: int) -> Iterator[dict[str, Rollouts]]:
+        return roll_out_views(
+            model, asked, views(model, all_of_them=all_views), **settings, block=256, first=first,
+            progress=lambda n: None,
+        )  # fmt: skip
+
+    depends = settings | {
+        "use": asdict(model.config),
+        "questions": [q.text for q in asked],
+        "dtype": str(model.model.dtype),
+    }
+    return recorded(path, depends, make)
+
+
+def default(dtype: torch.dtype) -> ReflectiveModel:
+    """The embedded model. Rollouts run in bfloat16: its matrix products are four times as fast as float32's on a CPU that
+    has them in hardware."""
+    model = ReflectiveModel.default()
+    model.model.to(dtype)
+    model.head.to(dtype)
+    return model

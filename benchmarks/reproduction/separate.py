@@ -1,0 +1,93 @@
+"""A separate PRM, which the SPRM is compared with: a second copy of the backbone, all of it trained, and a head."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from reflective.backbone import Backbone
+from reflective.finished import read_positions
+from reflective.kernels.score_rows import score_rows
+from reflective.model import ReflectiveModel
+from reflective.sprm import SPRM
+from reflective.tasks import Question
+from reflective.train.backbone import tune
+from reflective.train.data import Rollouts
+from reflective.train.metrics import log_scores
+
+from . import rollouts as recorded
+from .families import FAMILIES
+from .heads import SMALL, head, load, part_of, thinned, train_rollouts
+
+FAMILY = "sums"
+EVAL_SAMPLES = 8  # of the 32: scoring them all by a second model takes as long as decoding them
+BATCH_TOKENS = 8192
+
+
+def reprompted(model: ReflectiveModel, rollouts: Rollouts, asked: list[Question]) -> Rollouts:
+    """The same responses behind the question alone: a PRM needs no worked examples."""
+    prompts = [model.encode(f"Question: {q.text}\n")[0] for q in asked]
+    parts, length = [], []
+    for i, q in enumerate(rollouts.question.tolist()):
+        ids = torch.cat([prompts[q].int(), rollouts.ids(i)[int(rollouts.prompt_length[i]) :]])
+        parts.append(ids)
+        length.append(len(ids))
+    prompt_length = torch.tensor([len(prompts[q]) for q in rollouts.question.tolist()])
+    return replace(
+        rollouts, tokens=torch.cat(parts), length=torch.tensor(length), prompt_length=prompt_length,
+        features=None, trajectory=None, position=None,
+    )  # fmt: skip
+
+
+def scored(model: ReflectiveModel, rollouts: Rollouts) -> tuple[Rollouts, Tensor, float]:
+    """``rollouts`` with their steps, these steps' log-scores by a second pass, and the seconds that pass took."""
+    backbone, weights = Backbone.of(model.model), model.head.weights()
+    order, found = rollouts.length.argsort(), {}
+    began = time.perf_counter()
+    for rows in order.split(BATCH_TOKENS // int(rollouts.length.max())):
+        ids, mask, prompts = rollouts.padded(rows, 0)
+        row, step, read = read_positions(model.steps, ids, mask, prompts, "predict")
+        if len(row):
+            scores = score_rows(backbone.features(ids, mask, row, read), *weights).cpu()
+            for i, place, score in zip(rows[row].tolist(), step.tolist(), scores.tolist(), strict=True):
+                found.setdefault(i, []).append((place, score))
+    seconds = time.perf_counter() - began
+    steps = [(i, place, score) for i in sorted(found) for place, score in found[i]]
+    owner, position, scores = (torch.tensor(x) for x in zip(*steps, strict=True))
+    return replace(rollouts, trajectory=owner, position=position), scores.float(), seconds
+
+
+def compare(work: Path, family: str, seed: int) -> None:
+    """Train one on the rollouts that the SPRM ``heads.SMALL`` learnt from, score held-out responses; both into ``work``."""
+    out = work / "separate" / f"{family}, seed {seed}.json"
+    if out.is_file():
+        return
+    train, held_out = recorded.questions(FAMILIES[family])
+    began = time.perf_counter()
+    model = recorded.policy(ReflectiveModel.default(), FAMILIES[family])
+    torch.manual_seed(seed)
+    model.head = SPRM(model.head.hidden_size).requires_grad_(False).eval()
+    learnt = reprompted(model, part_of(train_rollouts(work, family, "steps"), SMALL, seed), train)
+    tuned = tune(model, learnt, lora=None, backbone_lr=1e-4, head_lr=1e-3, seed=seed)
+    training = time.perf_counter() - began
+    tuned.model.model.to(torch.bfloat16)
+    tuned.model.head = tuned.head.to(torch.bfloat16)
+    judged = thinned(load(work / family / "eval", "steps"), EVAL_SAMPLES, 0)
+    rollouts, scores, seconds = scored(tuned.model, reprompted(model, judged, held_out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rollouts.save(out.with_suffix(".rollouts.safetensors"))
+    safetensors.torch.save_file({"log_scores": scores}, out.with_suffix(".scores.safetensors"))
+    began = time.perf_counter()
+    small = head(work, family, SMALL, seed)
+    log_scores(judged, small)
+    own = time.perf_counter() - began
+    counts = {
+        "parameters": sum(p.numel() for p in (*tuned.model.model.parameters(), *tuned.head.parameters())),
+        "sprm_parameters": sum(p.numel() for p in small.parameters()),
+        "trajectories": len(judged), "steps": len(scores), "training_s": training, "scoring_s": seconds, "sprm_scoring_s": own,
+    }  # fmt: skip
+    out.write_text(json.dumps(counts, indent=2) + "\n")
