@@ -254,7 +254,7 @@ def train(
         int | None,
         typer.Option(
             min=0,
-            help="Epochs (head) or steps of plain BCE before the dynamic weights; default: never dynamic; 0: as published.",
+            help="Epochs (head) or steps in plain BCE before dynamic weights; default: never dynamic; 0: as published.",
         ),
     ] = Settings.warmup,
     lr: Annotated[float, typer.Option(min=0, help="Of the head.")] = Settings.lr,

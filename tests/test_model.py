@@ -1,6 +1,7 @@
 """ReflectiveModel: best of N on a tiny byte-level model, and on the embedded default."""
 
 import math
+import shutil
 import string
 import sys
 
@@ -126,6 +127,7 @@ def adapted(small, tmp_path):
     tuned = peft.get_peft_model(net, peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers, init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "tuned")
     tiny.head(seed=1).save_pretrained(tmp_path / "tuned")
+    shutil.copy(tmp_path / "base" / "reflective.json", tmp_path / "tuned")
     return tuned.eval()
 
 

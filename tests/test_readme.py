@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -11,6 +12,7 @@ from test_model import byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import reflective as rf
+from reflective import tasks
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +56,14 @@ def test_strategies(default_model, monkeypatch, tmp_path):
         exec(block.replace("64", "6"), names)  # noqa: S102
     assert (tmp_path / "prune.png").stat().st_size > 10_000
     assert names["first"].tokens >= 8 and names["first"].alive
+
+
+def test_training(default_model):
+    pytest.importorskip("trl")
+    questions = list(itertools.islice(tasks.sums(0, high=9), 8))
+    names = {"model": default_model, "questions": questions}
+    exec(BLOCKS[4].replace("fit(rollouts)", "fit(rollouts, epochs=2)"), names)  # noqa: S102
+    assert names["rollouts"].count.sum() == 8 * 12 and names["head"].hidden_size == 576
 
 
 def test_the_commands_exist_and_the_numbers_have_a_file():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reflective.benchmarks import record
-from reflective.benchmarks.reproduction import heads, rollouts, separate, tables
+from reflective.benchmarks.reproduction import heads, results, rollouts, separate, tables
 from reflective.benchmarks.reproduction.families import FAMILIES
 from reflective.train.data import Rollouts
 
@@ -133,7 +133,17 @@ def test_heads_and_tables_of_a_small_work_directory(tmp_path, monkeypatch):
     assert value("saturation", "sums", "any", "limit") >= value("accuracy against N", "sums", "SPRM", "any@32") - 0.02
     assert ("aggregation", "sums", "min", "best_of@8") in rows and (out / "reproduction.png").is_file()
     assert not any(key[0] in ("after joint training", "separate PRM") for key in rows)
+    text = results.markdown(out)
+    shown = rows["before joint training", "sums", "SPRM", "best_of@8"]
+    assert (
+        f"| best_of@8 | {float(shown['value']):.3f} ({float(shown['low']):.3f}" in text
+        and "## Width of the head" in text
+    )
     steps = record.read("reproduction_divergence", out)
     assert {r["weights"] for r in steps} == set(tables.DIVERGENCE) and json.loads(
         (tmp_path / "divergence.json").read_text()
     )
+
+
+def test_the_recorded_text_is_that_of_the_recorded_numbers():
+    assert results.FILE.read_text(encoding="utf-8") == results.markdown()

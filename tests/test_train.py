@@ -148,7 +148,8 @@ def test_refused(tmp_path):
     with pytest.raises(ValueError, match="task='maths': none of sums, chain_sum, reasoning-gym:<dataset> or a file"):
         train.train(policy(), changed(task="maths"), tmp_path)
     for wrong, message in (
-        ({"way": "both"}, "way='both'"), ({"dtype": "int8"}, "dtype='int8'"), ({"way": "joint", "data": "x"}, "of its own"),
+        ({"way": "both"}, "way='both'"), ({"dtype": "int8"}, "dtype='int8'"),
+        ({"way": "joint", "data": "x"}, "of its own"),
         ({"way": "joint", "group": 3}, "batch=16 is no multiple of group=3"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -236,6 +237,8 @@ def test_backbone_end_to_end_and_gone_on_with(tmp_path, monkeypatch, lora):
 
 
 def test_joint_end_to_end_and_gone_on_with(tmp_path, monkeypatch):
+    from reflective.train import joint
+
     settings, model = changed(way="joint", steps=2), policy()
     report = train.train(model, settings, tmp_path / "whole")
     names = {p.name for p in (tmp_path / "whole").iterdir()}
@@ -251,8 +254,8 @@ def test_joint_end_to_end_and_gone_on_with(tmp_path, monkeypatch):
 
     tell = run._Tell.__call__
 
-    def killing(self, done, **numbers):
-        if self.name == "joint" and done == 2:
+    def killing(self, done, *content, **numbers):
+        if isinstance(self, run._Run) or (self.name == "joint" and done == 2):
             raise Killed
         tell(self, done, **numbers)
 
@@ -261,17 +264,23 @@ def test_joint_end_to_end_and_gone_on_with(tmp_path, monkeypatch):
         train.train(policy(), settings, tmp_path / "killed")
     monkeypatch.setattr(run._Tell, "__call__", tell)
     begun = []
-    from reflective.train import joint
-
     newest = joint.get_last_checkpoint
     monkeypatch.setattr(joint, "get_last_checkpoint", lambda path: begun.append(newest(path)) or begun[-1])
+    write = run._Run._write
+    monkeypatch.setattr(run._Run, "_write", killing)
+    with pytest.raises(Killed):
+        train.train(policy(), settings, tmp_path / "killed")
+    monkeypatch.setattr(run._Run, "_write", write)
     resumed = train.train(policy(), settings, tmp_path / "killed")
-    assert begun[0].endswith("checkpoint-1")
+    assert [Path(path).name for path in begun] == ["checkpoint-1", "checkpoint-2"]
     assert resumed["metrics"]["pass@1"] == report["metrics"]["pass@1"]
     assert resumed["metrics"]["score_gap"]["value"] == pytest.approx(report["metrics"]["score_gap"]["value"], rel=1e-3)
 
 
-def test_joint_of_a_chat_goes_on_from_a_head_with_all_weights(tmp_path):
+def test_joint_of_a_chat_goes_on_from_a_head_with_all_weights(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(run, "_accelerator", lambda: Accelerator(cpu=True))  # as on a GPU: there is one before TRL's
     model = policy(prompt=None)
     model.tokenizer.chat_template = "{% for m in messages %}Q: {{ m['content'] }}\n{% endfor %}"
     tiny.head(seed=7).save_pretrained(tmp_path / "start")

@@ -56,7 +56,7 @@ def test_features_are_the_states_that_scoring_reads():
     rules = {
         "vowels": model.steps,
         "two": rf.StepTokens.from_tokenizer(model.tokenizer, rule="text", delimiter=["ab", "b", "N"]),
-        "some": rf.StepTokens.from_tokenizer(model.tokenizer, rule="contains", delimiter=list("stXY ")),
+        "some": rf.StepTokens.from_tokenizer(model.tokenizer, rule="contains", delimiter=list("RSTUVWXYZ .")),
     }
     views = {
         f"{name} {at}": View(steps, at, layer=-2) for name, steps in rules.items() for at in ("predict", "token")
@@ -72,10 +72,10 @@ def test_features_are_the_states_that_scoring_reads():
         for i in range(len(r)):
             mine, expected = r.trajectory == i, scores.step_positions[i]
             # A step-token that was generated last was never fed: at="token" it has no state.
-            seen = expected < int(r.length[i]) - (view.at == "token")
+            seen = expected < int(r.length[i]) - int(view.at == "token")
             dropped += int((~seen).sum())
             assert r.position[mine].tolist() == expected[seen].tolist()
-            read = r.position[mine] - (view.at == "predict")
+            read = r.position[mine] - int(view.at == "predict")
             torch.testing.assert_close(r.features[mine], hidden(model, r, i)[view.layer][0, read], rtol=1e-4, atol=1e-4)
             if view.layer == -2:
                 own = model.head(r.features[mine]).sigmoid().squeeze(-1)
@@ -85,10 +85,11 @@ def test_features_are_the_states_that_scoring_reads():
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.count, b.count)
 
 
-def test_an_outcome_head_reads_the_last_state_that_was_computed():
+@pytest.mark.parametrize("max_new_tokens", [1, 5])
+def test_an_outcome_head_reads_the_last_state_that_was_computed(max_new_tokens):
     model = reflective("llama")
-    r = together(rolled(model, {"outcome": View(None)}, max_new_tokens=5))["outcome"]
-    assert r.trajectory.tolist() == list(range(len(r))) and (r.length == r.prompt_length + 1).any()
+    r = together(rolled(model, {"outcome": View(None)}, max_new_tokens=max_new_tokens))["outcome"]
+    assert r.trajectory.tolist() == list(range(len(r))) and int((r.length - r.prompt_length).max()) == max_new_tokens
     assert torch.equal(r.position, r.length - 1)
     expected = torch.stack([hidden(model, r, i)[-2][0, -2] for i in range(len(r))])
     torch.testing.assert_close(r.features, expected, rtol=1e-4, atol=1e-4)
@@ -112,6 +113,8 @@ def test_every_draw_is_counted_and_judged():
             same = model.answer(texts[i]) == model.answer(texts[j])
             assert (r.answer[mine[i]] == r.answer[mine[j]]) == same
     assert {0.0, 1.0} < set(r.outcome.nan_to_num(-1).tolist())
+    (greedy,) = roll_out(model, QUESTIONS, **{**SETTINGS, "temperature": 0.0}, verify=judged)
+    assert greedy.count.tolist() == [6] * len(QUESTIONS)
 
 
 def test_questions_without_a_step_leave_the_features_as_they_are():
@@ -130,6 +133,8 @@ def test_a_later_block_is_what_it_is_in_a_whole_run():
     assert len(whole) == 3 and sum(told) == 6 * len(QUESTIONS)
     assert_same(whole[2]["steps"], last["steps"])
     assert last["steps"].question.unique().tolist() == [4]
+    twice = [block.tokens for block in roll_out(model, QUESTIONS[:1] * 2, **SETTINGS, verify=judged, block=1)]
+    assert len(twice) == 2 and not torch.equal(*twice)  # every block has uniforms of its own
 
 
 def test_a_killed_run_goes_on(tmp_path):

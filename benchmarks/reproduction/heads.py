@@ -18,7 +18,7 @@ from .families import FAMILIES
 from .rollouts import LAYERS, RULES, SEEDS, TRAIN, TRAIN_SAMPLES
 
 EPOCHS, LR = 16, 1e-3  # of ablations; the main heads learn four times as long, those of all families twice
-WIDTHS = (72, 288, 4608)  # beside 2 H = 1152
+WIDTHS = (72, 288, 2304)  # beside 2 H = 1152
 QUESTIONS, SAMPLES = (64, 128, 256), (2, 4)  # beside all of them and half of them
 ALL = "all families"
 

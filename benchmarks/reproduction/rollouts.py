@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from reflective.default import HEAD, converted
 from reflective.model import ReflectiveModel
 from reflective.steps import StepTokens
 from reflective.tasks import Question, split
@@ -61,12 +62,9 @@ def rollouts(
     """Answers to ``asked``, kept under ``path``."""
     model = policy(model, family)
     settings: dict[str, Any] = {
-        "temperature": TEMPERATURE,
-        "top_p": 1.0,
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "samples": samples,
-    }
-    settings |= {"seed": seed, "batch_rows": batch_rows, "verify": "answer"}
+        "temperature": TEMPERATURE, "top_p": 1.0, "max_new_tokens": MAX_NEW_TOKENS, "samples": samples, "seed": seed,
+        "batch_rows": batch_rows, "verify": "answer",
+    }  # fmt: skip
 
     def make(first: int) -> Iterator[dict[str, Rollouts]]:
         return roll_out_views(
@@ -74,18 +72,12 @@ def rollouts(
             progress=lambda n: None,
         )  # fmt: skip
 
-    depends = settings | {
-        "use": asdict(model.config),
-        "questions": [q.text for q in asked],
-        "dtype": str(model.model.dtype),
-    }
+    use = {"use": asdict(model.config), "dtype": str(model.model.dtype)}
+    depends = settings | use | {"questions": [q.text for q in asked]}
     return recorded(path, depends, make)
 
 
-def default(dtype: torch.dtype) -> ReflectiveModel:
+def default(dtype: torch.dtype, head: Path | None = None) -> ReflectiveModel:
     """The embedded model. Rollouts run in bfloat16: its matrix products are four times as fast as float32's on a CPU that
-    has them in hardware."""
-    model = ReflectiveModel.default()
-    model.model.to(dtype)
-    model.head.to(dtype)
-    return model
+    has them in hardware. It is loaded so: ``model.to(bfloat16)`` would round the frequencies of the rotary embedding too."""
+    return ReflectiveModel.from_pretrained(converted(), head=head or HEAD, dtype=dtype)

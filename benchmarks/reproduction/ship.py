@@ -1,8 +1,7 @@
 """What the package ships: head, adapter if joint training helped, pruning rule and report of the embedded model."""
 
 import json
-import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -10,54 +9,77 @@ import torch
 
 from reflective.default import HEAD
 from reflective.model import CONFIG_NAME, ReflectiveModel
+from reflective.sprm import SPRM
 from reflective.strategies.prune import Prune
+from reflective.train.head import fit
 from reflective.train.metrics import Metric, evaluate
 
-from . import heads, rollouts
+from . import heads, joint, rollouts
 from .families import FAMILIES
 
 FAMILY, SEED, CALIBRATED = "sums", 0, 40  # the family that `reflective demo` asks; questions of the pruning rule
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER_DTYPE = torch.bfloat16  # of the adapter's file: half of the trained float32
 
 
-def candidates(work: Path) -> dict[str, tuple[Path | None, dict[str, Metric], int]]:
-    """What could be shipped: where its adapter lies, what it is worth on held-out questions, how many these are."""
-    held_out = heads.load(work / FAMILY / "eval", "steps")
-    found = {"frozen backbone": (None, evaluate(held_out, heads.head(work, FAMILY, heads.MAIN, SEED)), rollouts.EVAL)}
-    place = work / "joint" / f"seed {SEED}"
-    if (place / FAMILY).is_dir():
-        from reflective.sprm import SPRM
+@dataclass(frozen=True)
+class Candidate:
+    """Attributes: ``head``; ``adapter``: where it lies, None for the frozen backbone; ``metrics`` on ``questions`` held out."""
 
+    head: SPRM
+    adapter: Path | None
+    metrics: dict[str, Metric]
+    questions: int
+
+
+def candidates(work: Path) -> dict[str, Candidate]:
+    """What could be shipped: the head of the frozen backbone; policy and head as joint training left them; that policy with
+    a head fitted to rollouts of its own."""
+    family, place = FAMILIES[FAMILY], work / "joint" / f"seed {SEED}"
+    frozen = heads.head(work, FAMILY, heads.MAIN, SEED)
+    held_out = heads.load(work / FAMILY / "eval", "steps")
+    found = {"head alone": Candidate(frozen, None, evaluate(held_out, frozen), rollouts.EVAL)}
+    if (place / FAMILY).is_dir():
         own = heads.load(place / FAMILY, "steps")
-        found["joint training"] = (place, evaluate(own, SPRM.from_pretrained(place)), len(own.question.unique()))
+        together = SPRM.from_pretrained(place)
+        again = rollouts.rollouts(
+            joint.merged(place), family, rollouts.questions(family)[0], place / f"{FAMILY}, train",
+            samples=rollouts.TRAIN_SAMPLES, seed=5, all_views=False,
+        )["steps"]  # fmt: skip
+        refitted = fit(again, epochs=heads.MAIN.epochs, lr=heads.LR, seed=SEED)
+        for name, head in (("joint training", together), ("joint training, head fitted again", refitted)):
+            found[name] = Candidate(head, place, evaluate(own, head), len(own.question.unique()))
     return found
 
 
 def ship(work: Path, target: Path = HEAD) -> None:
     """Write the better of the two, by best of 8, into ``target``."""
     found = candidates(work)
-    name = max(found, key=lambda k: found[k][1]["best_of@8"].value)
-    adapter, metrics, questions = found[name]
+    name = max(found, key=lambda k: found[k].metrics["best_of@8"].value)
+    best = found[name]
     for file in ("adapter_model.safetensors", "adapter_config.json", "prune.json"):
         (target / file).unlink(missing_ok=True)
-    source = adapter or heads.head_file(work, FAMILY, heads.MAIN, SEED)
-    from reflective.sprm import SPRM
-
-    SPRM.from_pretrained(source).float().save_pretrained(target)
-    if adapter:
-        weights = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
+    best.head.float().save_pretrained(target)
+    if best.adapter:
+        weights = safetensors.torch.load_file(best.adapter / "adapter_model.safetensors")
         safetensors.torch.save_file(
             {k: v.to(ADAPTER_DTYPE) for k, v in weights.items()}, target / "adapter_model.safetensors"
         )
-        shutil.copy(adapter / "adapter_config.json", target)
+        config = json.loads((best.adapter / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = BASE  # not the directory of this machine
+        (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (target / CONFIG_NAME).write_text(json.dumps(asdict(FAMILIES[FAMILY].config), indent=2) + "\n")
     report = {
-        "family": FAMILY, "trained": name, "seed": SEED, "questions": questions, "samples": rollouts.EVAL_SAMPLES,
-        "temperature": rollouts.TEMPERATURE, "metrics": {k: asdict(m) for k, m in metrics.items()},
-        "frozen backbone": {k: asdict(m) for k, m in found["frozen backbone"][1].items()},
+        "family": FAMILY, "trained": name, "seed": SEED, "questions": best.questions, "samples": rollouts.EVAL_SAMPLES,
+        "temperature": rollouts.TEMPERATURE, "metrics": _plain(best.metrics),
+        "others": {other: _plain(c.metrics) for other, c in found.items() if other != name},
     }  # fmt: skip
     (target / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     asked = rollouts.questions(FAMILIES[FAMILY])[1][:CALIBRATED]
     model = ReflectiveModel.default(head=target)
-    found = model.generate([q.text for q in asked], n=8, seed=0, max_new_tokens=64, batch_rows=128)
-    Prune.calibrate(found, risk=0.05).save(target)
+    answered = model.generate([q.text for q in asked], n=8, seed=0, max_new_tokens=64, batch_rows=128)
+    Prune.calibrate(answered, risk=0.05).save(target)
+
+
+def _plain(metrics: dict[str, Metric]) -> dict[str, dict[str, float]]:
+    return {name: asdict(metric) for name, metric in metrics.items()}

@@ -18,31 +18,26 @@ from reflective.train.data import Rollouts
 from reflective.train.head import fit
 from reflective.train.metrics import Metric, evaluate, evaluate_seeds, log_scores, saturation
 
-from . import heads
+from . import heads, results
 from .families import FAMILIES
-from .rollouts import SEEDS
+from .rollouts import SEEDS, TRAIN_SAMPLES
 from .separate import EVAL_SAMPLES
 
 NS = (2, 8, 32)
 CURVE = (1, 2, 4, 8, 16, 32)
 SHORT = (
-    "pass@1",
-    "majority@8",
-    "weighted_vote@8",
-    "best_of@8",
-    "any@8",
-    "auc_step",
-    "auc_within",
-    "score_gap",
-    "kept",
-    "ece",
-)
+    "pass@1", "majority@8", "weighted_vote@8", "best_of@8", "any@8", "auc_step", "auc_within", "score_gap", "kept", "ece",
+)  # fmt: skip
 DIVERGENCE = {
     "plain BCE": None,
     f"dynamic after {heads.EPOCHS // 2} epochs": heads.EPOCHS // 2,
     "dynamic from the start": 0,
 }
 
+DEFAULTS = {  # what the baseline is called in each group of ablations
+    "weights": "plain BCE, balance within questions", "at": "predict", "layer": "-2", "width": "1152",
+    "step rule": "full stop and blank line",
+}  # fmt: skip
 WATCHED = ("score_correct", "score_incorrect", "auc_within", "best_of@8", "kept")
 
 Run = tuple[Rollouts, SPRM | Tensor]
@@ -57,14 +52,8 @@ class Tables:
         self.held_out = cache(lambda family, view: heads.load(work / family / "eval", view))
 
     def add(
-        self,
-        table: str,
-        family: str,
-        variant: str,
-        runs: Sequence[Run],
-        measures: Iterable[str] | None = None,
-        **how: Any,
-    ) -> dict[str, Metric]:
+        self, table: str, family: str, variant: str, runs: Sequence[Run], measures: Iterable[str] | None = None, **how: Any
+    ) -> dict[str, Metric]:  # fmt: skip
         """A row for each measure of ``runs``, one a seed."""
         found = evaluate_seeds(runs, **how)
         questions = len(torch.cat([r.question for r, _ in runs]).unique())
@@ -157,33 +146,20 @@ class Tables:
     def ablations(self) -> None:
         """Everything that differs from the baseline in one thing."""
         for family in FAMILIES:
+            main, baseline = self.runs(family, heads.MAIN), self.runs(family, heads.BASELINE)
             for how in AGGREGATIONS:
-                runs = self.runs(family, heads.MAIN)
-                self.add(
-                    "aggregation",
-                    family,
-                    how,
-                    runs,
-                    ("best_of@2", "best_of@8", "best_of@32", "auc_within"),
-                    n=NS,
-                    aggregation=how,
-                )
+                measures = (*(f"best_of@{n}" for n in NS), "weighted_vote@8", "auc_within")
+                self.add("aggregation", family, how, main, measures, n=NS, aggregation=how)
             for v in heads.variants():
                 if v.group != "main":
                     self.add(v.group, family, v.name, self.runs(family, v), SHORT, n=(8,))
-            for group, name in (
-                ("weights", "plain BCE, balance within questions"),
-                ("at", "predict"),
-                ("layer", "-2"),
-                ("width", "1152"),
-                ("step rule", "full stop and blank line"),
-            ):
-                self.add(group, family, name, self.runs(family, heads.BASELINE), SHORT, n=(8,))
+            for group, name in DEFAULTS.items():
+                self.add(group, family, name, baseline, SHORT, n=(8,))
             self.add(
                 "rollouts",
                 family,
-                f"{heads.MAIN.questions} questions x 12",
-                self.runs(family, heads.MAIN),
+                f"{heads.MAIN.questions} questions x {TRAIN_SAMPLES}, 4 x the epochs",
+                main,
                 SHORT,
                 n=(8,),
             )
@@ -222,7 +198,7 @@ class Tables:
 
 
 def make(work: Path, out: Path = RESULTS) -> None:
-    """Write every table that the work directory has the data for, and draw the pictures."""
+    """Write every table that the work directory has the data for, and draw the pictures; the recorded ones as text too."""
     tables = Tables(work)
     for fill in (tables.selection, tables.compared, tables.ablations):
         fill()
@@ -234,6 +210,8 @@ def make(work: Path, out: Path = RESULTS) -> None:
         file.write_text(json.dumps(tables.divergence()))
     write("reproduction_divergence", json.loads(file.read_text()), out)
     draw(out)
+    if out == RESULTS:
+        results.FILE.write_text(results.markdown(out), encoding="utf-8")
 
 
 def draw(out: Path = RESULTS) -> None:
@@ -242,11 +220,8 @@ def draw(out: Path = RESULTS) -> None:
     fig, axes = plt.subplots(2, len(FAMILIES), figsize=(4.2 * len(FAMILIES), 7), layout="constrained")
     curve = [r for r in rows if r["table"] == "accuracy against N"]
     names = {
-        "any": "one of N is right",
-        "best_of": "best of N by score",
-        "weighted_vote": "score-weighted vote",
-        "majority": "majority",
-    }
+        "any": "one of N is right", "best_of": "best of N by score", "weighted_vote": "score-weighted vote", "majority": "majority",
+    }  # fmt: skip
     for ax, family in zip(axes[0], FAMILIES, strict=True):
         at = {r["measure"]: [float(r[k]) for k in ("value", "low", "high")] for r in curve if r["family"] == family}
         for (how, label), color in zip(names.items(), ("0.6", "C0", "C2", "C1"), strict=True):

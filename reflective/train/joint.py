@@ -41,7 +41,7 @@ def train_jointly(
         questions: in random order, as often as ``settings.steps`` take.
         path: of TRL's checkpoints; a run that was killed goes on from the newest.
         processes: among which a batch is divided; the trainer finds them itself.
-        tell: called with the optimizer step and by name, where they are known, ``reward``, ``loss``, ``kept`` and ``gap``.
+        tell: called with the optimizer step, and by name with ``reward``, ``loss``, ``kept`` and ``gap`` if known.
 
     Raises:
         ValueError: a batch that cannot be divided, or full training of a model that is not float32.
@@ -55,7 +55,7 @@ def train_jointly(
     rows = max(n for n in range(1, share + 1) if share % n == 0 and (n == 1 or n * s.max_new_tokens <= _TOKENS))
     templated = model.config.prompt is None and model.tokenizer.chat_template is not None
     prompts = [[{"role": "user", "content": q.text}] if templated else model.format(q.text) for q in questions]
-    # The whole run is one epoch: a trainer that resumes knows where in an epoch it was, but not how the next ones are dealt.
+    # The whole run is one epoch: a resumed trainer knows where in an epoch it was, but deals the next ones anew.
     asked = s.steps * s.batch // s.group
     dealer = torch.Generator().manual_seed(s.seed)
     dealt = [torch.randperm(len(questions), generator=dealer) for _ in range(-(-asked // len(questions)))]

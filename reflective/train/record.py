@@ -20,7 +20,8 @@ def record_features(
 ) -> Rollouts:
     """``rollouts`` with the states of their steps, by one forward of the backbone up to its last layer.
 
-    They are those that ``roll_out`` keeps while decoding: with ``at="token"`` a step-token that ends its response has none.
+    They are those that ``roll_out`` keeps while decoding: with ``at="token"`` a step-token that ends its response has
+    none.
 
     Args:
         batch_tokens: padded tokens a forward.

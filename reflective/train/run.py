@@ -53,10 +53,10 @@ def train(
 ) -> dict[str, Any]:
     """Roll out or read, train, and measure on questions that training never saw.
 
-    Ways ``backbone`` and ``joint`` begin with a head that is fitted to the model as it is, or with ``continue_head``: what is
-    measured with that is their ``before``. They train ``model`` in place, and leave a LoRA adapter merged into it. Under
-    ``accelerate launch`` the processes share the work; the main one writes. A run that was killed goes on, and one that is
-    over only returns its report.
+    Ways ``backbone`` and ``joint`` begin with a head fitted to the model as it is, or ``continue_head``; ``before``
+    is measured with that. They train ``model`` in place, and leave a LoRA adapter merged into it. Under ``accelerate
+    launch`` the processes share the work; the main one writes. A run that was killed goes on, and one that is over only
+    returns its report.
 
     ==============================  ==================================================================================
     ``score_module.safetensors``    the head; ``score_module.pt`` too if ``published``
@@ -64,7 +64,7 @@ def train(
     ``adapter_*`` or the model      of ways ``backbone`` and ``joint``, with the tokenizer
     ``report.json``                 what is returned
     ``log.jsonl``                   loss, kept steps and score gap of every epoch or step
-    ``rollouts/``                   answers and features, for a killed run, or for another with other settings of training
+    ``rollouts/``                   answers and features, for a killed run or one with other settings of training
     ``unfinished-*/``               states of training, until the run is over
     ==============================  ==================================================================================
 
@@ -73,13 +73,13 @@ def train(
         bars: shows every stage; None: nothing is shown.
 
     Returns:
-        ``run`` (its settings, and fingerprints of model and files), ``versions``, ``rollouts`` (counts), ``seconds`` (of each
-        stage, since the last start), ``metrics`` and ``before``: by name ``value``, ``low`` and ``high`` as ``evaluate`` gives
-        them, None for NaN.
+        ``run`` (settings; fingerprints of model and files), ``versions``, ``rollouts`` (counts), ``seconds`` (of each
+        stage, since the last start), ``metrics`` and ``before``: by name ``value``, ``low`` and ``high`` as from
+        ``evaluate``, None for NaN.
 
     Raises:
-        ValueError: an unknown task, too few questions, no way to judge answers, nothing to learn from, or ``output`` holds
-            rollouts of another model or made with other settings.
+        ValueError: an unknown task, too few questions, no way to judge answers, nothing to learn from, or ``output``
+            holds rollouts of another model or made with other settings.
         ImportError: a package of the ``train`` extra is missing.
     """
     with extras():
@@ -115,10 +115,13 @@ class _Run:
         self.counts: dict[str, dict[str, float]] = {}
         s, sources = settings, [Path(source) for source in (settings.data, settings.task) if source is not None]
         self.policy = {
-            "model": fingerprint(model.model.parameters()), "use": asdict(model.config), "dtype": s.dtype, "seed": s.seed,
+            "model": fingerprint(model.model.parameters()), "use": asdict(model.config), "dtype": s.dtype,
+            "seed": s.seed,
             "files": [hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in sources if f.is_file()],
         }  # fmt: skip
-        self.run = json.loads(json.dumps(self.policy | asdict(s)))
+        self.start = SPRM.from_pretrained(s.continue_head).float() if s.continue_head else None
+        start = self.start and fingerprint(self.start.parameters())
+        self.run = json.loads(json.dumps(self.policy | asdict(s) | {"start": start}))
         name = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()[:8]
         self.unfinished = output / f"unfinished-{name}"
 
@@ -146,11 +149,11 @@ class _Run:
             held_out = self._features("eval", held_out)
         else:
             learnt, held_out = None, self._answers("eval")
-        if s.continue_head is None or s.way == "head":
+        if self.start is None or s.way == "head":
             learnt = self._features("train", learnt) if s.data else self._answers("train")
             head = self._fit(learnt, held_out)
         else:
-            head = SPRM.from_pretrained(s.continue_head).float().to(self.processes.device)
+            head = self.start.to(self.processes.device)
             if s.way == "backbone" and not s.data:
                 learnt = self._answers("train")
         found = self._measure(held_out, head)
@@ -170,7 +173,7 @@ class _Run:
         held_out = self._features("after", held_out) if s.data else self._answers("after")
         return {"metrics": self._measure(held_out, trained.head), "before": found}
 
-    # -- stages ----------------------------------------------------------------------------------------------------------
+    # -- stages --------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _questions(self) -> dict[str, list[Question]]:
@@ -259,8 +262,7 @@ class _Run:
             return fit(
                 learnt, epochs=s.epochs, warmup=s.warmup if s.way == "head" else None, lr=s.lr, batch=s.batch,
                 width=s.width, within_questions=s.within_questions, class_balance=s.class_balance, seed=s.seed,
-                init=SPRM.from_pretrained(s.continue_head) if s.continue_head else None, on_epoch=on_epoch,
-                checkpoint=self.unfinished / "fit", accelerator=self.accelerator,
+                init=self.start, on_epoch=on_epoch, checkpoint=self.unfinished / "fit", accelerator=self.accelerator,
             )  # fmt: skip
 
     def _tune(self, learnt: Rollouts) -> "Tuned":
@@ -295,7 +297,7 @@ class _Run:
             found = evaluate(rollouts, head, n=sorted({2, 8, max(2, int(draws.min()))}))
         return {name: _without_nan(asdict(metric)) for name, metric in found.items()}
 
-    # -- what they share -------------------------------------------------------------------------------------------------
+    # -- what they share -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def _stage(self, name: str, total: float | None) -> Iterator["_Tell"]:

@@ -121,7 +121,7 @@ class Sampler:
         for name, (value, bound) in least.items():
             if value < bound:
                 raise ValueError(f"{name}={value} must be at least {bound}")
-        name, self.inputs = type(model).__name__, inspect.signature(model.forward).parameters
+        name, self.inputs = type(model).__name__, inspect.signature(type(model).forward).parameters
         check_cache(model)
         if not model._can_set_attn_implementation():
             raise ValueError(f"model: the attention of {name} cannot be exchanged; sample with generate")
@@ -181,7 +181,16 @@ class Sampler:
         """Keys and values [heads, P, size] of ``ids``, layer by layer."""
         cache = DynamicCache()
         self._call([ids], cache)
-        return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+        held = [(layer.keys[0], layer.values[0]) for layer in cache.layers if layer.keys is not None]
+        self._check_attended(len(held))
+        return held
+
+    def _check_attended(self, n: int) -> None:
+        if n != len(self.backbone.layers):
+            raise ValueError(
+                f"model: {n} of the {len(self.backbone.layers)} layers of {type(self.model).__name__} attend through "
+                "transformers' attention interface, each with keys of its own; sample with generate"
+            )
 
     def _feed(
         self, feed: list[list[int]], rows: list[_Row], first: int, shared: int, cache: "_Cache"
@@ -197,7 +206,7 @@ class Sampler:
             device=self.backbone.device,
         )
         cache.place(first, column, max(r.fed for r in rows) + width)
-        with self._listening(cache) as heard:
+        with self._listening() as heard:
             try:
                 logits = self._call([[0] * (width - len(f)) + f for f in feed], cache, position_ids=column + shared)
             except (AttributeError, TypeError) as error:  # it gets no keys back from the cache
@@ -205,11 +214,7 @@ class Sampler:
                     f"model: {type(self.model).__name__} does not hand its keys on as the cache gave them ({error}); "
                     "sample with generate"
                 ) from error
-        if cache.attended != len(self.backbone.layers):
-            raise ValueError(
-                f"model: {cache.attended} of the {len(self.backbone.layers)} layers of {type(self.model).__name__} attend "
-                "through transformers' attention interface; sample with generate"
-            )
+        self._check_attended(cache.attended)
         for r, f in zip(rows, feed, strict=True):
             r.fed += len(f)
         return logits, torch.stack([heard[n][:, -1] for n in self.layers], 1) if self.layers else logits[:, :0]
@@ -228,23 +233,18 @@ class Sampler:
         return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1]
 
     @contextmanager
-    def _listening(self, cache: "_Cache") -> Iterator[dict[int, Tensor]]:
+    def _listening(self) -> Iterator[dict[int, Tensor]]:
         """Within, attention is ours, and what enters the layers asked for is heard: [R, q, H] each."""
         layers, decoder, heard = self.backbone.layers, self.backbone.decoder, {}
 
-        def listener(n: int) -> Any:
-            def hear(module: Any, args: tuple, kwargs: dict) -> None:
-                heard[n] = args[0] if args else kwargs["hidden_states"]
+        def hear(n: int, hidden: Tensor) -> None:
+            heard[n] = hidden
 
-            return hear
-
-        def hear_end(module: Any, args: tuple, output: Any) -> None:
-            heard[len(layers)] = output[0]
-
+        hooks = [decoder.register_forward_hook(lambda module, args, output: hear(len(layers), output[0]))]
+        for n in set(self.layers) - {len(layers)}:
+            hook = lambda module, args, given, n=n: hear(n, args[0] if args else given["hidden_states"])
+            hooks.append(layers[n].register_forward_pre_hook(hook, with_kwargs=True))
         before = decoder.config._attn_implementation
-        hooks = [decoder.register_forward_hook(hear_end)] + [
-            layers[n].register_forward_pre_hook(listener(n), with_kwargs=True) for n in self.layers if n < len(layers)
-        ]
         decoder.config._attn_implementation = {"": _ATTENTION}
         try:
             yield heard
@@ -261,9 +261,7 @@ class Sampler:
         size = _PIECE if logits.device.type == "cpu" else len(fed)
         pieces = (self._draw(fed[i : i + size], logits[i : i + size]) for i in range(0, len(fed), size))
         drawn = itertools.chain.from_iterable(pieces)
-        heirs = list(
-            zip(rows[:first], range(first), strict=True)
-        )  # rows that go on, beside the slot whose keys they need
+        heirs = [(r, i) for i, r in enumerate(rows[:first])]  # that go on, beside the slot whose keys they need
         ended: list[tuple[_Row, str]] = []
         for i, r in enumerate(fed):
             r.states.append((states, i))

@@ -1,4 +1,4 @@
-"""What a training run depends on beside the model. The command line reads the defaults here, without importing torch."""
+"""What a training run depends on beside the model. No torch here: the command line has its defaults from this."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,14 +15,14 @@ class Settings:
         task: ``sums``, ``chain_sum``, ``reasoning-gym:<dataset>``, or a JSONL or parquet file, see ``read_questions``.
         verifier: see ``verify.verifier``; None: that of the reasoning-gym dataset, else ``answer``.
         data: JSONL or parquet file of judged responses, in place of a task, see ``read_rollouts``.
-        questions, eval_questions: to learn from, and others to measure on. Of ``data`` at most a third is for measuring, and
-            all the rest is learnt from.
+        questions, eval_questions: to learn from, and others to measure on. Of ``data`` at most a third is measured on,
+            and the rest is learnt from.
         samples: responses to each question.
         temperature, top_p, max_new_tokens: of responses.
         batch_rows: responses decoded together.
         epochs: passes of the head alone over the rollouts.
-        warmup: epochs (``head``) or optimizer steps in plain BCE before the dynamic weights; None: never dynamic; 0: from the
-            start, as published. The head that other ways begin with is always fitted in plain BCE.
+        warmup: epochs (``head``) or optimizer steps in plain BCE before the dynamic weights; None: never dynamic; 0:
+            from the start, as published. The head that other ways begin with is always fitted in plain BCE.
         lr: of the head; published ones were trained with 1e-5.
         batch: different trajectories an optimizer step (``joint``: answers), over all processes.
         within_questions: only questions answered both ways, their two sides weighted equally.
@@ -34,8 +34,8 @@ class Settings:
         backbone_epochs: passes over the rollouts (``backbone``).
         steps, group: optimizer steps, and answers to each of their questions (``joint``).
         gradient_checkpointing: run layers twice and keep less (``backbone``, ``joint``).
-        dtype: of rollouts and of the matrix products in training: ``bfloat16``, ``float32``, or ``auto``: rollouts in the
-            model's own, training in bfloat16.
+        dtype: of rollouts and of the matrix products in training: ``bfloat16``, ``float32``, or ``auto``: rollouts in
+            the model's own, training in bfloat16. A head alone is always fitted in float32.
         seed: of everything that is random.
         published: write ``score_module.pt`` too.
     """

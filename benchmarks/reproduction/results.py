@@ -1,0 +1,89 @@
+"""``RESULTS.md`` beside this file: the recipe's CSV files as tables to read."""
+
+from pathlib import Path
+
+from reflective.benchmarks.record import RESULTS, read
+
+from .families import FAMILIES
+
+FILE = Path(__file__).with_name("RESULTS.md")
+SELECTION = ("pass@1", *(f"{how}@{n}" for n in (2, 8, 32) for how in ("majority", "weighted_vote", "best_of", "any")))
+QUALITY = ("auc_within", "auc_trajectory", "auc_step", "score_correct", "score_incorrect", "kept", "ece")
+ABLATIONS = {
+    "rollouts": "How many rollouts the head learns from",
+    "weights": "Weights of the loss",
+    "layer": "Which hidden state the head reads (`hidden_states[...]`; -1 is after the final norm)",
+    "at": "Which token's state is the feature of a step",
+    "step rule": "Where steps end",
+    "width": "Width of the head",
+    "transfer": "Heads on other families than their own",
+}
+HEAD = """# The paper's result in miniature
+
+Written by `python -m reflective.benchmarks.reproduction` from `benchmarks/results/reproduction*.csv`, which hold every number with
+hardware and versions. SmolLM2-135M-Instruct; {seeds} seeds, {questions} questions a family that nothing was trained on, 32 answers to
+each, temperature 0.8. In brackets 95 % intervals, resampled over questions and seeds. Questions and prompts: `families.py`.
+"""
+
+
+def markdown(folder: Path = RESULTS) -> str:
+    """The text of ``RESULTS.md``."""
+    rows = read("reproduction", folder)
+    found: dict[tuple[str, str], dict[tuple[str, str], dict[str, str]]] = {}
+    for r in rows:
+        found.setdefault((r["table"], r["variant"]), {})[r["family"], r["measure"]] = r
+    first = next(r for r in rows if r["measure"] == "pass@1")
+    parts = [HEAD.format(seeds=first["seeds"], questions=first["questions"])]
+    for names, title in (
+        (("before joint training", "after joint training"), "Choosing by score, before and after joint training"),
+        (("outcome head",), "Against a head at the last token alone"),
+        (("separate PRM",), "Against a separate PRM, trained on the same rollouts"),
+    ):
+        for family in FAMILIES:
+            variants = [
+                (key[1] if len(names) == 1 else f"{key[1]}, {key[0]}", cells)
+                for key, cells in found.items()
+                if key[0] in names and (family, "pass@1") in cells
+            ]
+            measures = [m for m in (*SELECTION, *QUALITY) if any((family, m) in cells for _, cells in variants)]
+            if variants:
+                lines = [[m, *(_show(cells.get((family, m))) for _, cells in variants)] for m in measures]
+                parts += [f"## {title}: {family}\n", _table([family, *(name for name, _ in variants)], lines)]
+    costs = found.get(("separate PRM", "cost"), {})
+    if costs:
+        lines = [[measure.replace("_", " "), row["value"]] for (_, measure), row in costs.items()]
+        parts += ["## What a separate PRM costs\n", _table(["", "median of the seeds"], lines)]
+    for table, title in ABLATIONS.items():
+        parts += [f"## {title}\n", _by_family(found, table, ("best_of@8", "auc_within"))]
+    parts += ["## How step scores become one\n", _by_family(found, "aggregation", ("best_of@8", "best_of@32"))]
+    lines = [
+        [f"{family}, {how}", *(cells[family, name]["value"] for name in ("limit", "rate", "n95"))]
+        for (table, how), cells in found.items()
+        if table == "saturation"
+        for family in FAMILIES
+    ]
+    parts += [
+        "## Accuracy against N, fitted by limit - gain N^-rate\n",
+        _table(["", "limit", "rate", "N with 95 % of the gain"], lines),
+    ]
+    return "\n".join(parts)
+
+
+def _by_family(found: dict, table: str, measures: tuple[str, ...]) -> str:
+    lines = [
+        [variant, *(_show(cells.get((family, m))) for family in FAMILIES for m in measures)]
+        for (name, variant), cells in found.items()
+        if name == table
+    ]
+    return _table(["", *(f"{family}, {m}" for family in FAMILIES for m in measures)], lines)
+
+
+def _show(row: dict[str, str] | None) -> str:
+    if row is None:
+        return ""
+    return f"{float(row['value']):.3f} ({float(row['low']):.3f} – {float(row['high']):.3f})"
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    cells = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
