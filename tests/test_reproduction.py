@@ -95,10 +95,10 @@ def test_heads_and_tables_of_a_small_work_directory(tmp_path, monkeypatch):
     """All stages behind the rollouts, on rollouts whose features tell right from wrong."""
     monkeypatch.setattr(heads, "TRAIN", 40)
     main, small = (
-        heads.Variant(v.group, v.name, view="steps", questions=40, epochs=6) for v in (heads.MAIN, heads.SMALL)
+        heads.Variant(v.group, v.name, view="steps", questions=40, epochs=6) for v in (heads.MAIN, heads.BASELINE)
     )
     token = heads.Variant("at", "token", view="token", questions=20, epochs=6)
-    for name, value in {"MAIN": main, "OUTCOME": main, "BASELINE": main, "SMALL": small}.items():
+    for name, value in {"MAIN": main, "OUTCOME": main, "BASELINE": small}.items():
         monkeypatch.setattr(heads, name, value)
     monkeypatch.setattr(heads, "variants", lambda: [main, small, token])
     monkeypatch.setattr(heads, "EPOCHS", 2)

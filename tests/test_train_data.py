@@ -322,7 +322,7 @@ def test_functions(tmp_path, monkeypatch):
     assert verifier(lambda response, question: response == question.text)("", asked) == 1
     with pytest.raises(ValueError, match="verdict returned 0.5"):
         judge("half", asked)
-    with pytest.raises(AttributeError, match="nothing"):
+    with pytest.raises(ValueError, match="nothing"):
         verifier("my_verdicts:nothing")
     for spec in ("maths", "reasoning-gym:", "a b:c", ":"):
         with pytest.raises(ValueError, match=f"verifier='{spec}'; expected answer"):

@@ -19,7 +19,8 @@ from .rollouts import LAYERS, RULES, SEEDS, TRAIN, TRAIN_SAMPLES
 
 EPOCHS, LR = 16, 1e-3  # of ablations; the main heads learn four times as long, those of all families twice
 WIDTHS = (72, 288, 2304)  # beside 2 H = 1152
-QUESTIONS, SAMPLES = (64, 128, 256), (2, 4)  # beside all of them and half of them
+ABLATED = 256  # questions that ablations learn from
+QUESTIONS, SAMPLES = (64, 128, 512), (2, 4)  # beside these, and beside all draws
 ALL = "all families"
 
 
@@ -30,7 +31,7 @@ class Variant:
     group: str
     name: str
     view: str = "steps"
-    questions: int = TRAIN // 2
+    questions: int = ABLATED
     samples: int = TRAIN_SAMPLES
     epochs: int = EPOCHS
     settings: dict[str, Any] = field(default_factory=dict)
@@ -41,9 +42,8 @@ class Variant:
 
 
 MAIN = Variant("main", "SPRM", questions=TRAIN, epochs=4 * EPOCHS)
-BASELINE = Variant("rollouts", f"{TRAIN // 2} questions x {TRAIN_SAMPLES}")  # ablations differ from it in one thing
+BASELINE = Variant("rollouts", f"{ABLATED} questions x {TRAIN_SAMPLES}")  # ablations differ from it in one thing
 OUTCOME = Variant("main", "outcome head", view="outcome", questions=TRAIN, epochs=4 * EPOCHS)
-SMALL = Variant("rollouts", f"256 questions x {TRAIN_SAMPLES}", questions=256)  # what a separate PRM is compared on
 
 
 def variants() -> list[Variant]:
@@ -68,7 +68,7 @@ def variants() -> list[Variant]:
         *(Variant("width", str(width), settings={"width": width}) for width in WIDTHS),
         *(Variant("step rule", name, view=name) for name in RULES),
         *(Variant("rollouts", f"{q} questions x {TRAIN_SAMPLES}", questions=q) for q in QUESTIONS),
-        *(Variant("rollouts", f"{TRAIN // 2} questions x {s}", samples=s) for s in SAMPLES),
+        *(Variant("rollouts", f"{ABLATED} questions x {s}", samples=s) for s in SAMPLES),
     ]
 
 

@@ -21,7 +21,7 @@ from reflective.train.metrics import log_scores
 
 from . import rollouts as recorded
 from .families import FAMILIES
-from .heads import SMALL, head, load, part_of, thinned, train_rollouts
+from .heads import BASELINE, head, load, part_of, thinned, train_rollouts
 
 FAMILY = "sums"
 EVAL_SAMPLES = 8  # of the 32: scoring them all by a second model takes as long as decoding them
@@ -62,7 +62,7 @@ def scored(model: ReflectiveModel, rollouts: Rollouts) -> tuple[Rollouts, Tensor
 
 
 def compare(work: Path, family: str, seed: int) -> None:
-    """Train one on the rollouts that the SPRM ``heads.SMALL`` learnt from, score held-out responses; both into ``work``."""
+    """Train one on the rollouts that the SPRM ``heads.BASELINE`` learnt from, score held-out responses; both into ``work``."""
     out = work / "separate" / f"{family}, seed {seed}.json"
     if out.is_file():
         return
@@ -71,7 +71,7 @@ def compare(work: Path, family: str, seed: int) -> None:
     model = recorded.policy(ReflectiveModel.default(), FAMILIES[family])
     torch.manual_seed(seed)
     model.head = SPRM(model.head.hidden_size).requires_grad_(False).eval()
-    learnt = reprompted(model, part_of(train_rollouts(work, family, "steps"), SMALL, seed), train)
+    learnt = reprompted(model, part_of(train_rollouts(work, family, "steps"), BASELINE, seed), train)
     tuned = tune(model, learnt, lora=None, backbone_lr=1e-4, head_lr=1e-3, seed=seed)
     training = time.perf_counter() - began
     tuned.model.model.to(torch.bfloat16)
@@ -82,7 +82,7 @@ def compare(work: Path, family: str, seed: int) -> None:
     rollouts.save(out.with_suffix(".rollouts.safetensors"))
     safetensors.torch.save_file({"log_scores": scores}, out.with_suffix(".scores.safetensors"))
     began = time.perf_counter()
-    small = head(work, family, SMALL, seed)
+    small = head(work, family, BASELINE, seed)
     log_scores(judged, small)
     own = time.perf_counter() - began
     counts = {

@@ -53,7 +53,7 @@ def candidates(work: Path) -> dict[str, Candidate]:
 
 
 def ship(work: Path, target: Path = HEAD) -> None:
-    """Write the better of the two, by best of 8, into ``target``."""
+    """Write the best of them, by best of 8, into ``target``, measured there as it is shipped, in float32, on other questions."""
     found = candidates(work)
     name = max(found, key=lambda k: found[k].metrics["best_of@8"].value)
     best = found[name]
@@ -69,16 +69,22 @@ def ship(work: Path, target: Path = HEAD) -> None:
         config["base_model_name_or_path"] = BASE  # not the directory of this machine
         (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (target / CONFIG_NAME).write_text(json.dumps(asdict(FAMILIES[FAMILY].config), indent=2) + "\n")
+    model = ReflectiveModel.default(head=target)
+    held_out = rollouts.questions(FAMILIES[FAMILY])[1]
+    others = held_out[SEED + 1 :: rollouts.SEEDS]  # than those by which it was chosen
+    answered = rollouts.rollouts(
+        model, FAMILIES[FAMILY], others, work / "shipped" / name, samples=rollouts.EVAL_SAMPLES,
+        seed=3, all_views=False,
+    )["steps"]  # fmt: skip
     report = {
-        "family": FAMILY, "trained": name, "seed": SEED, "questions": best.questions, "samples": rollouts.EVAL_SAMPLES,
-        "temperature": rollouts.TEMPERATURE, "metrics": _plain(best.metrics),
-        "others": {other: _plain(c.metrics) for other, c in found.items() if other != name},
+        "family": FAMILY, "trained": name, "seed": SEED, "questions": len(answered.question.unique()),
+        "samples": rollouts.EVAL_SAMPLES, "temperature": rollouts.TEMPERATURE, "dtype": str(model.model.dtype),
+        "metrics": _plain(evaluate(answered, model.head)),
+        "candidates": {name: _plain(c.metrics) for name, c in found.items()},
     }  # fmt: skip
     (target / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    asked = rollouts.questions(FAMILIES[FAMILY])[1][:CALIBRATED]
-    model = ReflectiveModel.default(head=target)
-    answered = model.generate([q.text for q in asked], n=8, seed=0, max_new_tokens=64, batch_rows=128)
-    Prune.calibrate(answered, risk=0.05).save(target)
+    finished = model.generate([q.text for q in held_out[:CALIBRATED]], n=8, seed=0, max_new_tokens=64, batch_rows=128)
+    Prune.calibrate(finished, risk=0.05).save(target)
 
 
 def _plain(metrics: dict[str, Metric]) -> dict[str, dict[str, float]]:

@@ -129,7 +129,9 @@ class Tables:
             if not all(f.is_file() for f in files):
                 continue
             judged = heads.thinned(self.held_out(family, "steps"), EVAL_SAMPLES, 0)
-            small = [(judged, log_scores(judged, heads.head(self.work, family, heads.SMALL, s))) for s in range(SEEDS)]
+            small = [
+                (judged, log_scores(judged, heads.head(self.work, family, heads.BASELINE, s))) for s in range(SEEDS)
+            ]
             apart = [
                 (
                     Rollouts.load(f.with_suffix(".rollouts.safetensors")),
@@ -137,8 +139,8 @@ class Tables:
                 )
                 for f in files
             ]
-            self.add("separate PRM", family, f"SPRM, {heads.SMALL.name}", small, n=(2, 8))
-            self.add("separate PRM", family, f"separate PRM, {heads.SMALL.name}", apart, n=(2, 8))
+            self.add("separate PRM", family, f"SPRM, {heads.BASELINE.name}", small, n=(2, 8))
+            self.add("separate PRM", family, f"separate PRM, {heads.BASELINE.name}", apart, n=(2, 8))
             for key in json.loads(files[0].read_text()):
                 values = [json.loads(f.read_text())[key] for f in files]
                 self.number("separate PRM", family, "cost", key, round(sorted(values)[len(values) // 2], 4))

@@ -37,8 +37,9 @@ def verifier(spec: str | Verifier, extract: Extract | None = None) -> Verifier:
         extract: the answer within a response, or None: ``ReflectiveModel.answer``.
 
     Raises:
-        ValueError: an unknown ``spec``, or one that needs ``extract``; later, what a function returns is no verdict.
-        ImportError, AttributeError: its package, module or function is missing.
+        ValueError: an unknown ``spec``, one that needs ``extract``, or a module without that function; later, what a function
+            returns is no verdict.
+        ImportError: its package or module is missing.
     """
     if callable(spec):
         return _checked(spec)
@@ -59,7 +60,11 @@ def verifier(spec: str | Verifier, extract: Extract | None = None) -> Verifier:
     if name and all(part.isidentifier() for part in (*home.split("."), *name.split("."))):
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # last, so that it shadows nothing
-        return _checked(attrgetter(name)(importlib.import_module(home)))
+        module = importlib.import_module(home)
+        try:
+            return _checked(attrgetter(name)(module))
+        except AttributeError as error:
+            raise ValueError(f"verifier={spec!r}: module {home} has no {name}") from error
     raise ValueError(
         f"verifier={spec!r}; expected answer, exact, math, reasoning-gym:<dataset>, module:function or a callable"
     )
