@@ -51,13 +51,17 @@ def markdown(folder: Path = RESULTS) -> str:
                 parts += [f"## {title}: {family}\n", _table([family, *(name for name, _ in variants)], lines)]
     costs = found.get(("separate PRM", "cost"), {})
     if costs:
-        lines = [[measure.replace("_", " "), row["value"]] for (_, measure), row in costs.items()]
+        lines = [[name.replace("_", " "), _number(float(row["value"]))] for (_, name), row in costs.items()]
         parts += ["## What a separate PRM costs\n", _table(["", "median of the seeds"], lines)]
     for table, title in ABLATIONS.items():
         parts += [f"## {title}\n", _by_family(found, table, ("best_of@8", "auc_within"))]
     parts += ["## How step scores become one\n", _by_family(found, "aggregation", ("best_of@8", "best_of@32"))]
     lines = [
-        [f"{family}, {how}", *(cells[family, name]["value"] for name in ("limit", "rate", "n95"))]
+        [
+            f"{family}, {how}",
+            *(f"{float(cells[family, name]['value']):.2f}" for name in ("limit", "rate")),
+            _count(cells[family, "n95"]),
+        ]
         for (table, how), cells in found.items()
         if table == "saturation"
         for family in FAMILIES
@@ -76,6 +80,15 @@ def _by_family(found: dict, table: str, measures: tuple[str, ...]) -> str:
         if name == table
     ]
     return _table(["", *(f"{family}, {m}" for family in FAMILIES for m in measures)], lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _count(row: dict[str, str]) -> str:
+    n = float(row["value"])
+    return f"{n:.0f}" if n <= 1000 else "beyond 1,000"
 
 
 def _show(row: dict[str, str] | None) -> str:
