@@ -5,6 +5,7 @@ import json
 import math
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -453,7 +454,9 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ImportError(f"{adapter} holds an adapter, and loading one needs peft: pip install peft") from error
-    adapted = PeftModel.from_pretrained(model, str(adapter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks for what transformers 5.23 has renamed
+        adapted = PeftModel.from_pretrained(model, str(adapter))
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise ValueError(f"{adapter} holds an adapter that cannot be merged: it changes inputs, not weights")
     layers = [m.get_base_layer() for m in adapted.modules() if isinstance(m, BaseTunerLayer)]
