@@ -254,7 +254,7 @@ def test_the_embedded_head_comes_with_a_rule():
     from reflective.default import HEAD
 
     rule = by_name("prune", HEAD)
-    assert rule.risk == 0.05 and rule.questions >= 19 and rule.n == 8 and 0 < rule.threshold < 5
+    assert rule.risk == 0.05 and rule.questions >= 19 and rule.n == 8 and 0 <= rule.threshold < 5
 
 
 def test_prune_is_kept_as_json(tmp_path):
