@@ -74,7 +74,7 @@ def _root(
 def demo(
     question: Annotated[
         str, typer.Argument(help="A sum; the default model's prompt shows it four worked ones.")
-    ] = "12 + 14 + 18",
+    ] = "7 + 18 + 9",
     n: Annotated[int, typer.Option("-n", min=1, help="Candidates.")] = 8,
     seed: SeedOption = 0,
     max_new_tokens: TokensOption = 64,
