@@ -30,7 +30,7 @@ bench: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/soak.py
 	$(VENV)/bin/python benchmarks/report.py --write
 
-# The paper's result in miniature; under 90 minutes on two cores, and goes on where it was interrupted.
+# The paper's result in miniature; goes on where it was interrupted.
 reproduction: $(VENV)/.test
 	$(VENV)/bin/python -m reflective.benchmarks.reproduction build/reproduction
 	$(VENV)/bin/python benchmarks/report.py --write

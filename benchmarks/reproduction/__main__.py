@@ -1,4 +1,4 @@
-"""The paper's result in miniature, in under 90 minutes on two CPU cores.
+"""The paper's result in miniature.
 
     python -m reflective.benchmarks.reproduction WORK [--stage NAME ...] [--out benchmarks/results]
 
