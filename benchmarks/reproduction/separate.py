@@ -9,15 +9,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from reflective.backbone import Backbone
-from reflective.finished import read_positions
-from reflective.kernels.score_rows import score_rows
 from reflective.model import ReflectiveModel
 from reflective.sprm import SPRM
 from reflective.tasks import Question
 from reflective.train.backbone import tune
 from reflective.train.data import Rollouts
 from reflective.train.metrics import log_scores
+from reflective.train.record import record_features
 
 from . import rollouts as recorded
 from .families import FAMILIES
@@ -45,20 +43,10 @@ def reprompted(model: ReflectiveModel, rollouts: Rollouts, asked: list[Question]
 
 def scored(model: ReflectiveModel, rollouts: Rollouts) -> tuple[Rollouts, Tensor, float]:
     """``rollouts`` with their steps, these steps' log-scores by a second pass, and the seconds that pass took."""
-    backbone, weights = Backbone.of(model.model), model.head.weights()
-    order, found = rollouts.length.argsort(), {}
     began = time.perf_counter()
-    for rows in order.split(BATCH_TOKENS // int(rollouts.length.max())):
-        ids, mask, prompts = rollouts.padded(rows, 0)
-        row, step, read = read_positions(model.steps, ids, mask, prompts, "predict")
-        if len(row):
-            scores = score_rows(backbone.features(ids, mask, row, read), *weights).cpu()
-            for i, place, score in zip(rows[row].tolist(), step.tolist(), scores.tolist(), strict=True):
-                found.setdefault(i, []).append((place, score))
-    seconds = time.perf_counter() - began
-    steps = [(i, place, score) for i in sorted(found) for place, score in found[i]]
-    owner, position, scores = (torch.tensor(x) for x in zip(*steps, strict=True))
-    return replace(rollouts, trajectory=owner, position=position), scores.float(), seconds
+    read = record_features(model, rollouts, batch_tokens=BATCH_TOKENS)
+    scores = log_scores(read, model.head)
+    return replace(read, features=None), scores, time.perf_counter() - began
 
 
 def compare(work: Path, family: str, seed: int) -> None:

@@ -31,11 +31,7 @@ _EXTENDED = (
     "_load_from_checkpoint", "_load_best_model",
 )  # fmt: skip
 
-_TEXT_ONLY = (
-    "batch_size",
-    "compute_entropy",
-    "compute_aux_loss",
-)  # what the forward of the loss is told without images
+_TEXT_ONLY = ("batch_size", "compute_entropy", "compute_aux_loss")  # what its forward is told without images
 _WORTH_SHARING = 16  # tokens
 
 
@@ -202,15 +198,15 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
         shared = 0
         plain = not args and all(value is None for name, value in kwargs.items() if name not in _TEXT_ONLY)
         if self.args.share_prompts and self.args.scope == "response" and plain and not kwargs.get("compute_aux_loss"):
-            net = self.accelerator.unwrap_model(model)
-            shared = _common_prefix(input_ids, attention_mask, logits_to_keep) if Backbone.of(net).can_share() else 0
+            backbone = Backbone.of(self.accelerator.unwrap_model(model))  # perhaps of the reference model
+            shared = _common_prefix(input_ids, attention_mask, logits_to_keep) if backbone.can_share() else 0
         if shared < _WORTH_SHARING:
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
         size, found = kwargs.get("batch_size") or len(input_ids), []
         for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            found.append(self._behind_prefix(model, Backbone.of(net).decoder, ids, mask, logits_to_keep, shared))
+            found.append(self._behind_prefix(model, backbone.decoder, ids, mask, logits_to_keep, shared))
         log_probs, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
         return log_probs, entropy if kwargs.get("compute_entropy") else None, None
 
