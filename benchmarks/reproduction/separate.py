@@ -62,7 +62,8 @@ def compare(work: Path, family: str, seed: int) -> None:
     learnt = reprompted(model, part_of(train_rollouts(work, family, "steps"), BASELINE, seed), train)
     tuned = tune(model, learnt, lora=None, backbone_lr=1e-4, head_lr=1e-3, seed=seed)
     training = time.perf_counter() - began
-    tuned.model.model.to(torch.bfloat16)
+    for p in tuned.model.model.parameters():  # not model.to, which would round the rotary embedding's frequencies too
+        p.data = p.data.to(torch.bfloat16)
     tuned.model.head = tuned.head.to(torch.bfloat16)
     judged = thinned(load(work / family / "eval", "steps"), EVAL_SAMPLES, 0)
     rollouts, scores, seconds = scored(tuned.model, reprompted(model, judged, held_out))
