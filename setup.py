@@ -144,7 +144,9 @@ class Nvcc:
                 raise SystemExit(
                     f"reflective: TORCH_CUDA_ARCH_LIST={asked!r}: {self} is too old to compile for {architecture}"
                 )
-            codes += [f"sm_{number}{variant}"] + [f"compute_{number}{variant}"] * bool(ptx)
+            # Hopper's own instructions need the variant, which the only GPUs of this number run.
+            native = "a" if number == "90" else variant
+            codes += [f"sm_{number}{native}"] + [f"compute_{number}{variant}"] * bool(ptx)
         if not codes:
             raise NoCuda(f"nothing to compile for: TORCH_CUDA_ARCH_LIST={asked!r}, {self}")
         return list(dict.fromkeys(codes))
@@ -154,7 +156,7 @@ class Nvcc:
         jobs = int(os.environ["MAX_JOBS"])
         threads = os.environ.get("NVCC_THREADS") or str(max(1, jobs // len(CUDA_SOURCES)))
         targets = [f"-gencode=arch=compute_{code.partition('_')[2]},code={code}" for code in codes]
-        flags = [*NVCC_FLAGS, *targets]
+        flags = [*NVCC_FLAGS, *["-DREFLECTIVE_SM90A"] * ("sm_90a" in codes), *targets]
         # Other flags or another nvcc: another folder. nvcc's own variables change what it makes, too.
         own = [f"{name}={os.environ.get(name)}" for name in ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
         digest = hashlib.sha256("\0".join([str(self), *flags, *own]).encode()).hexdigest()[:16]

@@ -18,15 +18,17 @@ __device__ __forceinline__ int key_of(int64_t sequence, int region) {
 
 // The fields of one sequence that detection needs.
 struct Position {
-  int64_t automaton, column, pad, start;
-  int region;
+  int64_t automaton, column, pad, start, n_think, n_end;
 
   __device__ explicit Position(const int64_t* seq)
       : automaton(seq[AUTOMATON]),
         column(seq[SEEN]),
         pad(seq[PAD]),
         start(seq[START]),
-        region(region_of(seq[N_THINK], seq[N_END])) {}
+        n_think(seq[N_THINK]),
+        n_end(seq[N_END]) {}
+
+  __device__ int region() const { return region_of(n_think, n_end); }
 
   __device__ bool is_text() const { return column >= pad; }
 
@@ -57,25 +59,40 @@ __device__ __forceinline__ void log_score_of(const Stream& state, int64_t sequen
   if (step < state.log_capacity) state.step_score[sequence * state.log_capacity + step] = score;
 }
 
-// scores[i], in order of i, into the tally at keys[i], see key_of, by one block; both in shared
-// memory. The first row of a key does the work of all of its rows.
+// Whether any of four keys is `key`; four at once, since the search for equal keys is of as many steps as there are rows.
+__device__ __forceinline__ bool among(const int4& four, int key) {
+  return four.x == key || four.y == key || four.z == key || four.w == key;
+}
+
+// scores[i], in order of i, into the tally at keys[i], see key_of, by one block; both in shared memory, where up to
+// three more keys can be read. The first row of a key does the work of all of its rows.
 __device__ void add_to_tallies(const Stream& state, const float* scores, const int* keys, int count, bool keys_differ) {
+  const int4* const fours = reinterpret_cast<const int4*>(keys);
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const int key = keys[i];
-    bool first = true;
-    if (!keys_differ) {
-      for (int j = 0; j < i; ++j) first &= keys[j] != key;
-    }
-    if (!first) continue;
     double* const tally = state.tally + static_cast<int64_t>(key) * TALLY_FIELDS;
     double n = tally[COUNT], log_sum = tally[LOG_SUM], least = tally[MIN], last = tally[LAST];
-    for (int j = i; j < (keys_differ ? i + 1 : count); ++j) {
-      if (keys[j] != key) continue;
+    bool first = true;
+    if (!keys_differ) {
+      for (int four = 0; four < i / 4 && first; ++four) first = !among(fours[four], key);
+      for (int j = i / 4 * 4; j < i; ++j) first &= keys[j] != key;
+    }
+    if (!first) continue;
+    const auto add = [&](int j) {
       const double score = scores[j];
       if (n == 0 || score < least || score != score) least = score;  // as torch.minimum: a NaN stays
       n += 1;
       log_sum += score;
       last = score;
+    };
+    add(i);
+    if (!keys_differ) {
+      for (int four = i / 4; four < (count + 3) / 4; ++four) {
+        if (!among(fours[four], key)) continue;
+        for (int j = max(4 * four, i + 1); j < min(4 * four + 4, count); ++j) {
+          if (keys[j] == key) add(j);
+        }
+      }
     }
     tally[COUNT] = n, tally[LOG_SUM] = log_sum, tally[MIN] = least, tally[LAST] = last;
   }
@@ -88,6 +105,7 @@ struct Step {
   using T = typename H::T;
 
   H head;
+  typename H::Maps maps;
   Ids ids;  // [batch, 1], or of an empty batch: a flush
   Segments segments;
   const T* hidden;
@@ -98,13 +116,14 @@ struct Step {
   bool immediate;  // score all rows; else only the waiting ones, if fewer slots than `room` were left after this step
   // Of 16 bytes a row. An argument costs step_kernel no register while W1 streams, when all of them are taken.
   int pieces = head.width * static_cast<int>(sizeof(T)) / 16;
-  int active_bytes, ring_bytes;
+  int found_bytes, ring_bytes;
   int room, room_begin;
   const int32_t* room_end;  // if any, no more room is wanted than from room_begin to there
 
-  __device__ int32_t entry(int64_t b, const Position& at) const {
+  __device__ int64_t id(int64_t b) const { return ids.data[b * ids.batch_stride]; }
+
+  __device__ int32_t entry(int64_t id, const Position& at) const {
     if (!at.is_text()) return 0;
-    const int64_t id = ids.data[b * ids.batch_stride];
     const bool known = id >= 0 && id < automaton.vocabulary;
     return known ? automaton.transition[automaton.token_class[id] * automaton.states + at.automaton] : 0;
   }
@@ -127,13 +146,34 @@ struct Step {
   __device__ T* slot_row(int64_t slot) const { return static_cast<T*>(state.slots) + slot * head.width; }
 };
 
+constexpr int SCRATCH_BYTES = 128;
+constexpr int FIXED_BYTES = SCRATCH_BYTES + GROUP_SUM_BYTES;
+constexpr int SCRATCH_LAST = 30, SCRATCH_WAITING = 31;  // of its ints; the first are the warps'
+constexpr uint32_t SKIPPED = ~0u;
+
+// What detection finds, of each sequence of the batch; in shared memory, from where the rest of the step takes it.
+struct Found {
+  uint32_t* active;   // [n_new]: 2 * row + (column & 1), the row of last_hidden with at_predict, else that of hidden
+  uint32_t* places;   // [batch]: 2 * row + (column + 1 & 1), where in last_hidden this token's state goes; or SKIPPED
+  int32_t* entries;   // [batch]: the automaton's
+  int* scratch;
+
+  __host__ __device__ static int bytes(int64_t batch) { return static_cast<int>((3 * batch * 4 + 127) / 128 * 128); }
+
+  __device__ Found(unsigned char* shared, int batch)
+      : active(reinterpret_cast<uint32_t*>(shared + FIXED_BYTES)),
+        places(active + batch),
+        entries(reinterpret_cast<int32_t*>(places + batch)),
+        scratch(reinterpret_cast<int*>(shared)) {}
+};
+
 // The rows of a step: those that wait in the slots, then the features of the steps that end now.
 template <class H>
 struct StepRows {
   using T = typename H::T;
 
   const Step<H>& step;
-  const uint32_t* active;  // 2 * row + (column & 1), the row of last_hidden with at_predict, else that of hidden
+  const Found& found;
   int n_waiting;
 
   __device__ const T* operator()(int row) const {
@@ -141,44 +181,58 @@ struct StepRows {
   }
 
   __device__ const T* feature(int i) const {
-    const int64_t row = active[i] >> 1;
-    return step.at_predict ? step.last_row(row, active[i] & 1) : step.hidden + row * step.hidden_stride;
+    const int64_t row = found.active[i] >> 1;
+    return step.at_predict ? step.last_row(row, found.active[i] & 1) : step.hidden + row * step.hidden_stride;
   }
 
   __device__ int64_t state_row(int i) const {
-    const int64_t row = active[i] >> 1;
-    return step.at_predict ? row : step.state_row(row);
+    const uint32_t row = found.active[i] >> 1;
+    return step.at_predict ? row : found.places[row] >> 1;
+  }
+
+  __device__ int in_order() const { return n_waiting; }
+
+  template <class Maps>
+  __device__ auto box(const Maps& maps, int row) const {
+    using Box = typename Maps::Box;
+    if (row < n_waiting) return Box{&maps.row, row};
+    const uint32_t place = found.active[row - n_waiting];
+    return Box{&maps.scattered, static_cast<int>(step.at_predict ? place : place >> 1)};
   }
 };
 
-constexpr int SCRATCH_BYTES = 128;
-constexpr int FIXED_BYTES = SCRATCH_BYTES + GROUP_SUM_BYTES;
-
-// Sequences whose step ends now, in order, to `active`; returns how many. Every block finds the same.
+// Fills `found`; returns how many sequences end a step now. Every block finds the same. Behind its last barrier no thread
+// still reads the old state.
 template <class H>
-__device__ __forceinline__ int find_steps(const Step<H>& step, uint32_t* active, int* scratch) {
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+__device__ __forceinline__ int find_steps(const Step<H>& step, const Found& found) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, batch = static_cast<int>(step.ids.batch);
+  if (threadIdx.x == 0) found.scratch[SCRATCH_WAITING] = *step.state.n_slots;
   int total = 0;
-  for (int64_t base = 0; base < step.ids.batch; base += THREADS) {
-    const int64_t b = base + threadIdx.x, row = b < step.ids.batch ? step.state_row(b) : -1;
+  for (int base = 0; base < batch; base += H::THREADS) {
+    const int b = base + threadIdx.x;
+    const int64_t row = b < batch ? step.state_row(b) : -1;
     bool ends = false;
-    uint32_t found = 0;
+    uint32_t place = 0;
+    if (b < batch) found.places[b] = SKIPPED;
     if (row >= 0) {
+      const int64_t id = step.id(b);
       const Position at(step.seq(row));
-      ends = at.is_step(step.entry(b, at));
-      if (ends) prefetch(step.state.tally + row * N_REGIONS * TALLY_FIELDS);  // one line, for the block that adds to it
-      found = static_cast<uint32_t>(2 * (step.at_predict ? row : b) + (at.column & 1));
+      const int32_t entry = step.entry(id, at);
+      ends = at.is_step(entry);
+      place = static_cast<uint32_t>(2 * (step.at_predict ? row : b) + (at.column & 1));
+      found.places[b] = static_cast<uint32_t>(2 * row + (at.column + 1 & 1));
+      found.entries[b] = entry;
     }
     const unsigned mates = __ballot_sync(~0u, ends);
     if (base > 0) __syncthreads();  // the counts before have been read by all
-    if (lane == 0) scratch[warp] = __popc(mates);
+    if (lane == 0) found.scratch[warp] = __popc(mates);
     __syncthreads();
     int before = total;
-    for (int w = 0; w < THREADS / WARP; ++w) {
-      before += w < warp ? scratch[w] : 0;
-      total += scratch[w];
+    for (int w = 0; w < H::THREADS / WARP; ++w) {
+      before += w < warp ? found.scratch[w] : 0;
+      total += found.scratch[w];
     }
-    if (ends) active[before + __popc(mates & ((1u << lane) - 1))] = found;
+    if (ends) found.active[before + __popc(mates & ((1u << lane) - 1))] = place;
   }
   __syncthreads();
   return total;
@@ -189,89 +243,114 @@ __device__ __forceinline__ int find_steps(const Step<H>& step, uint32_t* active,
 // all, but for a share of the copying. Otherwise each block streams its tiles of W1, and the last one to arrive has all
 // sums.
 template <class H>
-__global__ void __launch_bounds__(THREADS, 1) step_kernel(Step<H> step) {
+__global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_constant__ Step<H> step) {
+  constexpr int THREADS = H::THREADS;
   const Stream& state = step.state;
   const int batch = static_cast<int>(step.ids.batch);
   unsigned char* const shared = shared_memory();
-  int* const scratch = reinterpret_cast<int*>(shared);
-  uint32_t* const active = reinterpret_cast<uint32_t*>(shared + FIXED_BYTES);
-  const Ring ring{reinterpret_cast<float*>(shared + SCRATCH_BYTES), shared + FIXED_BYTES + step.active_bytes,
+  const Found found(shared, batch);
+  const Ring ring{reinterpret_cast<float*>(shared + SCRATCH_BYTES), shared + FIXED_BYTES + step.found_bytes,
                   step.ring_bytes};
   unsigned* const arrived = reinterpret_cast<unsigned*>(state.workspace);
   float* const sums = state.workspace + WORKSPACE_HEADER;
 
-  const int n_waiting = *state.n_slots;
-  const int n_new = find_steps(step, active, scratch);
+  // This thread's share of the states to keep, of which the first piece is asked for before anything is known of it.
+  const int first = threadIdx.x < H::COPIERS ? blockIdx.x * H::COPIERS + threadIdx.x : batch * step.pieces;
+  const int stride = gridDim.x * H::COPIERS;
+  const auto piece_of = [&](int i) {
+    return static_cast<const uint4*>(static_cast<const void*>(step.hidden + i / step.pieces * step.hidden_stride)) +
+           i % step.pieces;
+  };
+  uint4 piece{};
+  if (first < batch * step.pieces) piece = *piece_of(first);
+
+  const int n_new = find_steps(step, found), n_waiting = found.scratch[SCRATCH_WAITING];
   const bool full = n_waiting + n_new + step.wanted_room() > state.slot_capacity;
   const int n_rows = step.immediate ? n_waiting + n_new : full ? n_waiting : 0;
   const bool gathers = !step.immediate && n_rows == 0;
-  const StepRows<H> rows{step, active, n_waiting};
+  const StepRows<H> rows{step, found, n_waiting};
 
-  // Half of the threads copy while the others start on W1. What is read here is not written in this launch: of
-  // last_hidden the other half is.
-  const int copiers = n_rows > 0 ? COMPUTE_THREADS : THREADS;
-  if (static_cast<int>(threadIdx.x) < copiers) {
-    const int first = blockIdx.x * copiers + threadIdx.x, stride = gridDim.x * copiers;
-    for (int i = first; i < batch * step.pieces; i += stride) {
-      const int64_t b = i / step.pieces, row = step.state_row(b);
-      if (row < 0) continue;
-      copy_pieces(step.last_row(row, step.seq(row)[SEEN] + 1), step.hidden + b * step.hidden_stride, i % step.pieces);
+  bool last = false;
+  if (n_rows == 0 && threadIdx.x == 0) last = arrive(arrived) == gridDim.x - 1;
+
+  // What is read here is not written in this launch: of last_hidden the other half is, of the slots those behind.
+  for (int i = first; i < batch * step.pieces; i += stride) {
+    if (i != first) piece = *piece_of(i);
+    const uint32_t place = found.places[i / step.pieces];
+    if (place != SKIPPED) {
+      uint4* const kept = static_cast<uint4*>(state.last_hidden) + static_cast<int64_t>(place) * step.pieces;
+      kept[i % step.pieces] = piece;
     }
-    for (int i = first; gathers && i < n_new * step.pieces; i += stride) {
+  }
+  if (gathers && threadIdx.x < H::COPIERS) {
+    for (int i = first; i < n_new * step.pieces; i += stride) {
       copy_pieces(step.slot_row(n_waiting + i / step.pieces), rows.feature(i / step.pieces), i % step.pieces);
     }
   }
-  if (n_rows > 0) partial_sums(step.head, rows, n_rows, sums, ring);
-
-  __syncthreads();
-  if (threadIdx.x == 0) scratch[0] = arrive(arrived) == gridDim.x - 1;
-  __syncthreads();
-  if (!scratch[0]) return;
-
-  float* const scores = reinterpret_cast<float*>(ring.stages);
-  int* const keys = reinterpret_cast<int*>(scores + n_rows);
-  constexpr int WARPS = THREADS / WARP, BATCH = 8;
-  for (int first = threadIdx.x / WARP; first < n_rows; first += WARPS * BATCH) {
-    const float score = device_log_score(row_logits<BATCH>(step.head, sums, first, WARPS, n_rows));
-    const int lane = threadIdx.x % WARP, row = first + lane * WARPS;
-    if (lane < BATCH && row < n_rows) {
-      const bool is_new = row >= n_waiting;
-      const int32_t* const owner = state.slot_owner + row * OWNER_FIELDS;
-      const int64_t sequence = is_new ? rows.state_row(row - n_waiting) : owner[OWNER_SEQUENCE];
-      const int64_t* const seq = step.seq(sequence);
-      scores[row] = score;
-      keys[row] = key_of(sequence, is_new ? Position(seq).region : owner[OWNER_REGION]);
-      log_score_of(state, sequence, is_new ? seq[N_STEPS] : owner[OWNER_STEP], score);
-    }
+  if (n_rows > 0) {
+    partial_sums(step.head, step.maps, rows, n_rows, sums, ring);
+    __syncthreads();
+    if (threadIdx.x == 0) last = arrive(arrived) == gridDim.x - 1;
   }
+  if (threadIdx.x == 0) found.scratch[SCRATCH_LAST] = last;
   __syncthreads();
-  add_to_tallies(state, scores, keys, n_rows, n_waiting == 0);
+  if (!found.scratch[SCRATCH_LAST]) return;
+
+  if (n_rows > 0) {
+    float* const scores = reinterpret_cast<float*>(ring.stages);
+    int* const keys = reinterpret_cast<int*>(scores + (n_rows + 3) / 4 * 4);
+    constexpr int WARPS = THREADS / WARP, BATCH = 8;
+    for (int first = threadIdx.x / WARP; first < n_rows; first += WARPS * BATCH) {
+      // Whose row it is is asked for before the sums, so that both come from the second-level cache at once.
+      const int lane = threadIdx.x % WARP, row = first + lane * WARPS;
+      const bool mine = lane < BATCH && row < n_rows, is_new = row >= n_waiting;
+      int64_t sequence = 0, which = 0;
+      int region = 0;
+      if (mine && is_new) {
+        sequence = rows.state_row(row - n_waiting);
+        const int64_t* const seq = step.seq(sequence);
+        which = seq[N_STEPS], region = region_of(seq[N_THINK], seq[N_END]);
+      } else if (mine) {
+        const int32_t* const owner = state.slot_owner + row * OWNER_FIELDS;
+        sequence = owner[OWNER_SEQUENCE], which = owner[OWNER_STEP], region = owner[OWNER_REGION];
+      }
+      const float score = device_log_score(row_logits<BATCH>(step.head, sums, first, WARPS, n_rows));
+      if (mine) {
+        scores[row] = score;
+        keys[row] = key_of(sequence, region);
+        log_score_of(state, sequence, which, score);
+      }
+    }
+    __syncthreads();
+    add_to_tallies(state, scores, keys, n_rows, n_waiting == 0);
+  }
 
   const int slot0 = gathers ? n_waiting : 0;
   for (int i = threadIdx.x; i < n_new; i += THREADS) {
     const int64_t row = rows.state_row(i);
     const int64_t* const seq = step.seq(row);
     const Position at(seq);
-    log_step(state, row, seq[N_STEPS], at.column, at.region);
-    if (!step.immediate) own_slot(state, slot0 + i, row, seq[N_STEPS], at.region);
+    log_step(state, row, seq[N_STEPS], at.column, at.region());
+    if (!step.immediate) own_slot(state, slot0 + i, row, seq[N_STEPS], at.region());
   }
-  for (int i = threadIdx.x; !step.immediate && n_rows > 0 && i < n_new * step.pieces; i += THREADS) {
-    copy_pieces(step.slot_row(i / step.pieces), rows.feature(i / step.pieces), i % step.pieces);
+  if (!step.immediate && n_rows > 0) {
+    for (int i = threadIdx.x; i < n_new * step.pieces; i += THREADS) {
+      copy_pieces(step.slot_row(i / step.pieces), rows.feature(i / step.pieces), i % step.pieces);
+    }
   }
   __syncthreads();  // everything has been read of the old state
 
-  for (int64_t b = threadIdx.x; b < batch; b += THREADS) {
-    const int64_t row = step.state_row(b);
-    if (row < 0) continue;
-    int64_t* const seq = step.seq(row);
+  for (int b = threadIdx.x; b < batch; b += THREADS) {
+    if (found.places[b] == SKIPPED) continue;
+    int64_t* const seq = step.seq(found.places[b] >> 1);
     const Position at(seq);
-    const int32_t entry = step.entry(b, at);
-    const uint64_t id = static_cast<uint64_t>(step.ids.data[b * step.ids.batch_stride]);
+    const int32_t entry = found.entries[b];
     if (at.is_text()) seq[AUTOMATON] = entry & NEXT_STATE;
     seq[SEEN] = at.column + 1;
-    seq[N_THINK] += (entry & THINK) != 0;
-    seq[N_END] += (entry & END) != 0;
-    seq[HASH] = static_cast<int64_t>(static_cast<uint64_t>(seq[HASH]) * HASH_FACTOR + id + 1);
+    seq[N_THINK] = at.n_think + ((entry & THINK) != 0);
+    seq[N_END] = at.n_end + ((entry & END) != 0);
+    seq[HASH] = static_cast<int64_t>(static_cast<uint64_t>(seq[HASH]) * HASH_FACTOR +
+                                     static_cast<uint64_t>(step.id(b)) + 1);
     seq[N_STEPS] += at.is_step(entry);
   }
   if (threadIdx.x == 0) {
@@ -288,7 +367,7 @@ constexpr int DETECT_SHARED_BYTES = WALK_SHARED_BYTES + 16;
 // there are enough. Rows of one sequence come in step order, sequences in any; no result depends on which.
 template <class H>
 __global__ void __launch_bounds__(WALK_THREADS, 8)
-    detect_kernel(Step<H> step, int64_t hidden_token_stride, int64_t begin, int64_t end) {
+    detect_kernel(const __grid_constant__ Step<H> step, int64_t hidden_token_stride, int64_t begin, int64_t end) {
   const Stream& state = step.state;
   int* const shared_slot = reinterpret_cast<int*>(shared_memory() + WALK_SHARED_BYTES);
   const int64_t b = blockIdx.x, row = step.state_row(b);
@@ -314,9 +393,9 @@ __global__ void __launch_bounds__(WALK_THREADS, 8)
       for (int piece = threadIdx.x; piece < step.pieces; piece += WALK_THREADS)
         copy_pieces(step.slot_row(slot), feature, piece);
       if (threadIdx.x == 0) {
-        at.region = region_of(n_think, n_end);
-        own_slot(state, slot, row, n_steps, at.region);
-        log_step(state, row, n_steps, at.column, at.region);
+        const int region = region_of(n_think, n_end);
+        own_slot(state, slot, row, n_steps, region);
+        log_step(state, row, n_steps, at.column, region);
       }
       n_steps += 1;
       __syncthreads();  // the slot's number has been read by all
@@ -340,11 +419,11 @@ __global__ void __launch_bounds__(WALK_THREADS, 8)
 // -- logits from elsewhere -------------------------------------------------------------------------------------------
 
 template <class Bias>
-__global__ void __launch_bounds__(THREADS) tally_slots_kernel(const float* logits, const Bias* b2, Stream state) {
+__global__ void __launch_bounds__(FINISH_THREADS) tally_slots_kernel(const float* logits, const Bias* b2, Stream state) {
   const int count = *state.n_slots;
   float* const scores = reinterpret_cast<float*>(shared_memory());
-  int* const keys = reinterpret_cast<int*>(scores + count);
-  for (int row = threadIdx.x; row < count; row += THREADS) {
+  int* const keys = reinterpret_cast<int*>(scores + (count + 3) / 4 * 4);
+  for (int row = threadIdx.x; row < count; row += FINISH_THREADS) {
     const int32_t* const owner = state.slot_owner + row * OWNER_FIELDS;
     scores[row] = device_log_score(logits[row] + to_float(*b2));
     keys[row] = key_of(owner[OWNER_SEQUENCE], owner[OWNER_REGION]);
@@ -358,7 +437,7 @@ __global__ void __launch_bounds__(THREADS) tally_slots_kernel(const float* logit
 // -- launches --------------------------------------------------------------------------------------------------------
 
 void check_fits(int64_t rows, int64_t bytes) {
-  if (rows * static_cast<int64_t>(sizeof(float) + sizeof(int)) > bytes) {
+  if ((rows + 3) * static_cast<int64_t>(sizeof(float) + sizeof(int)) > bytes) {  // keys are read by fours
     throw std::runtime_error("slots and sequences are " + std::to_string(rows) + " rows; this GPU's blocks can tally " +
                              std::to_string(bytes / static_cast<int64_t>(sizeof(float) + sizeof(int))));
   }
@@ -366,10 +445,14 @@ void check_fits(int64_t rows, int64_t bytes) {
 
 template <class H>
 void launch_step(const Device& on, Step<H> step, cudaStream_t stream) {
-  step.active_bytes = static_cast<int>((step.ids.batch * sizeof(uint32_t) + 127) / 128 * 128);
-  step.ring_bytes = on.shared_bytes - FIXED_BYTES - step.active_bytes;
+  step.found_bytes = Found::bytes(step.ids.batch);
+  step.ring_bytes = on.shared_bytes - FIXED_BYTES - step.found_bytes;
   check_fits(step.state.slot_capacity + step.ids.batch, step.ring_bytes);
-  launch_on<step_kernel<H>>(on, std::min(on.multiprocessors, step.head.tiles), THREADS, on.shared_bytes, stream, step);
+  const Stream& state = step.state;
+  const Matrix kept{state.last_hidden, 2 * state.sequences, step.head.width};
+  step.maps = maps_of(step.head, {state.slots, state.slot_capacity, step.head.width},
+                         step.at_predict ? kept : Matrix{step.hidden, step.ids.batch, step.hidden_stride});
+  launch_on<step_kernel<H>, H::CLUSTER>(on, blocks_for<H>(on, step.head.tiles), H::THREADS, on.shared_bytes, stream, step);
 }
 
 }  // namespace
@@ -384,8 +467,8 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Segments& segments,
   with_head(head, on, [&](auto typed) {
     using H = decltype(typed);
     using T = typename H::T;
-    Step<H> step{typed,     ids,   segments,   static_cast<const T*>(hidden.data), hidden.batch_stride,
-                 automaton, state, at_predict, immediate};
+    const T* const first = static_cast<const T*>(hidden.data);
+    Step<H> step{typed, {}, ids, segments, first, hidden.batch_stride, automaton, state, at_predict, immediate};
     const bool packed = segments.cu_seqlens != nullptr;
     if (ids.length == 1 && !packed) return launch_step(on, step, stream);
     const int64_t rows_a_column = packed ? 1 : ids.batch;
@@ -410,7 +493,7 @@ void flush(const Head& head, const Stream& state, cudaStream_t stream) {
   const Device on = device();
   with_head(head, on, [&](auto typed) {
     using H = decltype(typed);
-    launch_step(on, Step<H>{typed, {}, {}, nullptr, 0, {}, state, true, true}, stream);
+    launch_step(on, Step<H>{typed, {}, {}, {}, nullptr, 0, {}, state, true, true}, stream);
   });
 }
 
@@ -419,7 +502,7 @@ void tally_slots(const float* logits, const void* b2, HeadType type, const Strea
   check_fits(state.slot_capacity, on.shared_bytes);
   const auto run = [&](const auto* bias) {
     using Bias = std::remove_const_t<std::remove_pointer_t<decltype(bias)>>;
-    launch_on<tally_slots_kernel<Bias>>(on, 1, THREADS, on.shared_bytes, stream, logits, bias, state);
+    launch_on<tally_slots_kernel<Bias>>(on, 1, FINISH_THREADS, on.shared_bytes, stream, logits, bias, state);
   };
   switch (type) {
     case HeadType::bfloat16: return run(static_cast<const Bfloat16*>(b2));

@@ -138,14 +138,19 @@ __device__ __forceinline__ T load_fresh(const T* address) {
   return __ldcg(address);
 }
 
-// Throws std::runtime_error with CUDA's words if the kernel cannot be launched.
-template <class... P, class... A>
+// In clusters of CLUSTER blocks. Throws std::runtime_error with CUDA's words if the kernel cannot be launched.
+template <unsigned CLUSTER = 1, class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t stream, A... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = CLUSTER, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = CLUSTER > 1;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }

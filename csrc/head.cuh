@@ -26,7 +26,7 @@ struct E4m3 {
 
 constexpr int WARP = 32;
 constexpr int COMPUTE_THREADS = 4 * WARP;
-constexpr int THREADS = 2 * COMPUTE_THREADS;  // as many load
+constexpr int FINISH_THREADS = 8 * WARP;  // of blocks that stream nothing
 constexpr int GROUP = UNIT_GROUP;
 constexpr int MAX_GROUPS = 5;  // 80 units by 256 rows are 160 sums in each of 128 threads
 constexpr int QUAD_COLUMNS = 32;
@@ -39,8 +39,8 @@ struct Tiling {
   int groups;  // of 16 units a tile
   int tiles;
 
-  // Partial sums of a row, what it is poisoned with, and zeros up to a multiple of 16 bytes.
-  __host__ __device__ int line() const { return (tiles + 4) / 4 * 4; }
+  // Floats between the partial sums of one row and the next: a multiple of 16 bytes.
+  __host__ __device__ int line() const { return (tiles + 3) / 4 * 4; }
 };
 
 // As the kernels take it: Head, typed, with its tiling. Bias is the type of b1, w2 and b2.
@@ -49,6 +49,10 @@ struct DeviceHead : Tiling {
   using W = W_;  // of w1
   using T = T_;  // of the features
   static constexpr bool TENSOR_CORES = sizeof(T) == 2;
+  static constexpr int THREADS = 2 * COMPUTE_THREADS;  // of a block: as many load
+  static constexpr int COPIERS = COMPUTE_THREADS;      // of them, the first ones, that have time for something else
+  static constexpr int CLUSTER = 1;
+  struct Maps {};
   using Bias = std::conditional_t<sizeof(W) == 1, float, W>;
 
   const W* w1;  // [units, width]
@@ -335,6 +339,7 @@ struct TilePass {
     low += b1_low, high += b1_high;
     // Not fmaxf, which turns a NaN into 0.
     float sum = fmaf(w2_high, high < 0 ? 0 : high, w2_low * (low < 0 ? 0 : low));
+    sum = fmaf(low, 0.0f, sum);  // a feature that is not finite makes every product so, also those that ReLU swallows
 #pragma unroll
     for (int mask = 4; mask < WARP; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
     return sum;
@@ -417,10 +422,10 @@ struct TilePass {
     for (int stage = 0; stage < depth - 1; ++stage) load_next();
     for (Walk at(*this); !at.done(); at.advance()) {
       wait_for_all_but(depth - 2);
-      meet<THREADS>();  // this stage is there for all, and the one before it is free
+      meet<H::THREADS>();  // this stage is there for all, and the one before it is free
       load_next();
     }
-    meet<THREADS>();
+    meet<H::THREADS>();
   }
 
   __device__ __forceinline__ void run_multiplying() const {
@@ -439,27 +444,27 @@ struct TilePass {
     const auto fold = [&] { each_sum(products, folded, [](float& sum, float& total) { total += sum, sum = 0; }); };
     clear();
     // Two buffers: an item may end while a slower warp still gathers the one before.
-    float* group_sums = ring.group_sums;
-    int waiting_tile = -1, waiting_row0 = 0;
+    int buffer = 0, waiting_tile = -1, waiting_row0 = 0;
+    const auto group_sums = [&] { return ring.group_sums + buffer * MAX_GROUPS * MAX_SPLIT_ROWS; };
     const auto gather_waiting = [&] {
       if (S::SPLIT_UNITS && waiting_tile >= 0) {
-        gather(waiting_tile, waiting_row0, group_sums);
-        group_sums = ring.group_sums + (ring.group_sums + MAX_GROUPS * MAX_SPLIT_ROWS - group_sums);
+        gather(waiting_tile, waiting_row0, group_sums());
+        buffer ^= 1;
         waiting_tile = -1;
       }
     };
     for (Walk at(*this); !at.done(); at.advance()) {
-      meet<THREADS>();
+      meet<H::THREADS>();
       gather_waiting();
       multiply_stage(at.stage, products);
       if (!H::TENSOR_CORES && (at.last_column() || (at.column + COLUMNS) % FOLD_COLUMNS == 0)) fold();
       if (at.last_column()) {
-        reduce(at, H::TENSOR_CORES ? products : folded, group_sums);
+        reduce(at, H::TENSOR_CORES ? products : folded, group_sums());
         waiting_tile = at.unit_tile, waiting_row0 = at.row0;
         clear();
       }
     }
-    meet<THREADS>();
+    meet<H::THREADS>();
     gather_waiting();
   }
 
@@ -485,24 +490,11 @@ struct TilePass {
 };
 
 // sums[m, tile] = sum over the tile's units u of w2[u] relu(W1[u] . f[m] + b1[u]) for every row m < count, f[m] =
-// feature_row(m); sums[m, tiles] = 0, or NaN if f[m] is not finite. All threads of all blocks call it with the same
-// arguments; sums [count, line] are complete when all blocks are through.
+// feature_row(m); NaN if f[m] is not finite. All threads of all blocks call it with the same arguments; sums [count,
+// line] are complete when all blocks are through.
 template <class H, class FeatureRow>
-__device__ void partial_sums(const H& head, const FeatureRow& feature_row, int count, float* sums, const Ring& ring) {
-  using T = typename H::T;
-  // ReLU can swallow an infinite input, so finiteness is asked of the row itself, of each row by one warp of the grid.
-  if (threadIdx.x < COMPUTE_THREADS) {
-    const int lane = threadIdx.x % WARP, warps = gridDim.x * (COMPUTE_THREADS / WARP);
-    for (int row = blockIdx.x + threadIdx.x / WARP * gridDim.x; row < count; row += warps) {
-      const T* const source = feature_row(row);
-      float poison = 0;
-      for (int column = lane; column < head.width; column += WARP)
-        poison = fmaf(to_float(source[column]), 0.0f, poison);
-      const unsigned poisoned = __ballot_sync(~0u, poison != poison);
-      const int place = head.tiles + lane;
-      if (place < head.line()) sums[static_cast<int64_t>(row) * head.line() + place] = lane == 0 && poisoned ? NAN : 0;
-    }
-  }
+__device__ void partial_sums(const H& head, const typename H::Maps&, const FeatureRow& feature_row, int count, float* sums,
+                             const Ring& ring) {
   const auto run = [&](auto shape) {
     TilePass<H, decltype(shape), FeatureRow>(head, feature_row, count, sums, ring).run();
   };
@@ -524,13 +516,14 @@ __device__ __forceinline__ float row_logits(const H& head, const float* sums, in
   const int lane = threadIdx.x % WARP;
   float totals[BATCH] = {};
   for (int place = 4 * lane; place < head.line(); place += 4 * WARP) {
+    const int left = head.tiles - place;  // what lies behind the last tile was never written
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
       const int row = first + i * stride;
       if (row < count) {
         const float4 four =
             load_fresh(reinterpret_cast<const float4*>(sums + static_cast<int64_t>(row) * head.line() + place));
-        totals[i] += (four.x + four.y) + (four.z + four.w);
+        totals[i] += (four.x + (left > 1 ? four.y : 0)) + ((left > 2 ? four.z : 0) + (left > 3 ? four.w : 0));
       }
     }
   }

@@ -7,6 +7,7 @@
 
 #include "gpu_ops.h"
 #include "head.cuh"
+#include "head_sm90.cuh"
 
 namespace reflective::gpu {
 
@@ -16,6 +17,7 @@ inline void check(cudaError_t error) {
 
 struct Device {
   int index, multiprocessors, shared_bytes;  // the most that a block can have
+  int capability;                            // 90 for 9.0
 };
 
 // The current one.
@@ -24,11 +26,15 @@ inline Device device() {
   check(cudaGetDevice(&device.index));
   check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, device.index));
   check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index));
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index));
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device.index));
+  device.capability = 10 * major + minor;
   return device;
 }
 
 // Launches with `shared_bytes`, more of which than 48 KiB must be asked for, once a kernel and device.
-template <auto kernel, class... A>
+template <auto kernel, unsigned CLUSTER = 1, class... A>
 void launch_on(const Device& device, int grid, int block, int shared_bytes, cudaStream_t stream,
                const A&... arguments) {
   static std::atomic<uint64_t> allowed{0};
@@ -37,7 +43,7 @@ void launch_on(const Device& device, int grid, int block, int shared_bytes, cuda
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes));
     allowed.fetch_or(bit, std::memory_order_release);
   }
-  launch(kernel, dim3(grid), block, shared_bytes, stream, arguments...);
+  launch<CLUSTER>(kernel, dim3(grid), block, shared_bytes, stream, arguments...);
 }
 
 // Groups of units a tile: as few waves of tiles over the multiprocessors as possible, each wave as short as possible;
@@ -54,11 +60,18 @@ inline Tiling tiling(int64_t units, int multiprocessors) {
   return best;
 }
 
-template <class W, class T>
-DeviceHead<W, T> device_head(const Head& head, const Device& device) {
-  using Bias = typename DeviceHead<W, T>::Bias;
+// Blocks for `items` pieces of work: whole clusters, and no more than there are multiprocessors.
+template <class H>
+int blocks_for(const Device& device, int64_t items) {
+  const int64_t blocks = (items + H::CLUSTER - 1) / H::CLUSTER * H::CLUSTER;
+  return static_cast<int>(std::min<int64_t>(device.multiprocessors / H::CLUSTER * H::CLUSTER, blocks));
+}
+
+template <class H>
+H device_head(const Head& head, const Device& device) {
+  using Bias = typename H::Bias;
   return {tiling(head.units, device.multiprocessors),
-          static_cast<const W*>(head.w1),
+          static_cast<const typename H::W*>(head.w1),
           static_cast<const Bias*>(head.b1),
           static_cast<const Bias*>(head.w2),
           static_cast<const Bias*>(head.b2),
@@ -66,15 +79,70 @@ DeviceHead<W, T> device_head(const Head& head, const Device& device) {
           static_cast<int>(head.width)};
 }
 
+// Rows of a head's width in device memory.
+struct Matrix {
+  const void* data;
+  int64_t rows, stride;  // in elements
+};
+
+template <class W, class T>
+typename DeviceHead<W, T>::Maps maps_of(const DeviceHead<W, T>&, const Matrix&, const Matrix&) {
+  return {};
+}
+
+#if defined(__CUDACC__) && defined(REFLECTIVE_SM90A)
+
+// What the copy engine needs to know of `of`, of which a box has `box_rows`.
+template <class T>
+CUtensorMap tensor_map(const Matrix& of, int width, int box_rows) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("this driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  CUtensorMap map{};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(std::max<int64_t>(1, of.rows))};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(of.rows > 1 ? of.stride : width) * sizeof(T)};
+  const cuuint32_t box[] = {sm90::COLUMNS, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+  const auto type = std::is_same_v<T, Bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult status =
+      encode(&map, type, 2, const_cast<void*>(of.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled refuses " + std::to_string(of.rows) + " rows of " +
+                             std::to_string(width) + ", " + std::to_string(of.stride) + " apart");
+  }
+  return map;
+}
+
+// `scattered` may be nothing.
+template <class T>
+typename Sm90Head<T>::Maps maps_of(const Sm90Head<T>& head, const Matrix& in_order, const Matrix& scattered) {
+  typename Sm90Head<T>::Maps maps{};
+  maps.w1 = tensor_map<T>({head.w1, head.units, head.width}, head.width, head.groups * GROUP);
+  maps.eight_rows = tensor_map<T>(in_order, head.width, 8);
+  maps.row = tensor_map<T>(in_order, head.width, 1);
+  if (scattered.data) maps.scattered = tensor_map<T>(scattered, head.width, 1);
+  return maps;
+}
+
+#endif
+
 // use(head), the head typed and tiled.
 template <class Use>
 void with_head(const Head& head, const Device& device, Use use) {
+#if defined(__CUDACC__) && defined(REFLECTIVE_SM90A)
+  if (device.capability == 90 && head.type == HeadType::bfloat16) return use(device_head<Sm90Head<Bfloat16>>(head, device));
+  if (device.capability == 90 && head.type == HeadType::float16) return use(device_head<Sm90Head<Float16>>(head, device));
+#endif
   switch (head.type) {
-    case HeadType::float32: return use(device_head<float, float>(head, device));
-    case HeadType::bfloat16: return use(device_head<Bfloat16, Bfloat16>(head, device));
-    case HeadType::float16: return use(device_head<Float16, Float16>(head, device));
-    case HeadType::e4m3_bfloat16: return use(device_head<E4m3, Bfloat16>(head, device));
-    case HeadType::e4m3_float16: return use(device_head<E4m3, Float16>(head, device));
+    case HeadType::float32: return use(device_head<DeviceHead<float, float>>(head, device));
+    case HeadType::bfloat16: return use(device_head<DeviceHead<Bfloat16, Bfloat16>>(head, device));
+    case HeadType::float16: return use(device_head<DeviceHead<Float16, Float16>>(head, device));
+    case HeadType::e4m3_bfloat16: return use(device_head<DeviceHead<E4m3, Bfloat16>>(head, device));
+    case HeadType::e4m3_float16: return use(device_head<DeviceHead<E4m3, Float16>>(head, device));
   }
 }
 

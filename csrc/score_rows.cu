@@ -7,22 +7,31 @@ template <class T>
 struct StridedRows {
   const T* data;
   int64_t stride;
+  int count;
 
   __device__ const T* operator()(int row) const { return data + row * stride; }
+
+  __device__ int in_order() const { return count; }
+
+  template <class Maps>
+  __device__ auto box(const Maps& maps, int row) const {
+    return typename Maps::Box{&maps.row, row};
+  }
 };
 
 template <class H>
-__global__ void __launch_bounds__(THREADS, 1)
-    partial_sums_kernel(H head, StridedRows<typename H::T> rows, int count, float* sums, int ring_bytes) {
+__global__ void __launch_bounds__(H::THREADS, 1)
+    partial_sums_kernel(H head, const __grid_constant__ typename H::Maps maps, StridedRows<typename H::T> rows, float* sums,
+                        int ring_bytes) {
   unsigned char* const shared = shared_memory();
   const Ring ring{reinterpret_cast<float*>(shared), shared + GROUP_SUM_BYTES, ring_bytes};
-  partial_sums(head, rows, count, sums, ring);
+  partial_sums(head, maps, rows, rows.count, sums, ring);
 }
 
 // out[row] = the row's logit or log-score; one warp a row.
 template <class H, bool LOG_SCORE>
-__global__ void __launch_bounds__(THREADS) finish_kernel(H head, const float* sums, int count, float* out) {
-  const int row = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
+__global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(H head, const float* sums, int count, float* out) {
+  const int row = blockIdx.x * (FINISH_THREADS / WARP) + threadIdx.x / WARP;
   const float logit = row_logits<1>(head, sums, row, 0, count);
   if (threadIdx.x % WARP == 0 && row < count) out[row] = LOG_SCORE ? device_log_score(logit) : logit;
 }
@@ -36,12 +45,14 @@ void run(const Head& head, const Rows& rows, float* sums, float* out, cudaStream
     using T = typename H::T;
     const int count = static_cast<int>(rows.count);
     const int ring_bytes = on.shared_bytes - GROUP_SUM_BYTES;
-    const int items = typed.tiles * ((count + 7) / 8);  // or fewer, of more rows
-    launch_on<partial_sums_kernel<H>>(on, std::min(on.multiprocessors, items), THREADS, on.shared_bytes, stream, typed,
-                                      StridedRows<T>{static_cast<const T*>(rows.data), rows.stride}, count, sums,
-                                      ring_bytes);
-    launch(finish_kernel<H, LOG_SCORE>, dim3((count + THREADS / WARP - 1) / (THREADS / WARP)), THREADS, 0, stream,
-           typed, sums, count, out);
+    const int64_t items = int64_t{typed.tiles} * ((count + 7) / 8);  // or fewer, of more rows
+    launch_on<partial_sums_kernel<H>, H::CLUSTER>(on, blocks_for<H>(on, items), H::THREADS, on.shared_bytes, stream, typed,
+                                                  maps_of(typed, {rows.data, rows.count, rows.stride}, {}),
+                                                  StridedRows<T>{static_cast<const T*>(rows.data), rows.stride, count},
+                                                  sums, ring_bytes);
+    constexpr int ROWS = FINISH_THREADS / WARP;
+    launch(finish_kernel<H, LOG_SCORE>, dim3((count + ROWS - 1) / ROWS), FINISH_THREADS, 0, stream, typed, sums, count,
+           out);
   });
 }
 

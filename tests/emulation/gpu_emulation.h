@@ -31,6 +31,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct uint3 {
@@ -50,6 +51,10 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -60,7 +65,12 @@ using std::min;
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 // Hidden, here and below: each library that a test loads has an emulator of its own.
@@ -542,8 +552,12 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidValue : cudaSuccess; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::settings.multiprocessors
-                                                       : emulation::settings.shared_memory_limit;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = emulation::settings.multiprocessors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulation::settings.shared_memory_limit; break;
+  }
   return cudaSuccess;
 }
 
@@ -728,7 +742,7 @@ T load_fresh(const T* address) {
   return *address;
 }
 
-template <class... P, class... A>
+template <unsigned CLUSTER = 1, class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, unsigned block, size_t shared_bytes, cudaStream_t, A... arguments) {
   const std::tuple<P...> parameters(static_cast<P>(arguments)...);
   emulation::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
