@@ -18,7 +18,9 @@ __device__ __forceinline__ int key_of(int64_t sequence, int region) {
 
 // The fields of one sequence that detection needs.
 struct Position {
-  int64_t automaton, column, pad, start, n_think, n_end;
+  int64_t automaton = 0, column = 0, pad = 0, start = 0, n_think = 0, n_end = 0;
+
+  Position() = default;
 
   __device__ explicit Position(const int64_t* seq)
       : automaton(seq[AUTOMATON]),
@@ -59,42 +61,75 @@ __device__ __forceinline__ void log_score_of(const Stream& state, int64_t sequen
   if (step < state.log_capacity) state.step_score[sequence * state.log_capacity + step] = score;
 }
 
-// Whether any of four keys is `key`; four at once, since the search for equal keys is of as many steps as there are rows.
-__device__ __forceinline__ bool among(const int4& four, int key) {
-  return four.x == key || four.y == key || four.z == key || four.w == key;
-}
+// One row of `tally`.
+struct Tally {
+  double n = 0, log_sum = 0, least = 0, last = 0;
 
-// scores[i], in order of i, into the tally at keys[i], see key_of, by one block; both in shared memory, where up to
-// three more keys can be read. The first row of a key does the work of all of its rows.
-__device__ void add_to_tallies(const Stream& state, const float* scores, const int* keys, int count, bool keys_differ) {
-  const int4* const fours = reinterpret_cast<const int4*>(keys);
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int key = keys[i];
-    double* const tally = state.tally + static_cast<int64_t>(key) * TALLY_FIELDS;
-    double n = tally[COUNT], log_sum = tally[LOG_SUM], least = tally[MIN], last = tally[LAST];
-    bool first = true;
-    if (!keys_differ) {
-      for (int four = 0; four < i / 4 && first; ++four) first = !among(fours[four], key);
-      for (int j = i / 4 * 4; j < i; ++j) first &= keys[j] != key;
+  Tally() = default;
+
+  __device__ Tally(const Stream& state, int key) {
+    const double* const at = state.tally + static_cast<int64_t>(key) * TALLY_FIELDS;
+    n = at[COUNT], log_sum = at[LOG_SUM], least = at[MIN], last = at[LAST];
+  }
+
+  __device__ void add(double score) {
+    if (n == 0 || score < least || score != score) least = score;  // as torch.minimum: a NaN stays
+    n += 1;
+    log_sum += score;
+    last = score;
+  }
+
+  __device__ void write(const Stream& state, int key) const {
+    double* const at = state.tally + static_cast<int64_t>(key) * TALLY_FIELDS;
+    at[COUNT] = n, at[LOG_SUM] = log_sum, at[MIN] = least, at[LAST] = last;
+  }
+};
+
+// The rows that are to be tallied, in shared memory.
+struct Scored {
+  float* scores;
+  int* keys;  // see key_of
+  int* next;  // the next row of the same key, or -1
+
+  __host__ __device__ static int64_t bytes(int64_t rows) { return 3 * 4 * ((rows + 3) / 4 * 4); }
+
+  __device__ Scored(unsigned char* shared, int rows)
+      : scores(reinterpret_cast<float*>(shared)),
+        keys(reinterpret_cast<int*>(scores + (rows + 3) / 4 * 4)),
+        next(keys + (rows + 3) / 4 * 4) {}
+
+  // The last row before `row` of its key, or -1. Four keys a read: this is a search of as many steps as there are rows.
+  __device__ int before(int row) const {
+    const int key = keys[row];
+    for (int j = row / 4 * 4; j >= 0; j -= 4) {
+      const int4 four = *reinterpret_cast<const int4*>(keys + j);
+      if (four.w == key && j + 3 < row) return j + 3;
+      if (four.z == key && j + 2 < row) return j + 2;
+      if (four.y == key && j + 1 < row) return j + 1;
+      if (four.x == key && j < row) return j;
     }
-    if (!first) continue;
-    const auto add = [&](int j) {
-      const double score = scores[j];
-      if (n == 0 || score < least || score != score) least = score;  // as torch.minimum: a NaN stays
-      n += 1;
-      log_sum += score;
-      last = score;
-    };
-    add(i);
-    if (!keys_differ) {
-      for (int four = i / 4; four < (count + 3) / 4; ++four) {
-        if (!among(fours[four], key)) continue;
-        for (int j = max(4 * four, i + 1); j < min(4 * four + 4, count); ++j) {
-          if (keys[j] == key) add(j);
-        }
-      }
+    return -1;
+  }
+};
+
+// scores[i], in order of i, into the tally at keys[i], by one block whose threads see keys, scores, and next = -1. The
+// first row of a key does the work of all of its rows. `mine`: the tally of row threadIdx.x, asked for earlier.
+__device__ __forceinline__ void add_to_tallies(const Stream& state, const Scored& rows, int count, bool keys_differ,
+                                               const Tally& mine) {
+  uint64_t follows = 0;  // a bit for each of this thread's rows
+  if (!keys_differ) {
+    for (int i = threadIdx.x, bit = 0; i < count; i += blockDim.x, ++bit) {
+      const int before = rows.before(i);
+      if (before >= 0) rows.next[before] = i, follows |= uint64_t{1} << bit;
     }
-    tally[COUNT] = n, tally[LOG_SUM] = log_sum, tally[MIN] = least, tally[LAST] = last;
+    __syncthreads();
+  }
+  for (int i = threadIdx.x, bit = 0; i < count; i += blockDim.x, ++bit) {
+    if (follows >> bit & 1) continue;
+    const int key = rows.keys[i];
+    Tally tally = bit == 0 ? mine : Tally(state, key);
+    for (int j = i; j >= 0; j = rows.next[j]) tally.add(rows.scores[j]);
+    tally.write(state, key);
   }
 }
 
@@ -122,10 +157,9 @@ struct Step {
 
   __device__ int64_t id(int64_t b) const { return ids.data[b * ids.batch_stride]; }
 
-  __device__ int32_t entry(int64_t id, const Position& at) const {
-    if (!at.is_text()) return 0;
-    const bool known = id >= 0 && id < automaton.vocabulary;
-    return known ? automaton.transition[automaton.token_class[id] * automaton.states + at.automaton] : 0;
+  // Less than 0 for an id outside the vocabulary.
+  __device__ int32_t token_class(int64_t id) const {
+    return id >= 0 && id < automaton.vocabulary ? automaton.token_class[id] : -1;
   }
 
   // Less than 0 where the sequence is skipped.
@@ -147,24 +181,52 @@ struct Step {
 };
 
 constexpr int SCRATCH_BYTES = 128;
-constexpr int FIXED_BYTES = SCRATCH_BYTES + GROUP_SUM_BYTES;
+constexpr int TABLE = 1024;  // of an automaton's entries that are kept at hand, if they are no more
+constexpr int FIXED_BYTES = SCRATCH_BYTES + TABLE * sizeof(int32_t) + GROUP_SUM_BYTES;
 constexpr int SCRATCH_LAST = 30, SCRATCH_WAITING = 31;  // of its ints; the first are the warps'
 constexpr uint32_t SKIPPED = ~0u;
 
 // What detection finds, of each sequence of the batch; in shared memory, from where the rest of the step takes it.
 struct Found {
-  uint32_t* active;   // [n_new]: 2 * row + (column & 1), the row of last_hidden with at_predict, else that of hidden
-  uint32_t* places;   // [batch]: 2 * row + (column + 1 & 1), where in last_hidden this token's state goes; or SKIPPED
-  int32_t* entries;   // [batch]: the automaton's
+  uint32_t* active;  // [n_new]: 2 * row + (column & 1), the row of last_hidden with at_predict, else that of hidden
+  uint32_t* places;  // [batch]: 2 * row + ((column + 1) & 1), where in last_hidden this token's state goes; or SKIPPED
+  int32_t* entries;  // [batch]: the automaton's
+  int* order;        // [batch]: which of the active ones
   int* scratch;
+  int32_t* table;  // [TABLE]
 
-  __host__ __device__ static int bytes(int64_t batch) { return static_cast<int>((3 * batch * 4 + 127) / 128 * 128); }
+  __host__ __device__ static int bytes(int64_t batch) { return static_cast<int>((4 * batch * 4 + 127) / 128 * 128); }
 
   __device__ Found(unsigned char* shared, int batch)
       : active(reinterpret_cast<uint32_t*>(shared + FIXED_BYTES)),
         places(active + batch),
         entries(reinterpret_cast<int32_t*>(places + batch)),
-        scratch(reinterpret_cast<int*>(shared)) {}
+        order(entries + batch),
+        scratch(reinterpret_cast<int*>(shared)),
+        table(reinterpret_cast<int32_t*>(shared + SCRATCH_BYTES)) {}
+};
+
+// All of sequence `b` of the batch that a step changes; of none if it is less than 0, or skipped.
+template <class H>
+struct Sequence {
+  Position at;
+  int64_t row = 0, n_steps = 0, id = 0;
+  uint64_t hash = 0;
+
+  __device__ Sequence(const Step<H>& step, const Found& found, int b) {
+    if (b < 0 || found.places[b] == SKIPPED) return;
+    row = found.places[b] >> 1;
+    const int64_t* const seq = step.seq(row);
+    at = Position(seq), n_steps = seq[N_STEPS], hash = static_cast<uint64_t>(seq[HASH]), id = step.id(b);
+  }
+};
+
+// Whose step a row is.
+struct Owner {
+  int64_t sequence = 0, step = 0;
+  int region = 0;
+
+  __device__ int key() const { return key_of(sequence, region); }
 };
 
 // The rows of a step: those that wait in the slots, then the features of the steps that end now.
@@ -190,15 +252,17 @@ struct StepRows {
     return step.at_predict ? row : found.places[row] >> 1;
   }
 
-  __device__ int in_order() const { return n_waiting; }
-
-  template <class Maps>
-  __device__ auto box(const Maps& maps, int row) const {
-    using Box = typename Maps::Box;
-    if (row < n_waiting) return Box{&maps.row, row};
-    const uint32_t place = found.active[row - n_waiting];
-    return Box{&maps.scattered, static_cast<int>(step.at_predict ? place : place >> 1)};
+  __device__ Owner owner(int row) const {
+    if (row >= n_waiting) {
+      const int64_t sequence = state_row(row - n_waiting);
+      const int64_t* const seq = step.seq(sequence);
+      return {sequence, seq[N_STEPS], region_of(seq[N_THINK], seq[N_END])};
+    }
+    const int32_t* const owner = step.state.slot_owner + row * OWNER_FIELDS;
+    return {owner[OWNER_SEQUENCE], owner[OWNER_STEP], owner[OWNER_REGION]};
   }
+
+  __device__ int in_order() const { return n_waiting; }
 };
 
 // Fills `found`; returns how many sequences end a step now. Every block finds the same. Behind its last barrier no thread
@@ -206,21 +270,48 @@ struct StepRows {
 template <class H>
 __device__ __forceinline__ int find_steps(const Step<H>& step, const Found& found) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, batch = static_cast<int>(step.ids.batch);
+  const int states = static_cast<int>(step.automaton.states), n_entries = static_cast<int>(step.automaton.classes) * states;
   if (threadIdx.x == 0) found.scratch[SCRATCH_WAITING] = *step.state.n_slots;
   int total = 0;
   for (int base = 0; base < batch; base += H::THREADS) {
     const int b = base + threadIdx.x;
     const int64_t row = b < batch ? step.state_row(b) : -1;
+    int32_t token_class = -1, entry = 0;
+    int64_t at_state = 0, column = 0;
+    bool is_text = false, may_step = false;
+    // The small table comes while the token's class does, not after it.
+    constexpr int MINE = (TABLE + H::THREADS - 1) / H::THREADS;
+    int32_t mine[MINE];
+    const bool at_hand = n_entries <= TABLE;
+    if (base == 0 && at_hand) {
+#pragma unroll
+      for (int i = 0; i < MINE; ++i) {
+        const int place = i * H::THREADS + threadIdx.x;
+        mine[i] = place < n_entries ? step.automaton.transition[place] : 0;
+      }
+    }
+    if (row >= 0) {
+      token_class = step.token_class(step.id(b));
+      const Position at(step.seq(row));
+      at_state = at.automaton, column = at.column, is_text = at.is_text(), may_step = at.is_step(STEP);
+    }
+    if (base == 0 && at_hand) {
+#pragma unroll
+      for (int i = 0; i < MINE; ++i) {
+        const int place = i * H::THREADS + threadIdx.x;
+        if (place < n_entries) found.table[place] = mine[i];
+      }
+      __syncthreads();
+    }
     bool ends = false;
     uint32_t place = 0;
     if (b < batch) found.places[b] = SKIPPED;
     if (row >= 0) {
-      const int64_t id = step.id(b);
-      const Position at(step.seq(row));
-      const int32_t entry = step.entry(id, at);
-      ends = at.is_step(entry);
-      place = static_cast<uint32_t>(2 * (step.at_predict ? row : b) + (at.column & 1));
-      found.places[b] = static_cast<uint32_t>(2 * row + (at.column + 1 & 1));
+      const int64_t which = static_cast<int64_t>(token_class) * states + at_state;
+      if (is_text && token_class >= 0) entry = at_hand ? found.table[which] : step.automaton.transition[which];
+      ends = may_step && (entry & STEP);
+      place = static_cast<uint32_t>(2 * (step.at_predict ? row : b) + (column & 1));
+      found.places[b] = static_cast<uint32_t>(2 * row + ((column + 1) & 1));
       found.entries[b] = entry;
     }
     const unsigned mates = __ballot_sync(~0u, ends);
@@ -232,7 +323,8 @@ __device__ __forceinline__ int find_steps(const Step<H>& step, const Found& foun
       before += w < warp ? found.scratch[w] : 0;
       total += found.scratch[w];
     }
-    if (ends) found.active[before + __popc(mates & ((1u << lane) - 1))] = place;
+    const int index = before + __popc(mates & ((1u << lane) - 1));
+    if (ends) found.active[index] = place, found.order[b] = index;
   }
   __syncthreads();
   return total;
@@ -249,7 +341,7 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
   const int batch = static_cast<int>(step.ids.batch);
   unsigned char* const shared = shared_memory();
   const Found found(shared, batch);
-  const Ring ring{reinterpret_cast<float*>(shared + SCRATCH_BYTES), shared + FIXED_BYTES + step.found_bytes,
+  const Ring ring{reinterpret_cast<float*>(shared + FIXED_BYTES - GROUP_SUM_BYTES), shared + FIXED_BYTES + step.found_bytes,
                   step.ring_bytes};
   unsigned* const arrived = reinterpret_cast<unsigned*>(state.workspace);
   float* const sums = state.workspace + WORKSPACE_HEADER;
@@ -296,62 +388,63 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
   __syncthreads();
   if (!found.scratch[SCRATCH_LAST]) return;
 
+  // From here on one block: what it reads of memory it asks for as early as it can.
+  const int mine = static_cast<int>(threadIdx.x);
+  const Sequence<H> sequence(step, found, mine < batch ? mine : -1);
   if (n_rows > 0) {
-    float* const scores = reinterpret_cast<float*>(ring.stages);
-    int* const keys = reinterpret_cast<int*>(scores + (n_rows + 3) / 4 * 4);
-    constexpr int WARPS = THREADS / WARP, BATCH = 8;
-    for (int first = threadIdx.x / WARP; first < n_rows; first += WARPS * BATCH) {
-      // Whose row it is is asked for before the sums, so that both come from the second-level cache at once.
-      const int lane = threadIdx.x % WARP, row = first + lane * WARPS;
-      const bool mine = lane < BATCH && row < n_rows, is_new = row >= n_waiting;
-      int64_t sequence = 0, which = 0;
-      int region = 0;
-      if (mine && is_new) {
-        sequence = rows.state_row(row - n_waiting);
-        const int64_t* const seq = step.seq(sequence);
-        which = seq[N_STEPS], region = region_of(seq[N_THINK], seq[N_END]);
-      } else if (mine) {
-        const int32_t* const owner = state.slot_owner + row * OWNER_FIELDS;
-        sequence = owner[OWNER_SEQUENCE], which = owner[OWNER_STEP], region = owner[OWNER_REGION];
+    const Scored scored(ring.stages, n_rows);
+    const Owner owner = mine < n_rows ? rows.owner(mine) : Owner{};
+    constexpr int WARPS = THREADS / WARP;
+    const auto score = [&](auto batch) {  // some rows a warp at once
+      constexpr int BATCH = decltype(batch)::value;
+      for (int first = threadIdx.x / WARP; first < n_rows; first += WARPS * BATCH) {
+        const float score = device_log_score(row_logits<BATCH>(step.head, sums, first, WARPS, n_rows));
+        const int lane = threadIdx.x % WARP, row = first + lane * WARPS;
+        if (lane < BATCH && row < n_rows) scored.scores[row] = score;
       }
-      const float score = device_log_score(row_logits<BATCH>(step.head, sums, first, WARPS, n_rows));
-      if (mine) {
-        scores[row] = score;
-        keys[row] = key_of(sequence, region);
-        log_score_of(state, sequence, which, score);
-      }
+    };
+    if (n_rows <= 8 * WARPS) {
+      score(std::integral_constant<int, 8>{});
+    } else {
+      score(std::integral_constant<int, 16>{});
+    }
+    const Tally tally = mine < n_rows ? Tally(state, owner.key()) : Tally();
+    for (int row = mine; row < n_rows; row += THREADS) {
+      scored.keys[row] = row == mine ? owner.key() : rows.owner(row).key();
+      scored.next[row] = -1;
     }
     __syncthreads();
-    add_to_tallies(state, scores, keys, n_rows, n_waiting == 0);
+    for (int row = mine; row < n_rows; row += THREADS) {
+      const Owner its = row == mine ? owner : rows.owner(row);
+      log_score_of(state, its.sequence, its.step, scored.scores[row]);
+    }
+    add_to_tallies(state, scored, n_rows, n_waiting == 0, tally);
+    if (!step.immediate) {
+      for (int i = mine; i < n_new * step.pieces; i += THREADS) {
+        copy_pieces(step.slot_row(i / step.pieces), rows.feature(i / step.pieces), i % step.pieces);
+      }
+    }
+    __syncthreads();  // everything has been read of the old state
   }
 
   const int slot0 = gathers ? n_waiting : 0;
-  for (int i = threadIdx.x; i < n_new; i += THREADS) {
-    const int64_t row = rows.state_row(i);
-    const int64_t* const seq = step.seq(row);
-    const Position at(seq);
-    log_step(state, row, seq[N_STEPS], at.column, at.region());
-    if (!step.immediate) own_slot(state, slot0 + i, row, seq[N_STEPS], at.region());
-  }
-  if (!step.immediate && n_rows > 0) {
-    for (int i = threadIdx.x; i < n_new * step.pieces; i += THREADS) {
-      copy_pieces(step.slot_row(i / step.pieces), rows.feature(i / step.pieces), i % step.pieces);
-    }
-  }
-  __syncthreads();  // everything has been read of the old state
-
-  for (int b = threadIdx.x; b < batch; b += THREADS) {
+  for (int b = mine; b < batch; b += THREADS) {
     if (found.places[b] == SKIPPED) continue;
-    int64_t* const seq = step.seq(found.places[b] >> 1);
-    const Position at(seq);
+    const Sequence<H> its = b == mine ? sequence : Sequence<H>(step, found, b);
+    const Position& at = its.at;
     const int32_t entry = found.entries[b];
+    const bool ends = at.is_step(entry);
+    if (ends) {
+      log_step(state, its.row, its.n_steps, at.column, at.region());
+      if (!step.immediate) own_slot(state, slot0 + found.order[b], its.row, its.n_steps, at.region());
+    }
+    int64_t* const seq = step.seq(its.row);
     if (at.is_text()) seq[AUTOMATON] = entry & NEXT_STATE;
     seq[SEEN] = at.column + 1;
     seq[N_THINK] = at.n_think + ((entry & THINK) != 0);
     seq[N_END] = at.n_end + ((entry & END) != 0);
-    seq[HASH] = static_cast<int64_t>(static_cast<uint64_t>(seq[HASH]) * HASH_FACTOR +
-                                     static_cast<uint64_t>(step.id(b)) + 1);
-    seq[N_STEPS] += at.is_step(entry);
+    seq[HASH] = static_cast<int64_t>(its.hash * HASH_FACTOR + static_cast<uint64_t>(its.id) + 1);
+    seq[N_STEPS] = its.n_steps + ends;
   }
   if (threadIdx.x == 0) {
     *state.n_slots = step.immediate ? 0 : slot0 + n_new;
@@ -421,25 +514,27 @@ __global__ void __launch_bounds__(WALK_THREADS, 8)
 template <class Bias>
 __global__ void __launch_bounds__(FINISH_THREADS) tally_slots_kernel(const float* logits, const Bias* b2, Stream state) {
   const int count = *state.n_slots;
-  float* const scores = reinterpret_cast<float*>(shared_memory());
-  int* const keys = reinterpret_cast<int*>(scores + (count + 3) / 4 * 4);
+  const Scored scored(shared_memory(), count);
   for (int row = threadIdx.x; row < count; row += FINISH_THREADS) {
     const int32_t* const owner = state.slot_owner + row * OWNER_FIELDS;
-    scores[row] = device_log_score(logits[row] + to_float(*b2));
-    keys[row] = key_of(owner[OWNER_SEQUENCE], owner[OWNER_REGION]);
-    log_score_of(state, owner[OWNER_SEQUENCE], owner[OWNER_STEP], scores[row]);
+    scored.scores[row] = device_log_score(logits[row] + to_float(*b2));
+    scored.keys[row] = key_of(owner[OWNER_SEQUENCE], owner[OWNER_REGION]);
+    scored.next[row] = -1;
+    log_score_of(state, owner[OWNER_SEQUENCE], owner[OWNER_STEP], scored.scores[row]);
   }
+  const bool any = static_cast<int>(threadIdx.x) < count;
+  const Tally tally = any ? Tally(state, scored.keys[threadIdx.x]) : Tally();
   __syncthreads();
-  add_to_tallies(state, scores, keys, count, false);
+  add_to_tallies(state, scored, count, false, tally);
   if (threadIdx.x == 0) *state.n_slots = 0;
 }
 
 // -- launches --------------------------------------------------------------------------------------------------------
 
 void check_fits(int64_t rows, int64_t bytes) {
-  if ((rows + 3) * static_cast<int64_t>(sizeof(float) + sizeof(int)) > bytes) {  // keys are read by fours
+  if (Scored::bytes(rows) > bytes) {
     throw std::runtime_error("slots and sequences are " + std::to_string(rows) + " rows; this GPU's blocks can tally " +
-                             std::to_string(bytes / static_cast<int64_t>(sizeof(float) + sizeof(int))));
+                             std::to_string(bytes / Scored::bytes(4) * 4));
   }
 }
 
@@ -448,10 +543,7 @@ void launch_step(const Device& on, Step<H> step, cudaStream_t stream) {
   step.found_bytes = Found::bytes(step.ids.batch);
   step.ring_bytes = on.shared_bytes - FIXED_BYTES - step.found_bytes;
   check_fits(step.state.slot_capacity + step.ids.batch, step.ring_bytes);
-  const Stream& state = step.state;
-  const Matrix kept{state.last_hidden, 2 * state.sequences, step.head.width};
-  step.maps = maps_of(step.head, {state.slots, state.slot_capacity, step.head.width},
-                         step.at_predict ? kept : Matrix{step.hidden, step.ids.batch, step.hidden_stride});
+  step.maps = maps_of(step.head, {step.state.slots, step.state.slot_capacity, step.head.width});
   launch_on<step_kernel<H>, H::CLUSTER>(on, blocks_for<H>(on, step.head.tiles), H::THREADS, on.shared_bytes, stream, step);
 }
 

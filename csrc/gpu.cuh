@@ -58,11 +58,6 @@ __device__ __forceinline__ void meet() {
   asm volatile("barrier.sync.aligned 1, %0;" ::"n"(THREADS) : "memory");
 }
 
-// Brings the line of `address` into the first-level cache, without waiting.
-__device__ __forceinline__ void prefetch(const void* address) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(address)));
-}
-
 // Four matrices of 8 rows of 16 bytes in shared memory, of which each thread names one row; into fragments, as PTX has
 // them for ldmatrix.x4.
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {

@@ -1,7 +1,9 @@
 // The SPRM head in 16 bits on Hopper: what head.cuh does, with the copy engine (TMA) and warpgroup products (wgmma).
 //
 // A block owns a tile of up to 5 groups of 16 units. One warp produces: boxes of 64 columns, of the tile's weights and of
-// the rows, into a ring of stages in shared memory. Two warpgroups consume: wgmma m64nNk16 with 64 rows by the tile's N
+// the rows, into a ring of stages in shared memory. A box costs the copy engine some 40 to 90 cycles, however small it is
+// (measured: 16 boxes of one row a stage, 70 us at H = 5120 instead of 33): rows that lie one after the other come by 64
+// and by 8, others piece by piece with cp.async. Two warpgroups consume: wgmma m64nNk16 with 64 rows by the tile's N
 // units. Up to 64 rows one warpgroup suffices; above, the blocks of a cluster, which hold other units of the same rows,
 // bring each other a share of the rows, so that these leave the second-level cache once a cluster: at H = 5120 that is 273
 // MB for 256 rows in clusters of 2 where blocks alone would read 440.
@@ -32,17 +34,11 @@ struct Sm90Head : Tiling {
   static constexpr int COPIERS = CONSUMERS;
   static constexpr int CLUSTER = REFLECTIVE_CLUSTER;
 
-  // As the copy engine sees them: boxes of 64 columns, of a tile's units, of 8 rows and of one.
+  // As the copy engine sees them: boxes of 64 columns.
   struct Maps {
-    struct Box {
-      const CUtensorMap* map;
-      int row;
-    };
-
-    CUtensorMap w1;          // [units, width]
-    CUtensorMap eight_rows;  // of the rows that lie one after the other
-    CUtensorMap row;         // of the same
-    CUtensorMap scattered;   // of others
+    CUtensorMap w1;      // of a tile's units
+    CUtensorMap eight;   // of 8 of the rows that lie one after the other
+    CUtensorMap eights;  // of 64 of them
   };
 
   const T *w1, *b1, *w2, *b2;
@@ -110,6 +106,14 @@ __device__ __forceinline__ void meet_cluster() {
 }
 
 // -- copies ----------------------------------------------------------------------------------------------------------
+
+// Counts an arrival of this thread at `barrier` when its copies of 16 bytes so far have landed.
+__device__ __forceinline__ void arrive_when_copied(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// What copies of 16 bytes brought is there for products, too.
+__device__ __forceinline__ void share_with_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // A box of which `column` and `row` are the first, to `shared`; its bytes count at `barrier`.
 __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
@@ -201,13 +205,21 @@ struct Pass {
   const int count;
   float* const sums;
   const int warpgroups, sharers;
+  const bool scattered;  // whether some rows do not lie one after the other
   int rank, row_tile, row_tiles, depth, stage_bytes;
   uint64_t *full, *empty;  // [depth]
   unsigned char* stages;
 
   __device__ Pass(const H& head, const typename H::Maps& maps, const Rows& rows, int count, float* sums, const Ring& ring,
                   int warpgroups, int sharers)
-      : head(head), maps(maps), rows(rows), count(count), sums(sums), warpgroups(warpgroups), sharers(sharers) {
+      : head(head),
+        maps(maps),
+        rows(rows),
+        count(count),
+        sums(sums),
+        warpgroups(warpgroups),
+        sharers(sharers),
+        scattered(rows.in_order() < count) {
     rank = static_cast<int>(blockIdx.x) % sharers;
     row_tile = warpgroups * TILES * 64;
     row_tiles = (count + row_tile - 1) / row_tile;
@@ -246,29 +258,38 @@ struct Pass {
     const int lane = threadIdx.x % WARP;
     Turn turn;
     each_item([&](int unit_tile, int row0, int n) __attribute__((always_inline)) {
-      const int whole = max(0, min(row0 + n, rows.in_order()) - row0) / 8;  // eights of rows
+      // Boxes may bring rows behind the last one, to places that are theirs, but not where scattered ones go.
+      const int in_order = max(0, min(row0 + n, rows.in_order()) - row0);
+      const int eights = in_order == n ? (n + 7) / 8 : in_order / 8, boxes = eights / 8;
       for (int column = 0; column < head.width; column += COLUMNS, turn.advance(depth)) {
         uint64_t* const there = full + turn.stage;
         unsigned char* const weights = stages + turn.stage * stage_bytes;
         unsigned char* const features = weights + WEIGHT_BYTES;
         wait_for(empty + turn.stage, turn.parity ^ 1);
         if (lane == 0) {
-          expect_bytes(there, WEIGHT_BYTES + n * ROW_BYTES);
+          expect_bytes(there, WEIGHT_BYTES + eights * ATOM_BYTES);
           copy_box(weights, &maps.w1, column, unit_tile * N, there);
         }
         __syncwarp();
-        const auto bring = [&](unsigned char* to, typename H::Maps::Box box) {
+        const auto bring = [&](const CUtensorMap& map, int eight) {
           if (in_cluster()) {
-            copy_box_to((1 << sharers) - 1, to, box.map, column, box.row, there);
+            copy_box_to((1 << sharers) - 1, features + eight * ATOM_BYTES, &map, column, row0 + 8 * eight, there);
           } else {
-            copy_box(to, box.map, column, box.row, there);
+            copy_box(features + eight * ATOM_BYTES, &map, column, row0 + 8 * eight, there);
           }
         };
-        for (int eight = rank + sharers * lane; eight < whole; eight += sharers * WARP) {
-          bring(features + eight * ATOM_BYTES, {&maps.eight_rows, row0 + 8 * eight});
+        for (int box = rank + sharers * lane; box < boxes; box += sharers * WARP) bring(maps.eights, 8 * box);
+        for (int eight = 8 * boxes + rank + sharers * lane; eight < eights; eight += sharers * WARP) {
+          bring(maps.eight, eight);
         }
-        for (int row = 8 * whole + rank + sharers * lane; row < n; row += sharers * WARP) {
-          bring(features + row * ROW_BYTES, rows.box(maps, row0 + row));
+        if (scattered) {
+          constexpr int PIECES = ROW_BYTES / 16;
+          for (int i = lane; i < (n - 8 * eights) * PIECES; i += WARP) {
+            const int row = 8 * eights + i / PIECES, piece = i % PIECES, at = column + piece * 8;
+            const bool inside = at < head.width;
+            copy_async_16(features + row * ROW_BYTES + (piece ^ row % 8) * 16, rows(row0 + row) + (inside ? at : 0), inside);
+          }
+          arrive_when_copied(there);
         }
       }
     });
@@ -305,6 +326,7 @@ struct Pass {
         wait_for(full + turn.stage, turn.parity);
         const unsigned char* const weights = stages + turn.stage * stage_bytes;
         const uint64_t units = matrix_at(weights);
+        if (scattered) share_with_products();
         products_begin();
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
@@ -357,7 +379,7 @@ struct Pass {
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < depth; ++stage) {
-        barrier_init(full + stage, 1);
+        barrier_init(full + stage, 1 + (scattered ? WARP : 0));
         barrier_init(empty + stage, 4 * warpgroups * sharers);
       }
       barriers_made();
@@ -379,8 +401,7 @@ struct Pass {
 
 }  // namespace sm90
 
-// As the general one. `rows.in_order()` rows lie one after the other in maps.eight_rows and maps.row; rows.box(maps, row)
-// is the box of any one.
+// As the general one. The first `rows.in_order()` rows lie one after the other, where the maps say.
 template <class T, class Rows>
 __device__ __forceinline__ void partial_sums(const Sm90Head<T>& head, const typename Sm90Head<T>::Maps& maps, const Rows& rows, int count,
                              float* sums, const Ring& ring) {

@@ -86,7 +86,7 @@ struct Matrix {
 };
 
 template <class W, class T>
-typename DeviceHead<W, T>::Maps maps_of(const DeviceHead<W, T>&, const Matrix&, const Matrix&) {
+typename DeviceHead<W, T>::Maps maps_of(const DeviceHead<W, T>&, const Matrix&) {
   return {};
 }
 
@@ -117,15 +117,10 @@ CUtensorMap tensor_map(const Matrix& of, int width, int box_rows) {
   return map;
 }
 
-// `scattered` may be nothing.
 template <class T>
-typename Sm90Head<T>::Maps maps_of(const Sm90Head<T>& head, const Matrix& in_order, const Matrix& scattered) {
-  typename Sm90Head<T>::Maps maps{};
-  maps.w1 = tensor_map<T>({head.w1, head.units, head.width}, head.width, head.groups * GROUP);
-  maps.eight_rows = tensor_map<T>(in_order, head.width, 8);
-  maps.row = tensor_map<T>(in_order, head.width, 1);
-  if (scattered.data) maps.scattered = tensor_map<T>(scattered, head.width, 1);
-  return maps;
+typename Sm90Head<T>::Maps maps_of(const Sm90Head<T>& head, const Matrix& in_order) {
+  return {tensor_map<T>({head.w1, head.units, head.width}, head.width, head.groups * GROUP),
+          tensor_map<T>(in_order, head.width, 8), tensor_map<T>(in_order, head.width, 64)};
 }
 
 #endif

@@ -12,11 +12,6 @@ struct StridedRows {
   __device__ const T* operator()(int row) const { return data + row * stride; }
 
   __device__ int in_order() const { return count; }
-
-  template <class Maps>
-  __device__ auto box(const Maps& maps, int row) const {
-    return typename Maps::Box{&maps.row, row};
-  }
 };
 
 template <class H>
@@ -47,7 +42,7 @@ void run(const Head& head, const Rows& rows, float* sums, float* out, cudaStream
     const int ring_bytes = on.shared_bytes - GROUP_SUM_BYTES;
     const int64_t items = int64_t{typed.tiles} * ((count + 7) / 8);  // or fewer, of more rows
     launch_on<partial_sums_kernel<H>, H::CLUSTER>(on, blocks_for<H>(on, items), H::THREADS, on.shared_bytes, stream, typed,
-                                                  maps_of(typed, {rows.data, rows.count, rows.stride}, {}),
+                                                  maps_of(typed, {rows.data, rows.count, rows.stride}),
                                                   StridedRows<T>{static_cast<const T*>(rows.data), rows.stride, count},
                                                   sums, ring_bytes);
     constexpr int ROWS = FINISH_THREADS / WARP;

@@ -706,7 +706,6 @@ void meet() {
   __syncthreads();
 }
 
-inline void prefetch(const void*) {}
 
 // Lane i names a row of 16 bytes: row i % 8 of matrix i / 8. Each gets, of each matrix, pair lane % 4 of row lane / 4.
 inline void load_matrices(uint32_t (&words)[4], const void* row) {
