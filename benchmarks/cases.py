@@ -71,6 +71,7 @@ class Case(ABC):
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device = cell, device
+        self.drawn_on = device  # where random inputs come from: the same seed gives others on a GPU
 
     @property
     def flops(self) -> int:
@@ -148,8 +149,8 @@ class Case(ABC):
         return tuple(w.to(dtype or self.cell.dtype) for w in head)
 
     def random(self, seed: int, salt: int, *shape: int, dtype: torch.dtype) -> Tensor:
-        g = torch.Generator(self.device).manual_seed(1000 * seed + salt)
-        return torch.randn(shape, generator=g, device=self.device).to(dtype)
+        g = torch.Generator(self.drawn_on).manual_seed(1000 * seed + salt)
+        return torch.randn(shape, generator=g, device=self.drawn_on).to(self.device, dtype)
 
     def check(self, name: str) -> Gate:
         """The gate. Ours must have every output of the definition, peers may leave some out.
@@ -340,7 +341,8 @@ class DecodeStep(Case):
         }
         if self.immediate:
             return state | {"log_sum": torch.zeros(B, dtype=torch.float64, device=device)}
-        R = self.buffer_rows + 1
+        # Ours empties a full buffer by itself, a peer needs room for both steps of its gate.
+        R = max(self.buffer_rows, 2 * self.cell.rows) + 1
         slots = torch.zeros(R, self.cell.H, dtype=self.row_dtype, device=device)
         return state | {"slots": slots, "owner": count(R), "n_slots": count(())}
 
@@ -468,9 +470,9 @@ class StepMask(Case):
         return ()
 
     def bind(self, name: str, weights: tuple[Tensor, ...], seed: int) -> Subject:
-        g = torch.Generator(self.device).manual_seed(seed)
+        g = torch.Generator(self.drawn_on).manual_seed(seed)
         B, THINK, END = self.cell.rows, VOCAB - 1, VOCAB - 2
-        ids = torch.randint(END, (B, TOKENS), generator=g, device=self.device)
+        ids = torch.randint(END, (B, TOKENS), generator=g, device=self.drawn_on).to(self.device)
         ids[:, 1], ids[:, TOKENS * 7 // 8] = THINK, END
         token_class = (torch.arange(VOCAB, device=self.device) < VOCAB // 20).int()
         token_class[THINK], token_class[END] = 2, 3
