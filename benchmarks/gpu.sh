@@ -46,7 +46,20 @@ mkdir -p "$SOURCE" "$WORK/run" && touch "$STAMP" && cd "$WORK/run" || exit 2
 
 left() { echo $((LIMIT - SECONDS)); }
 least() { echo $(($1 < $2 ? $1 : $2)); }
-share() { echo $(($(left) * $1 / 100)); } # this many per cent of the time that is left
+wanted() { [ "$STAGES" = " " ] || [[ $STAGES == *" $1 "* ]]; }
+
+# The stages in their order, each with its weight when time is shared out.
+WEIGHTS=(smoke 14 decode 30 best_of_n 9 generate 22 suite 20 tests 18 memcheck 8 racecheck 8 targets 3)
+
+# share NAME MOST: its seconds of those that are left for it and the stages behind it; at most MOST.
+share() {
+    local i mine=0 all=0
+    for ((i = 0; i < ${#WEIGHTS[@]}; i += 2)); do
+        [ "${WEIGHTS[i]}" = "$1" ] && mine=${WEIGHTS[i + 1]}
+        [ "$mine" != 0 ] && wanted "${WEIGHTS[i]}" && all=$((all + WEIGHTS[i + 1]))
+    done
+    least "$(($(left) * mine / all))" "$2"
+}
 
 # To $OUT go at most eight files, in no folder.
 publish() {
@@ -83,8 +96,6 @@ stage() {
     publish
     return $status
 }
-
-wanted() { [ "$STAGES" = " " ] || [[ $STAGES == *" $1 "* ]]; }
 
 # A copy, so that neither an old build in this tree nor a read-only one is in the way.
 copy_sources() {
@@ -202,40 +213,40 @@ if [ -n "${REFLECTIVE_SITE:-}" ]; then
         exit 2
     fi
 else
-    TAIL=30 stage build "$(least 200 "$(share 60)")" bash -c build || finish
+    TAIL=30 stage build "$(least 200 $(($(left) * 6 / 10)))" bash -c build || finish
 fi
 
 smoked=0
 if wanted smoke; then
-    TAIL=25 stage smoke "$(least 45 "$(share 50)")" bash -c smoke
+    TAIL=25 stage smoke "$(share smoke 45)" bash -c smoke
     smoked=$?
 fi
 if wanted decode; then
-    limit=$(share 34)
+    limit=$(share decode 200)
     stage decode "$limit" bash -c "overhead decode $((limit > 60 ? limit - 25 : limit / 3))"
 fi
 if wanted best_of_n; then
-    limit=$(share 16)
-    stage best_of_n "$(least "$limit" 45)" bash -c "overhead best_of_n $(least $((limit / 3)) 12)"
+    limit=$(share best_of_n 45)
+    stage best_of_n "$limit" bash -c "overhead best_of_n $((limit / 3))"
 fi
 if wanted generate; then
-    limit=$(least 120 "$(share 40)")
+    limit=$(share generate 150)
     # A model of all 28 layers takes about a minute to compile. Fewer make the sampler's share larger; the file says how many there were.
     layers=
     [ $MODE = measure ] && [ "$limit" -lt 80 ] && layers="--layers 8"
     stage generate "$limit" bash -c "overhead generate $limit $layers"
 fi
 if wanted suite; then
-    limit=$(share 50)
-    TAIL=6 stage suite "$limit" bash -c "suite $((limit - 20))"
+    limit=$(share suite 400)
+    TAIL=6 stage suite "$limit" bash -c "suite $((limit > 40 ? limit - 20 : limit / 2))"
 fi
 if wanted tests; then
     # Those of CUDA again if there was no time for all of them.
     again=
     [ $smoked = 124 ] || [ $smoked = 137 ] && again=test_cuda
-    stage tests "$(share 60)" bash -c "tests '$again'"
+    stage tests "$(share tests 300)" bash -c "tests '$again'"
 fi
-wanted memcheck && stage memcheck "$(share 48)" bash -c 'sanitize memcheck --dtype bfloat16'
-wanted racecheck && stage racecheck "$(share 80)" bash -c 'sanitize racecheck --dtype bfloat16'
+wanted memcheck && stage memcheck "$(share memcheck 90)" bash -c 'sanitize memcheck --dtype bfloat16'
+wanted racecheck && stage racecheck "$(share racecheck 90)" bash -c 'sanitize racecheck --dtype bfloat16'
 wanted targets && TAIL=30 stage targets 30 "$PYTHON" -m reflective.benchmarks.targets "$RESULTS"
 finish
