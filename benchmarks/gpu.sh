@@ -49,7 +49,7 @@ least() { echo $(($1 < $2 ? $1 : $2)); }
 wanted() { [ "$STAGES" = " " ] || [[ $STAGES == *" $1 "* ]]; }
 
 # The stages in their order, each with its weight when time is shared out.
-WEIGHTS=(smoke 14 decode 30 best_of_n 9 generate 22 suite 20 tests 18 memcheck 8 racecheck 8 targets 3)
+WEIGHTS=(smoke 18 decode 30 best_of_n 9 generate 22 suite 20 tests 18 memcheck 8 racecheck 8 targets 3)
 
 # share NAME MOST: its seconds of those that are left for it and the stages behind it; at most MOST.
 share() {
