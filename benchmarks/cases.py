@@ -19,7 +19,7 @@ from reflective.state import StreamState
 
 FLOAT8 = torch.float8_e4m3fn
 OURS = ("cuda", "triton", "cpu")
-PEERS = ("expression", "compile", "published")
+PEERS = ("expression", "cublas", "compile", "published")
 VOCAB, TOKENS = 4096, 2048  # ids known to the automata; tokens of a finished text
 BUFFER_ROWS, SEQUENCES, MAX_STEPS = 256, 32, 64
 GATE_ROWS, GATE_STEPS = 64, 16  # the definition of what keeps tallies takes a row at a time
@@ -104,7 +104,11 @@ class Case(ABC):
 
     @property
     def peers(self) -> tuple[str, ...]:
-        return "expression", "compile"
+        """``cublas`` where it has epilogues for the head; without a GPU ``expression`` is as good."""
+        plain = self.cell.dtype != FLOAT8
+        heads = plain and self.op in ("score_rows", "logit_rows", "flush") and self.device.type == "cuda"
+        published = plain and self.op == "score_rows"
+        return "expression", *("cublas",) * heads, "compile", *("published",) * published
 
     def capturable(self, name: str) -> bool:
         """Whether ``name`` runs without waiting for the device, as CUDA graphs demand."""
@@ -124,7 +128,7 @@ class Case(ABC):
         return torch.ops.reflective_triton if name == "triton" else torch.ops.reflective
 
     def peer(self, name: str) -> Callable[..., Any]:
-        function = getattr(peers, self.op)
+        function = getattr(peers, f"{self.op}_cublas" if name == "cublas" else self.op)
         return compiled(function, self.cell) if name == "compile" else function
 
     @abstractmethod
@@ -210,10 +214,6 @@ class ScoreRows(Case):
     def bytes(self) -> int:
         return self.weight_bytes + self.cell.rows * (self.cell.H * self.row_dtype.itemsize + 4)
 
-    @property
-    def peers(self) -> tuple[str, ...]:
-        return PEERS if self.cell.dtype != FLOAT8 else PEERS[:2]
-
     def bind(self, name: str, weights: tuple[Tensor, ...], seed: int) -> Subject:
         features = self.features(name, seed)
         if name == "published":
@@ -243,10 +243,6 @@ class ScoreRows(Case):
 
 class LogitRows(ScoreRows):
     op = "logit_rows"
-
-    @property
-    def peers(self) -> tuple[str, ...]:
-        return PEERS[:2]
 
 
 class DecodeStep(Case):

@@ -56,7 +56,7 @@ def main() -> None:
             verdict = "right" if right else f"WRONG: {gate}"
             print(f"{name} {cell}: {verdict}, {time.perf_counter() - began:.1f} s", flush=True)
     print(f"{ran} cells ran, {wrong} wrong", flush=True)
-    raise SystemExit(wrong > 0 or ran == 0)
+    raise SystemExit(int(wrong > 0 or ran == 0))
 
 
 if __name__ == "__main__":

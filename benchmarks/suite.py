@@ -66,7 +66,7 @@ class Settings:
         """Small sizes, few repetitions, nothing compiled: does everything work?"""
         small = {
             "widths": (64,), "rows": (0, 2, 16), "dtypes": ("float32", "bfloat16"), "seconds": 0.0,
-            "implementations": ("cuda", "triton", "cpu", "expression", "published") if device.type == "cuda"
+            "implementations": ("cuda", "triton", "cpu", "expression", "cublas", "published") if device.type == "cuda"
             else ("cpu", "expression", "published"),
             "ceiling_bytes": 1 << 22, "ceiling_matmul": 128,
         }  # fmt: skip
