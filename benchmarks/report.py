@@ -75,8 +75,8 @@ def decode_modes(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _percent(share: str) -> str:
-    return f"{100 * float(share):.1f} %"
+def _percent(share: str, digits: int = 1) -> str:
+    return f"{100 * float(share):.{digits}f} %"
 
 
 def best_of_n(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
@@ -234,8 +234,8 @@ def gpu_decode(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
     for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in found):
         rows = [r for r in found if (r["model"], r["batch"]) == (model, batch)]
         kept = "; ".join(
-            f"{r['schedule']} {float(r['throughput_kept']):.2%} (rounds {float(r['kept_least']):.2%} to "
-            + f"{float(r['kept_most']):.2%}), {float(r['added_us']):+.1f} µs"
+            f"{r['schedule']} {_percent(r['throughput_kept'], 2)} (rounds {_percent(r['kept_least'], 2)} to "
+            + f"{_percent(r['kept_most'], 2)}), {float(r['added_us']):+.1f} µs"
             for r in rows
         )
         step = f"a step {float(rows[0]['plain_ms']):.2f} ms, {rows[0]['tokens']} tokens a round"
