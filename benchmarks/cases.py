@@ -19,7 +19,7 @@ from reflective.state import StreamState
 
 FLOAT8 = torch.float8_e4m3fn
 OURS = ("cuda", "triton", "cpu")
-PEERS = ("expression", "compile", "published")
+PEERS = ("expression", "cublas", "compile", "published")
 VOCAB, TOKENS = 4096, 2048  # ids known to the automata; tokens of a finished text
 BUFFER_ROWS, SEQUENCES, MAX_STEPS = 256, 32, 64
 GATE_ROWS, GATE_STEPS = 64, 16  # the definition of what keeps tallies takes a row at a time
@@ -71,6 +71,7 @@ class Case(ABC):
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device = cell, device
+        self.drawn_on = device  # where random inputs come from: the same seed gives others on a GPU
 
     @property
     def flops(self) -> int:
@@ -103,7 +104,11 @@ class Case(ABC):
 
     @property
     def peers(self) -> tuple[str, ...]:
-        return "expression", "compile"
+        """``cublas`` where it has epilogues for the head; without a GPU ``expression`` is as good."""
+        plain = self.cell.dtype != FLOAT8
+        heads = plain and self.op in ("score_rows", "logit_rows", "flush") and self.device.type == "cuda"
+        published = plain and self.op == "score_rows"
+        return "expression", *("cublas",) * heads, "compile", *("published",) * published
 
     def capturable(self, name: str) -> bool:
         """Whether ``name`` runs without waiting for the device, as CUDA graphs demand."""
@@ -123,7 +128,7 @@ class Case(ABC):
         return torch.ops.reflective_triton if name == "triton" else torch.ops.reflective
 
     def peer(self, name: str) -> Callable[..., Any]:
-        function = getattr(peers, self.op)
+        function = getattr(peers, f"{self.op}_cublas" if name == "cublas" else self.op)
         return compiled(function, self.cell) if name == "compile" else function
 
     @abstractmethod
@@ -148,8 +153,8 @@ class Case(ABC):
         return tuple(w.to(dtype or self.cell.dtype) for w in head)
 
     def random(self, seed: int, salt: int, *shape: int, dtype: torch.dtype) -> Tensor:
-        g = torch.Generator(self.device).manual_seed(1000 * seed + salt)
-        return torch.randn(shape, generator=g, device=self.device).to(dtype)
+        g = torch.Generator(self.drawn_on).manual_seed(1000 * seed + salt)
+        return torch.randn(shape, generator=g, device=self.drawn_on).to(self.device, dtype)
 
     def check(self, name: str) -> Gate:
         """The gate. Ours must have every output of the definition, peers may leave some out.
@@ -209,10 +214,6 @@ class ScoreRows(Case):
     def bytes(self) -> int:
         return self.weight_bytes + self.cell.rows * (self.cell.H * self.row_dtype.itemsize + 4)
 
-    @property
-    def peers(self) -> tuple[str, ...]:
-        return PEERS if self.cell.dtype != FLOAT8 else PEERS[:2]
-
     def bind(self, name: str, weights: tuple[Tensor, ...], seed: int) -> Subject:
         features = self.features(name, seed)
         if name == "published":
@@ -242,10 +243,6 @@ class ScoreRows(Case):
 
 class LogitRows(ScoreRows):
     op = "logit_rows"
-
-    @property
-    def peers(self) -> tuple[str, ...]:
-        return PEERS[:2]
 
 
 class DecodeStep(Case):
@@ -340,7 +337,8 @@ class DecodeStep(Case):
         }
         if self.immediate:
             return state | {"log_sum": torch.zeros(B, dtype=torch.float64, device=device)}
-        R = self.buffer_rows + 1
+        # Ours empties a full buffer by itself, a peer needs room for both steps of its gate.
+        R = max(self.buffer_rows, 2 * self.cell.rows) + 1
         slots = torch.zeros(R, self.cell.H, dtype=self.row_dtype, device=device)
         return state | {"slots": slots, "owner": count(R), "n_slots": count(())}
 
@@ -468,9 +466,9 @@ class StepMask(Case):
         return ()
 
     def bind(self, name: str, weights: tuple[Tensor, ...], seed: int) -> Subject:
-        g = torch.Generator(self.device).manual_seed(seed)
+        g = torch.Generator(self.drawn_on).manual_seed(seed)
         B, THINK, END = self.cell.rows, VOCAB - 1, VOCAB - 2
-        ids = torch.randint(END, (B, TOKENS), generator=g, device=self.device)
+        ids = torch.randint(END, (B, TOKENS), generator=g, device=self.drawn_on).to(self.device)
         ids[:, 1], ids[:, TOKENS * 7 // 8] = THINK, END
         token_class = (torch.arange(VOCAB, device=self.device) < VOCAB // 20).int()
         token_class[THINK], token_class[END] = 2, 3

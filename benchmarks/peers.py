@@ -26,6 +26,16 @@ def score_rows(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor)
     return F.logsigmoid(logit_rows(features, w1, b1, w2, b2)).clamp_min(LOG_FLOOR)
 
 
+def logit_rows_cublas(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """``logit_rows`` with bias and ReLU in the first product's epilogue, by cuBLAS on a GPU. All of one dtype."""
+    return F.linear(torch._addmm_activation(b1, features, w1.t()), w2, b2).squeeze(-1).float()
+
+
+def score_rows_cublas(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """``score_rows`` by ``logit_rows_cublas``."""
+    return F.logsigmoid(logit_rows_cublas(features, w1, b1, w2, b2)).clamp_min(LOG_FLOOR)
+
+
 def published_score_rows(states: Tensor, is_step: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """Step scores in (0, 1), the head's dtype, of the rows picked out of a finished text's states ``[T, H]``.
 
@@ -77,6 +87,11 @@ def decode_step_deferred(
 def flush(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, slots: Tensor, owner: Tensor, log_sum: Tensor) -> None:
     """The waiting rows ``slots`` [n, H] scored and added to ``log_sum`` [N] of their sequences ``owner`` [n]."""
     log_sum.index_add_(0, owner, score_rows(slots, w1, b1, w2, b2).double())
+
+
+def flush_cublas(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, slots: Tensor, owner: Tensor, log_sum: Tensor) -> None:
+    """``flush`` by ``score_rows_cublas``."""
+    log_sum.index_add_(0, owner, score_rows_cublas(slots, w1, b1, w2, b2).double())
 
 
 def tally_slots(logits: Tensor, b2: Tensor, owner: Tensor, log_sum: Tensor) -> None:

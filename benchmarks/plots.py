@@ -9,7 +9,7 @@ from reflective.plot import pyplot
 
 COLORS = {
     "cuda": "#4477aa", "triton": "#228833", "cpu": "#4477aa",
-    "expression": "#bbbbbb", "compile": "#ee6677", "published": "#ccbb44",
+    "expression": "#bbbbbb", "cublas": "#66ccee", "compile": "#ee6677", "published": "#ccbb44",
 }  # fmt: skip
 Row = dict[str, Any]
 

@@ -15,7 +15,7 @@ from reflective.benchmarks.suite import speedups
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 HEAD_REPORT = HERE.parent / "reflective" / "data" / "smollm2-135m-instruct" / "report.json"
-NAMES = {"expression": "PyTorch", "compile": "torch.compile", "published": "the published way"}
+NAMES = {"expression": "PyTorch", "cublas": "cuBLAS", "compile": "torch.compile", "published": "the published way"}
 MODES = {
     "dynamic": "eager, dynamic cache",
     "static": "eager, static cache",
@@ -75,8 +75,8 @@ def decode_modes(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _percent(share: str) -> str:
-    return f"{100 * float(share):.1f} %"
+def _percent(share: str, digits: int = 1) -> str:
+    return f"{100 * float(share):.{digits}f} %"
 
 
 def best_of_n(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
@@ -228,17 +228,36 @@ def gpu(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
 
 
 def gpu_decode(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    """A line for each mode and schedule of ``gpu_decode_overhead.csv``."""
-    return [
-        (
-            f"decode, 1.5B shape, batch {r['batch']}, {r['mode']}, {r['schedule']}",
-            f"{_percent(r['throughput_kept'])} of the tokens/s without scorer; {float(r['scorer_us']):.1f} µs of "
-            + f"{float(r['plain_ms']):.2f} ms a step in its op",
-            f"second pass {float(r['second_pass_s']):.1f} s, scorer {1e3 * float(r['scorer_s']):.1f} ms",
+    """A line for each model and batch of ``gpu_decode_overhead.csv``, each model of ``gpu_best_of_n.csv``, and generating."""
+    lines = []
+    found = [r for r in read("gpu_decode_overhead", folder) if r["throughput_kept"]]
+    for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in found):
+        rows = [r for r in found if (r["model"], r["batch"]) == (model, batch)]
+        kept = "; ".join(
+            f"{r['schedule']} {_percent(r['throughput_kept'], 2)} (rounds {_percent(r['kept_least'], 2)} to "
+            + f"{_percent(r['kept_most'], 2)}), {float(r['added_us']):+.1f} µs"
+            for r in rows
         )
-        for r in read("gpu_decode_overhead", folder)
-        if r["throughput_kept"]
-    ]
+        step = f"a step {float(rows[0]['plain_ms']):.2f} ms, {rows[0]['tokens']} tokens a round"
+        lines.append(
+            (f"decoding by captured graphs, {model} shape, batch {batch}, of the tokens/s without scorer", kept, step)
+        )
+    for r in read("gpu_best_of_n", folder):
+        ours, theirs = float(r["scoring_s"]), float(r["second_pass_s"])
+        lines.append((
+            f"scoring best of {r['n']}, {r['tokens']} tokens, {r['model']} shape, {r['schedule']}",
+            f"{1e3 * ours:.1f} ms, {float(r['scoring_MiB']):.1f} MiB",
+            f"second pass {theirs:.2f} s, {float(r['second_pass_MiB']):,.0f} MiB: {theirs / ours:,.0f} times less time",
+        ))  # fmt: skip
+    ways = {r["way"]: r for r in read("gpu_generate", folder)}
+    if "reflective" in ways:
+        first = ways["reflective"]
+        name = f"ReflectiveModel.generate, {first['n']} candidates, {first['model']} shape, {first['layers']} layers"
+        others = ", ".join(
+            f"{way} generate {float(r['tokens_per_s']):,.0f}" for way, r in ways.items() if r is not first
+        )
+        lines.append((name, f"{float(first['tokens_per_s']):,.0f} tokens/s", others))
+    return lines
 
 
 def _gpu_table(folder: Path = RESULTS) -> list[str]:

@@ -25,6 +25,7 @@ WIDTHS = (576, 1536, 3584, 5120, 8192)
 ROWS = (0, 1, 2, 4, 8, 16, 64, 256, 1024)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float8_e4m3fn": FLOAT8}
 IDLE_NODES = 50
+LATE = {"triton": 1, "compile": 2}  # what compiles at first use
 TIMES = ("cold", "warm", "host", "replay")  # replay: one graph of one call, from asking for it to its end
 COLUMNS = (
     "op", "variant", "H", "rows", "dtype", "implementation", "status", "detail", "error", "definition_error", "dtype_error",
@@ -65,7 +66,7 @@ class Settings:
         """Small sizes, few repetitions, nothing compiled: does everything work?"""
         small = {
             "widths": (64,), "rows": (0, 2, 16), "dtypes": ("float32", "bfloat16"), "seconds": 0.0,
-            "implementations": ("cuda", "triton", "cpu", "expression", "published") if device.type == "cuda"
+            "implementations": ("cuda", "triton", "cpu", "expression", "cublas", "published") if device.type == "cuda"
             else ("cpu", "expression", "published"),
             "ceiling_bytes": 1 << 22, "ceiling_matmul": 128,
         }  # fmt: skip
@@ -100,18 +101,18 @@ class Item:
 def plan(settings: Settings) -> list[Item]:
     """What to run, the most telling first, so that a budget cuts off the least.
 
-    On CPU all implementations of a cell take turns. On a GPU, whose state is steady, ``torch.compile``, which takes seconds
-    a cell, comes after everything else of the same weight.
+    On CPU all implementations of a cell take turns. On a GPU, whose state is steady, first come all cells of what is compiled
+    already, with the peers that need no compiler; then Triton's, which take a second each; then ``torch.compile``, several.
     """
     chosen = tuple(cases.cells(settings.ops, settings.widths, settings.rows, tuple(DTYPES[d] for d in settings.dtypes)))
-    ranked: list[tuple[int, int, Item]] = []
+    compiled_late = LATE if settings.device.type == "cuda" else {}
+    ranked: list[tuple[int, int, int, Item]] = []
     for number, cell in enumerate(chosen):
         names = _implementations(cell, settings)
-        late = {"compile"} & set(names) if settings.device.type == "cuda" else set()
-        for late_by, part in ((0, [n for n in names if n not in late]), (1, late)):
-            if part:
-                ranked.append((_tier(cell) + late_by, number, Item(cell, tuple(part))))
-    return [item for _, _, item in sorted(ranked, key=lambda r: r[:2])]
+        for late in sorted({compiled_late.get(name, 0) for name in names}):
+            part = tuple(name for name in names if compiled_late.get(name, 0) == late)
+            ranked.append((late, _tier(cell), number, Item(cell, part)))
+    return [item for *_, item in sorted(ranked, key=lambda r: r[:3])]
 
 
 def _implementations(cell: Cell, settings: Settings) -> list[str]:

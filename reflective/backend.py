@@ -2,11 +2,9 @@
 
 import functools
 import importlib.metadata
-import math
 import re
-import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,12 +12,8 @@ import torch
 from torch import Tensor
 
 from . import kernels, ops
-from .state import StreamState
 
-NAMES = ("cuda", "triton", "cpu", "torch")
-MARGIN = 1.1  # how much slower than another the first candidate may be: noise must not decide over a score's last bits
-
-Clock = Callable[[Callable[[], Any]], float]
+NAMES = ("cuda", "triton", "cpu", "torch")  # the first that runs is chosen
 
 
 @dataclass(frozen=True)
@@ -42,36 +36,24 @@ class BackendInfo:
     detail: str
 
 
-_measured: dict[str, dict[str, float]] = {}
-
-
-def measurements() -> dict[str, dict[str, float]]:
-    """What the GPU backends were chosen by in this process: for each GPU model and kind of head, the seconds that each one
-    took, infinity if it failed. See ``fastest``.
-    """
-    return {case: dict(seconds) for case, seconds in _measured.items()}
-
-
 def backends() -> dict[str, BackendInfo]:
-    """Every backend's name, whether it can run here, and what was compiled and measured, or why it cannot."""
+    """Every backend's name, whether it can run here, and what was compiled, or why it cannot."""
     cpu_off, triton_off, cuda_off = ops.WHY_NO_EXTENSION, ops.WHY_NO_TRITON, _why_no_cuda()
     if triton_off is None and not (torch.cuda.is_available() or ops.triton_interpreted()):
         triton_off = "no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU, slowly, for tests)"
     return {
-        "cuda": BackendInfo(
-            cuda_off is None, cuda_off or f"compiled for {' '.join(ops.cuda_architectures())}{_times('cuda')}"
-        ),
-        "triton": BackendInfo(triton_off is None, triton_off or _triton_detail() + _times("triton")),
+        "cuda": BackendInfo(cuda_off is None, cuda_off or f"compiled for {' '.join(ops.cuda_architectures())}"),
+        "triton": BackendInfo(triton_off is None, triton_off or _triton_detail()),
         "cpu": BackendInfo(cpu_off is None, cpu_off or ops.extension_detail()),
         "torch": BackendInfo(True, f"the plain-PyTorch definition, torch {torch.__version__}, any device and dtype"),
     }
 
 
 def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype, w1: Tensor | None = None) -> Backend:
-    """The backend ``name``, or, for None, the fastest that runs features of ``dtype`` on ``device``.
+    """The backend ``name``, or, for None, the first of ``NAMES`` that runs features of ``dtype``, and a head whose first
+    weights are ``w1``, on ``device``.
 
-    Where both GPU backends can, that is measured, by ``fastest``, for the head whose first weights are ``w1`` [K, H]; without
-    ``w1``, or while a CUDA graph is captured, it is the compiled one.
+    It is not measured which is faster: noise would then decide whose last bits a score has. ``reflective bench`` measures.
 
     Raises:
         ValueError: there is no such backend, or it cannot run here; says why.
@@ -85,8 +67,6 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype, w
         if usable == ["torch"]:
             wanted = "cpu" if device.type == "cpu" else "triton"
             _say_once(_why_not(wanted, device, dtype, weights) or infos[wanted].detail)
-        if usable[:2] == ["cuda", "triton"] and w1 is not None and not torch.cuda.is_current_stream_capturing():
-            return fastest([_backend(n) for n in usable[:2]], device, dtype, w1, cuda_clock)
         return _backend(usable[0])
     if name not in infos:
         raise ValueError(f"backend={name!r}; expected one of {', '.join(map(repr, NAMES))}")
@@ -95,63 +75,6 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype, w
     if why := _why_not(name, device, dtype, weights):
         raise ValueError(f"backend={name!r} cannot be used here: {why}")
     return _backend(name)
-
-
-def fastest(
-    candidates: Sequence[Backend], device: torch.device, dtype: torch.dtype, w1: Tensor, clock: Clock
-) -> Backend:
-    """The candidate that takes the least time for a ``decode_step`` without a step and ``score_rows`` of 1 and of 256 rows.
-
-    Measured once a process for each device model, shape of ``w1`` and dtypes; it takes milliseconds, but for kernels that
-    Triton compiles when they are first used. The first candidate stays unless another is faster by ``MARGIN``. One that
-    fails is not taken, which is said in a warning.
-    """
-    model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    case = f"{model}, w1 {list(w1.shape)} {w1.dtype}, features {dtype}".replace("torch.", "")
-    if case not in _measured:
-        calls = _calls(device, dtype, w1)
-        with torch.cuda.device_of(calls[0][1][0]):
-            _measured[case] = {candidate.name: _cost(candidate, calls, clock) for candidate in candidates}
-    seconds = _measured[case]
-    return min(candidates, key=lambda c: seconds[c.name] * (1 if c is candidates[0] else MARGIN))
-
-
-def cuda_clock(call: Callable[[], Any]) -> float:
-    """Seconds of a call on the current stream: the median of five samples by CUDA events, after one to warm up."""
-    calls, seconds = 5, []
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(6):
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(seconds[1:])
-
-
-def _calls(device: torch.device, dtype: torch.dtype, w1: Tensor) -> list[tuple[str, tuple[Any, ...]]]:
-    """What is timed: ops, with their arguments. All else than ``w1`` is zeros: no kernel's time depends on values."""
-    K, H = w1.shape
-    zeros = functools.partial(torch.zeros, device=device)
-    rest = dtype if w1.dtype == dtype else torch.float32
-    head = w1.detach().to(device).contiguous(), *(zeros(shape, dtype=rest) for shape in ((K,), (1, K), (1,)))
-    state = StreamState.allocate(1, H, K, buffer_rows=256, max_steps=1, dtype=dtype, device=device)
-    automaton = zeros(1, dtype=torch.int32), zeros(1, 1, dtype=torch.int32)  # one class, one state, and no step
-    ids, rows = zeros(1, 1, dtype=torch.int64), zeros(256, H, dtype=dtype)
-    return [
-        ("decode_step", (ids, rows[None, :1], *automaton, *head, *state.tensors(), True, False)),
-        ("score_rows", (rows[:1], *head)),
-        ("score_rows", (rows, *head)),
-    ]
-
-
-def _cost(backend: Backend, calls: list[tuple[str, tuple[Any, ...]]], clock: Clock) -> float:
-    try:
-        return sum(clock(functools.partial(getattr(backend, op), *arguments)) for op, arguments in calls)
-    except Exception as error:  # noqa: BLE001, a compiler at run time fails in many ways; the other backend may work
-        warnings.warn(f"backend {backend.name!r} is not used, as it fails here: {error}", stacklevel=2)
-        return math.inf
 
 
 def _backend(name: str) -> Backend:
@@ -216,8 +139,3 @@ def _triton_detail() -> str:
         return f"triton {version}, interpreted on CPU"
     major, minor = torch.cuda.get_device_capability()
     return f"triton {version}, compiled at first use for sm_{major}{minor}"
-
-
-def _times(name: str) -> str:
-    """What was measured of a backend, as the rest of its line in ``backends``."""
-    return "".join(f"; {seconds[name] * 1e6:.1f} us: {case}" for case, seconds in _measured.items() if name in seconds)

@@ -435,7 +435,7 @@ def bench(
     rows: Annotated[list[int] | None, typer.Option(min=0, help="Rows, sequences that end a step, or texts.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16 or float8_e4m3fn.")] = None,
     implementation: Annotated[
-        list[str] | None, typer.Option(help="cuda, triton, cpu, expression, compile or published.")
+        list[str] | None, typer.Option(help="cuda, triton, cpu, expression, cublas, compile or published.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: a GPU if there is one.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="Time for each measurement.")] = None,

@@ -47,7 +47,7 @@ class ShardedHead:
 
     Args:
         head: read by ``load``.
-        backend: its name, or None for the fastest. Ranks that do not choose alike take the most portable of their choices.
+        backend: its name, or None for the first that runs. Ranks that do not choose alike take the most portable of their choices.
         w1_dtype: see ``SPRM.weights``.
         group: the ranks that the model's work is split over; each must hold the whole hidden states.
 

@@ -56,7 +56,7 @@ class StreamScorer:
             step's score when its forward ends. The scores are the same to the bit.
         at: ``"predict"`` reads the state that predicted the step-token (published checkpoints), ``"token"`` its own.
         scope: ``"response"`` scores what is generated, ``"text"`` the prompt too.
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None takes the fastest for the model's device.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None takes the first of these that runs on the model's device.
         buffer_rows: rows of the deferred buffer. With a ``process_group`` the buffer is taken for full as soon as it could
             be, after ``buffer_rows`` decoded tokens, and all of its rows go through the head, as the host does not know
             which hold a step.

@@ -21,10 +21,10 @@ def test_every_backend_is_told_of():
         assert "portable" in infos["cpu"].detail and torch.ops.reflective.cpu_capability() in infos["cpu"].detail
 
 
-def test_the_fastest_is_chosen_and_named_ones_are_kept():
-    fastest = "cpu" if rf.backends()["cpu"].available else "torch"
+def test_the_compiled_one_is_chosen_and_named_ones_are_kept():
+    compiled = "cpu" if rf.backends()["cpu"].available else "torch"
     with warnings.catch_warnings(record=True):
-        assert rf.StreamScorer(tiny.model(), tiny.head(), tiny.steps()).backend.name == fastest
+        assert rf.StreamScorer(tiny.model(), tiny.head(), tiny.steps()).backend.name == compiled
     for name, info in rf.backends().items():
         if info.available and name not in ("cuda", "triton"):
             assert backend.choose_backend(name, CPU, torch.float32).name == name
@@ -78,7 +78,6 @@ def gpu(monkeypatch):
         monkeypatch.setattr(ops, "cuda_architectures", lambda: tuple(codes.split()))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device=None: capabilities[getattr(device, "index", 0) or 0]
         )
@@ -143,81 +142,14 @@ def test_heads_on_a_gpu(gpu, dtype, weights, runs):
                 backend.choose_backend(name, CUDA, dtype, w1)
 
 
-def test_the_two_gpu_backends_are_measured_but_not_while_a_graph_is_captured(gpu, monkeypatch):
+def test_compiled_kernels_are_taken_wherever_they_run(gpu, monkeypatch):
+    """Unmeasured, and so always the same: attaching compiles nothing, and the clock does not choose a score's last bits."""
+    monkeypatch.setattr(torch.cuda, "Event", None)
     gpu((9, 0))
-    w1 = torch.empty(4, 2, dtype=torch.bfloat16)
-    monkeypatch.setattr(backend, "fastest", lambda candidates, *_: candidates[1])
+    for w1 in (None, torch.empty(4, 2, dtype=torch.bfloat16)):
+        assert backend.choose_backend(None, CUDA, torch.bfloat16, w1).name == "cuda"
+    gpu((7, 5))
     assert backend.choose_backend(None, CUDA, torch.bfloat16, w1).name == "triton"
-    assert backend.choose_backend(None, CUDA, torch.bfloat16).name == "cuda"
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert backend.choose_backend(None, CUDA, torch.bfloat16, w1).name == "cuda"
-
-
-# -- the measurement -----------------------------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """A clock that stands still but while a fake backend's op runs; it counts the ops, and each really runs."""
-
-    def __init__(self) -> None:
-        self.now, self.calls = 0.0, 0
-
-    def __call__(self, call) -> float:
-        before = self.now
-        call()
-        return self.now - before
-
-    def backend(self, name: str, seconds: float) -> backend.Backend:
-        def timed(op):
-            def run(*arguments):
-                self.now, self.calls = self.now + seconds, self.calls + 1
-                return op(*arguments)
-
-            return run
-
-        slow = {op: timed(function) for op, function in vars(backend._backend("torch")).items() if op != "name"}
-        return backend.Backend(name=name, **slow)
-
-
-@pytest.fixture
-def stopwatch(monkeypatch):
-    monkeypatch.setattr(backend, "_measured", {})
-    return Stopwatch()
-
-
-def test_the_cheaper_backend_is_taken_and_measured_once(stopwatch):
-    cuda, triton = stopwatch.backend("cuda", 3e-6), stopwatch.backend("triton", 2e-6)
-    head = tiny.head()
-
-    def choose(width: int) -> str:
-        return backend.fastest([cuda, triton], CPU, torch.float32, head.weights()[0][:width], stopwatch).name
-
-    assert choose(16) == "triton"
-    assert stopwatch.calls == 2 * 3
-    assert choose(16) == "triton"
-    assert stopwatch.calls == 2 * 3, "measured twice"
-    assert choose(8) == "triton"
-    assert stopwatch.calls == 2 * 2 * 3, "another head is another case"
-    (case, _), seconds = rf.backend.measurements(), list(rf.backend.measurements().values())
-    assert "w1 [16, " in case and "float32" in case
-    assert seconds[0] == {"cuda": pytest.approx(9e-6), "triton": pytest.approx(6e-6)}
-
-
-def test_a_near_tie_stays_with_the_first(stopwatch):
-    candidates = [stopwatch.backend("cuda", 1.05e-6), stopwatch.backend("triton", 1e-6)]
-    assert backend.fastest(candidates, CPU, torch.float32, tiny.head().weights()[0], stopwatch).name == "cuda"
-
-
-def test_one_that_fails_is_left_out_with_a_warning(stopwatch, gpu):
-    def broken(*_):
-        raise OSError("no C compiler")
-
-    triton = backend.Backend("triton", **dict.fromkeys(backend.Backend.__match_args__[1:], broken))
-    candidates = [triton, stopwatch.backend("cuda", 1.0)]
-    with pytest.warns(UserWarning, match="'triton' is not used, as it fails here: no C compiler"):
-        assert backend.fastest(candidates, CPU, torch.float32, tiny.head().weights()[0], stopwatch).name == "cuda"
-    gpu((9, 0))
-    assert "; 3000000.0 us: cpu, w1 [" in rf.backends()["cuda"].detail
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
