@@ -11,7 +11,7 @@ from .score_rows_triton import OPTIONS
 NEXT_STATE, STEP, THINK, END = map(tl.constexpr, (layout.NEXT_STATE, layout.STEP, layout.THINK, layout.END))
 
 
-@triton.jit(do_not_specialize=["T", "V"])
+@triton.jit(do_not_specialize=["T", "V", "n_states", "ids_b", "ids_t"])
 def _step_mask(
     ids, token_class, transition, pad, length, start, mask, T, V, n_states, ids_b, ids_t, BLOCK_T: tl.constexpr
 ):  # fmt: skip

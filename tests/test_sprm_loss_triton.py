@@ -261,10 +261,10 @@ def launch_all(H: int, dtype: torch.dtype, w1_dtype: torch.dtype) -> None:
     sprm_loss_triton.sprm_loss_backward(sums, dlogit, alive, *tensors[:4], 0.5, 1.0, True)
 
 
-def test_compiled_ahead_of_time(tmp_path):
+def test_compiled_ahead_of_time(tmp_path, pytestconfig):
     """For every target, without spills and within the shared memory of the smallest."""
     pytest.importorskip("triton.backends.nvidia")
-    rows = aot.compile_for_every_target(__file__, tmp_path)
+    rows = aot.compile_for_every_target(__file__, tmp_path, pytestconfig)
     for capability in aot.CAPABILITIES:
         for head in HEADS:
             here = {r["kernel"] for r in rows if (r["capability"], r["head"]) == (capability, str(head))}
