@@ -101,8 +101,8 @@ def _feature(
     return tl.multiple_of(tl.where(m < waiting, slots + m * H, row), ALIGN)
 
 
-# A slice of all ids so far has another stride in every step: not specialised, or a step in the middle would wait for a compiler.
-@triton.jit(do_not_specialize=["B", "N", "R", "C", "V", "n_states", "ids_b"])
+# A slice of all ids so far has another pitch and alignment in every step, which must not wait for a compiler then.
+@triton.jit(do_not_specialize=["B", "N", "R", "C", "V", "n_states", "ids_b"], do_not_specialize_on_alignment=["ids"])
 def _step(
     ids, hidden, token_class, transition, w1, b1, w2, b2, seq, tally, last_hidden, step_column, step_region, step_score,
     slots, slot_owner, n_slots, workspace, rows,
@@ -221,7 +221,10 @@ def _step(
         tl.store(n_slots, tl.where(due, 0, n))
 
 
-@triton.jit(do_not_specialize=["begin", "end", "N", "V", "n_states", "C", "ids_b", "ids_q"])
+@triton.jit(
+    do_not_specialize=["begin", "end", "N", "V", "n_states", "C", "ids_b", "ids_q"],
+    do_not_specialize_on_alignment=["ids"],
+)
 def _walk(
     ids, hidden, token_class, transition, seq, last_hidden, step_column, step_region, slots, slot_owner, n_slots,
     rows, cu_seqlens, begin, end, N, V, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H: tl.constexpr,
