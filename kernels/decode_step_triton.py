@@ -18,7 +18,6 @@ from .logit_rows_triton import (
     head_logits,
     head_partials,
     head_tile,
-    row_poison,
     weight_bits,
 )
 from .score_rows_triton import log_score
@@ -57,11 +56,12 @@ def _field(s, at: tl.constexpr, inside):
 
 
 @triton.jit
-def _state_row(rows, b, inside):
-    """The state row of sequence ``b``; less than 0 where it is skipped."""
+def _state_row(rows, N, b, inside):
+    """The state row of sequence ``b``; less than 0 where it is skipped, or is none of the ``N``."""
     row = b
     if rows is not None:
         row = tl.load(rows + b, mask=inside, other=-1).to(tl.int64)
+        row = tl.where(row < N, row, -1)
     return row
 
 
@@ -71,11 +71,14 @@ def _region(n_think, n_end):
 
 
 @triton.jit
-def _detect(s, inside, token, token_class, transition, n_states):
-    """``transition[token_class[token], state]``, 0 for padding; and whether a step ends here. s: pointers to rows of ``seq``."""
-    token_row = transition + tl.load(token_class + token, mask=inside, other=0).to(tl.int64) * n_states
+def _detect(s, inside, token, token_class, transition, V, n_states):
+    """``transition[token_class[token], state]``, 0 for padding and ids outside the vocabulary; and whether a step ends here.
+    s: pointers to rows of ``seq``.
+    """
+    known = inside & (token >= 0) & (token < V)
+    token_row = transition + tl.load(token_class + token, mask=known, other=0).to(tl.int64) * n_states
     column, pad, start = _field(s, SEEN, inside), _field(s, PAD, inside), _field(s, START, inside)
-    entry = tl.load(token_row + _field(s, AUTOMATON, inside), mask=inside & (column >= pad), other=0)
+    entry = tl.load(token_row + _field(s, AUTOMATON, inside), mask=known & (column >= pad), other=0)
     return entry, ((entry & STEP) != 0) & (column >= tl.maximum(start, pad + 2))
 
 
@@ -98,11 +101,12 @@ def _feature(
     return tl.multiple_of(tl.where(m < waiting, slots + m * H, row), ALIGN)
 
 
-@triton.jit(do_not_specialize=["B", "R", "C", "n_states"])
+# A slice of all ids so far has another pitch and alignment in every step, which must not wait for a compiler then.
+@triton.jit(do_not_specialize=["B", "N", "R", "C", "V", "n_states", "ids_b"], do_not_specialize_on_alignment=["ids"])
 def _step(
     ids, hidden, token_class, transition, w1, b1, w2, b2, seq, tally, last_hidden, step_column, step_region, step_score,
     slots, slot_owner, n_slots, workspace, rows,
-    B, R, C, n_states, ids_b, hidden_b, H: tl.constexpr, K: tl.constexpr, LINE: tl.constexpr,
+    B, N, R, C, V, n_states, ids_b, hidden_b, H: tl.constexpr, K: tl.constexpr, LINE: tl.constexpr,
     AT_PREDICT: tl.constexpr, IMMEDIATE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -115,8 +119,8 @@ def _step(
     sum there and nobody reading the old state any more: it adds up, tallies, and updates the state of all sequences.
 
     workspace: a counter of arrivals, and from ``HEADER`` on a line for each row: partial sums of ``head_partials``, then its
-    poison and later its score, then its key, which all programs write alike: of its row in ``source``, and later of its row
-    in the state (see ``tally_rows``). rows: [B] int32 or None, as in the definition.
+    score, then its key, which all programs write alike: of its row in ``source``, and later of its row in the state (see
+    ``tally_rows``). rows: [B] int32 or None, as in the definition.
     """
     N_LINES: tl.constexpr = (K + LINE - 1) // LINE
     STRIDE: tl.constexpr = N_LINES + 2
@@ -131,11 +135,11 @@ def _step(
     n = waiting
     for first in range(0, B, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B).to(tl.int64)
-        state_row = _state_row(rows, b, b < B)
+        state_row = _state_row(rows, N, b, b < B)
         inside = (b < B) & (state_row >= 0)
         s = seq + state_row * SEQ_FIELDS
         token = tl.load(ids + b * ids_b, mask=inside, other=0)
-        _, is_step = _detect(s, inside, token, token_class, transition, n_states)
+        _, is_step = _detect(s, inside, token, token_class, transition, V, n_states)
         region = _region(_field(s, N_THINK, inside), _field(s, N_END, inside))
         one = is_step.to(tl.int32)
         row = (n + tl.cumsum(one, 0) - one).to(tl.int64)
@@ -150,9 +154,6 @@ def _step(
             m = first + tl.arange(0, BLOCK_M)
             f_row = _feature(m, n, waiting, scored, STRIDE, source, source_b, seq, slots, H, AT_PREDICT, ALIGN)
             head_partials(program, first, n, f_row, w1, b1, w2, sums, H, K, LINE, BLOCK_U, BLOCK_M, BLOCK_H, STAGES)
-        for m in range(program, n, n_programs):
-            f_ptr = _feature(m, n, waiting, scored, STRIDE, source, source_b, seq, slots, H, AT_PREDICT, ALIGN)
-            tl.store(scored + tl.cast(m, tl.int64) * STRIDE, row_poison(f_ptr, H))
     else:
         for t in range(program, (n - waiting) * TILES, n_programs):
             t = tl.cast(t, tl.int64)
@@ -162,7 +163,7 @@ def _step(
     for t in range(program, B * TILES, n_programs):
         t = tl.cast(t, tl.int64)
         b = t // TILES
-        state_row = _state_row(rows, b, True)
+        state_row = _state_row(rows, N, b, True)
         if state_row >= 0:
             half = (tl.load(seq + state_row * SEQ_FIELDS + SEEN) + 1) & 1
             _copy_tile(last_hidden + (state_row * 2 + half) * H, hidden + b * hidden_b, t % TILES, H)
@@ -177,11 +178,12 @@ def _step(
                 key, step = slot_key(row, waiting, slot_owner)
                 new_key = tl.load(int32_at(scored) + row.to(tl.int64) * STRIDE + 1, mask=new, other=0)
                 if not AT_PREDICT:
-                    state_row = _state_row(rows, new_key // N_REGIONS, new)
+                    state_row = _state_row(rows, N, new_key // N_REGIONS, new)
                     new_key = tl.where(new, state_row.to(tl.int32) * N_REGIONS + new_key % N_REGIONS, 0)
                 key += new_key
                 step += _field(seq + (key // N_REGIONS).to(tl.int64) * SEQ_FIELDS, N_STEPS, new)
                 score = log_score(head_logits(row, n, b2, sums, N_LINES))
+                tl.debug_barrier()  # every thread has read the keys, whose places the new ones take
                 note_scores(row, n, score, key, step, scored, STRIDE, step_score, C)
             tl.debug_barrier()  # scores are read by other threads than wrote them
             tally_rows(n, scored, STRIDE, tally)
@@ -189,11 +191,11 @@ def _step(
         taken = waiting
         for first in range(0, B, BLOCK_B):
             b = first + tl.arange(0, BLOCK_B).to(tl.int64)
-            state_row = _state_row(rows, b, b < B)
+            state_row = _state_row(rows, N, b, b < B)
             inside = (b < B) & (state_row >= 0)
             s = seq + state_row * SEQ_FIELDS
             token = tl.load(ids + b * ids_b, mask=inside, other=0)
-            entry, is_step = _detect(s, inside, token, token_class, transition, n_states)
+            entry, is_step = _detect(s, inside, token, token_class, transition, V, n_states)
             state, column, step = _field(s, AUTOMATON, inside), _field(s, SEEN, inside), _field(s, N_STEPS, inside)
             n_think, n_end = _field(s, N_THINK, inside), _field(s, N_END, inside)
             state = tl.where(column >= _field(s, PAD, inside), entry & NEXT_STATE, state)
@@ -219,10 +221,14 @@ def _step(
         tl.store(n_slots, tl.where(due, 0, n))
 
 
-@triton.jit(do_not_specialize=["begin", "end", "n_states", "C"])
+@triton.jit(
+    do_not_specialize=["begin", "end", "N", "V", "n_states", "C", "ids_b", "ids_q"],
+    do_not_specialize_on_alignment=["ids"],
+)
 def _walk(
     ids, hidden, token_class, transition, seq, last_hidden, step_column, step_region, slots, slot_owner, n_slots,
-    rows, cu_seqlens, begin, end, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H: tl.constexpr, AT_PREDICT: tl.constexpr,
+    rows, cu_seqlens, begin, end, N, V, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H: tl.constexpr,
+    AT_PREDICT: tl.constexpr,
 ):  # fmt: skip
     """For one sequence a program and those of ``j = begin, .. end - 1`` that are its own: ``entry = transition[token_class[ids[j]], state]``; if it is
     a step in scope, ``slots[n_slots++] = h[j - 1]`` (``AT_PREDICT``; before the call it is ``last_hidden``) or ``h[j]``, with
@@ -237,7 +243,7 @@ def _walk(
     """
     TILES: tl.constexpr = (H + BLOCK_C - 1) // BLOCK_C
     b = tl.program_id(0).to(tl.int64)
-    state_row = _state_row(rows, b, True)
+    state_row = _state_row(rows, N, b, True)
     first = 0
     if cu_seqlens is not None:
         first = tl.load(cu_seqlens + b)
@@ -255,8 +261,9 @@ def _walk(
     for j in range(begin, end):
         token = tl.load(ids + b * ids_b + j * ids_q)
         text = column >= pad
-        token_row = transition + tl.load(token_class + token).to(tl.int64) * n_states
-        entry = tl.load(token_row + state, mask=text, other=0)
+        known = (token >= 0) & (token < V)
+        token_row = transition + tl.load(token_class + token, mask=known, other=0).to(tl.int64) * n_states
+        entry = tl.load(token_row + state, mask=text & known, other=0)
         if ((entry & STEP) != 0) & (column >= scope):
             slot = tl.atomic_add(n_slots, 1, sem="relaxed").to(tl.int64)
             source = hidden_ptr + j * hidden_q
@@ -309,7 +316,7 @@ def decode_step(
     """
     B, q = ids.shape
     R, H = slots.shape
-    C, n_states = step_column.shape[1], transition.shape[1]
+    N, C, V, n_states = *step_column.shape, len(token_class), transition.shape[1]
     if R < B:
         raise ValueError(f"slots has {R} rows; {B} sequences need at least {B}")
     if hidden.stride(2) != 1:
@@ -326,7 +333,7 @@ def decode_step(
             _step[(triton.cdiv(len(w1), tile["BLOCK_U"]),)](
                 ids, hidden, token_class, transition, weight_bits(w1), b1, w2, b2, seq, tally, last_hidden,
                 step_column, step_region, step_score, slots, slot_owner, n_slots, workspace, rows,
-                B, R, C, n_states, ids.stride(0), hidden.stride(0), H, len(w1), head_line(w1),
+                B, N, R, C, V, n_states, ids.stride(0), hidden.stride(0), H, len(w1), head_line(w1),
                 at_predict, immediate, math.gcd(16, *pitches), min(512, max(128, triton.next_power_of_2(B))), **tile, **OPTIONS,
             )  # fmt: skip
             return
@@ -340,7 +347,7 @@ def decode_step(
             flush_for(B * (end - begin), *head_and_slots)
             _walk[(sequences,)](
                 ids, hidden, token_class, transition, seq, last_hidden, step_column, step_region, slots, slot_owner, n_slots,
-                rows, cu_seqlens, begin, end, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H, at_predict, **OPTIONS,
+                rows, cu_seqlens, begin, end, N, V, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H, at_predict, **OPTIONS,
             )  # fmt: skip
         if immediate:
             flush(*head_and_slots)

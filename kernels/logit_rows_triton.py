@@ -21,7 +21,6 @@ NAN_PROPAGATES = tl.constexpr(tl.PropagateNan.ALL)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 UNIT_GROUP = tl.constexpr(layout.UNIT_GROUP)
 BLOCK_R, BLOCK_P = tl.constexpr(16), tl.constexpr(256)  # rows, and partial sums of each, that are read at once
-BLOCK_C = tl.constexpr(2048)  # columns of a row that are looked at at once
 
 
 @triton.jit
@@ -44,11 +43,15 @@ def head_partials(
     H: tl.constexpr, K: tl.constexpr, LINE: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``sums[m, p] = sum_{u in line p} w2[u] relu(sum_h W1[u, h] f[m, h] + b1[u])`` for one block of units and the rows
-    ``m`` in ``[first, min(first + BLOCK_M, n))``; a line is ``LINE`` units.
+    """``sums[m, p] = sum_{u in line p} w2[u] (relu(z[u]) + 0 z[u])``, ``z[u] = sum_h W1[u, h] f[m, h] + b1[u]``, for one block
+    of units and the rows ``m`` in ``[first, min(first + BLOCK_M, n))``; a line is ``LINE`` units.
+
+    ``0 z`` because ReLU would let minus infinity pass for an innocent 0: of a row that is not finite no ``z`` is, so every
+    sum is NaN; of any other row it changes no bit.
 
     f_row: [BLOCK_M] pointers to the rows' ``f``, of the dtype in which products are taken; w1: [K, H] of the same, or
-    of float8 (see ``_weights``); b1, w2: [K]; sums: [>= n, cdiv(K, LINE) + 2] float32. All contiguous.
+    of float8 (see ``_weights``); b1, w2: [K]; sums: [>= n, cdiv(K, LINE) + 2] float32, of which the last two columns are the
+    caller's. All contiguous.
     """
     N_LINES: tl.constexpr = (K + LINE - 1) // LINE
     dtype: tl.constexpr = f_row.dtype.element_ty
@@ -67,7 +70,7 @@ def head_partials(
         z = tl.dot(w, f, z, input_precision="ieee")
     z += tl.load(b1 + unit, mask=unit < K, other=0.0).to(tl.float32)[:, None]
     weight = tl.load(w2 + unit, mask=unit < K, other=0.0).to(tl.float32)[:, None]
-    product = weight * tl.maximum(z, 0.0, propagate_nan=NAN_PROPAGATES)
+    product = weight * (tl.maximum(z, 0.0) + z * 0.0)
     partial = tl.sum(tl.reshape(product, (BLOCK_U // UNIT_GROUP, UNIT_GROUP, BLOCK_M)), 1)
     for i in tl.static_range(0 if LINE == UNIT_GROUP else 1 if LINE == 2 * UNIT_GROUP else 2):
         pairs = tl.reshape(partial, (BLOCK_U // UNIT_GROUP // 2 ** (i + 1), 2, BLOCK_M))
@@ -79,25 +82,15 @@ def head_partials(
 
 
 @triton.jit
-def row_poison(f_ptr, H: tl.constexpr):
-    """``sum_h 0 f[h]``: 0, or NaN for a row that is not finite. ReLU would let minus infinity pass for an innocent 0."""
-    poison = tl.zeros((BLOCK_C,), tl.float32)
-    for done in range(0, H, BLOCK_C):
-        h = done + tl.arange(0, BLOCK_C)
-        poison += tl.load(f_ptr + h, mask=h < H, other=0.0).to(tl.float32) * 0.0
-    return tl.sum(poison, 0)
-
-
-@triton.jit
 def head_logits(row, n, b2, sums, N_LINES: tl.constexpr):
-    """``sum_p sums[m, p] + b2`` of the rows ``m = row``, poison included. row: [BLOCK_R], those from ``n`` on are undefined;
-    b2: [1] or None. Returns [BLOCK_R] float32.
+    """``sum_p sums[m, p] + b2`` of the rows ``m = row``. row: [BLOCK_R], those from ``n`` on are undefined; b2: [1] or None.
+    Returns [BLOCK_R] float32.
     """
     p = tl.arange(0, BLOCK_P)
     logit = tl.zeros((BLOCK_R,), tl.float32)
     line_ptr = sums + row.to(tl.int64)[:, None] * (N_LINES + 2) + p[None, :]
-    for done in range(0, N_LINES + 1, BLOCK_P):
-        inside = (row[:, None] < n) & (p[None, :] <= N_LINES - done)
+    for done in range(0, N_LINES, BLOCK_P):
+        inside = (row[:, None] < n) & (p[None, :] < N_LINES - done)
         logit += tl.sum(tl.load(line_ptr + done, mask=inside, other=0.0), 1)
     if b2 is not None:
         logit += tl.load(b2).to(tl.float32)
@@ -110,20 +103,16 @@ def _partials(
     H: tl.constexpr, K: tl.constexpr, LINE: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``head_partials`` and poison for the unit block and the row tile of this program, of ``M`` rows; or, with ``n_slots``,
-    of the rows that wait if fewer than ``room`` of the ``M`` slots are free.
+    """``head_partials`` for the unit block and the row tile of this program, of ``M`` rows; or, with ``n_slots``, of the rows
+    that wait if fewer than ``room`` of the ``M`` slots are free.
 
     features: [M, H]; sums: [M, cdiv(K, LINE) + 2] float32; n_slots: [1] int32 or None.
     """
-    N_LINES: tl.constexpr = (K + LINE - 1) // LINE
     n = M if n_slots is None else tl.load(n_slots)
     first, program = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     if (n + room > M) & (first < n):
         f_row = features + (first + tl.arange(0, BLOCK_M)).to(tl.int64) * H
         head_partials(program, first, n, f_row, w1, b1, w2, sums, H, K, LINE, BLOCK_U, BLOCK_M, BLOCK_H, STAGES)
-        for m in range(first + program, tl.minimum(first + BLOCK_M, n), tl.num_programs(1)):
-            m = tl.cast(m, tl.int64)
-            tl.store(sums + m * (N_LINES + 2) + N_LINES, row_poison(features + m * H, H))
 
 
 @triton.jit(do_not_specialize=["M"])

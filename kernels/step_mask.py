@@ -15,7 +15,7 @@ def step_mask(
     occurs exactly once, else the text's length. Consecutive and leading step-tokens are the automaton's business.
 
     Args:
-        ids: [B, T] int64.
+        ids: [B, T] int64, of the vocabulary: a compiled kernel raises on another id on a CPU, and on a GPU takes it for no step.
         token_class: [V] int32, the class of every token id.
         transition: [n_classes, n_states] int32, see ``layout.py``.
         pad: [B] int64, columns of left padding.

@@ -11,12 +11,12 @@ from .score_rows_triton import OPTIONS
 NEXT_STATE, STEP, THINK, END = map(tl.constexpr, (layout.NEXT_STATE, layout.STEP, layout.THINK, layout.END))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "V", "n_states", "ids_b", "ids_t"])
 def _step_mask(
-    ids, token_class, transition, pad, length, start, mask, T, n_states, ids_b, ids_t, BLOCK_T: tl.constexpr
+    ids, token_class, transition, pad, length, start, mask, T, V, n_states, ids_b, ids_t, BLOCK_T: tl.constexpr
 ):  # fmt: skip
     """``mask[t] = step(t) and t in scope and a + 2 <= t <= e`` for one sequence a program: a pass of the automaton that notes
-    ``step(t)`` and the tags, then a pass over the mask once ``a`` and ``e`` are known.
+    ``step(t)`` and the tags, then a pass over the mask once ``a`` and ``e`` are known. An id outside the vocabulary is no step.
 
     ids: [B, T] int64 with its strides; token_class: [V], transition: [n_classes, n_states] int32; pad, length, start: [B]
     int64; mask: [B, T] int8.
@@ -30,8 +30,10 @@ def _step_mask(
     state, n_think, n_end = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     think_at, end_at = begin, end
     for t in range(begin, end):
-        token_row = transition + tl.load(token_class + tl.load(ids + b * ids_b + t * ids_t)).to(tl.int64) * n_states
-        entry = tl.load(token_row + state)
+        token = tl.load(ids + b * ids_b + t * ids_t)
+        known = (token >= 0) & (token < V)
+        token_row = transition + tl.load(token_class + token, mask=known, other=0).to(tl.int64) * n_states
+        entry = tl.load(token_row + state, mask=known, other=0)
         tl.store(out + t, ((entry & STEP) != 0).to(tl.int8))
         think_at = tl.where((entry & THINK) != 0, t, think_at)
         end_at = tl.where((entry & END) != 0, t, end_at)
@@ -57,7 +59,7 @@ def step_mask(
     mask = torch.empty(B, T, dtype=torch.bool, device=ids.device)
     with torch.cuda.device_of(ids):
         _step_mask[(B,)](
-            ids, token_class, transition, pad, length, start, mask.view(torch.int8), T, transition.shape[1], *ids.stride(),
-            BLOCK_T=1024, **OPTIONS,
+            ids, token_class, transition, pad, length, start, mask.view(torch.int8), T, len(token_class), transition.shape[1],
+            *ids.stride(), BLOCK_T=1024, **OPTIONS,
         )  # fmt: skip
     return mask

@@ -37,7 +37,6 @@ def slot_key(row, n, slot_owner):
 @triton.jit
 def note_scores(row, n, score, key, step, scored, STRIDE: tl.constexpr, step_score, C):
     """The scores of the rows ``row < n`` to the step log, and with their keys to ``scored`` for ``tally_rows``."""
-    tl.debug_barrier()  # every thread has read the poison, whose place the score takes
     line = scored + row.to(tl.int64) * STRIDE
     tl.store(line, score, mask=row < n)
     tl.store(int32_at(line) + 1, key, mask=row < n)

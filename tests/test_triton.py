@@ -8,6 +8,7 @@ from cases import (
     NEVER,
     STATE,
     Stream,
+    V,
     assert_2x,
     assert_identical,
     assert_same_state,
@@ -157,20 +158,25 @@ def test_log_sigmoid(device, logit):
 
 @pytest.mark.parametrize(("dtype", "fp8"), HEADS)
 @pytest.mark.parametrize("bad", [NAN, float("inf"), float("-inf")])
-def test_rows_that_are_not_finite(device, dtype, fp8, bad):
+def test_rows_that_are_not_finite(device, dtype, fp8, bad, fixed_order_dot):
+    """Also where every unit's activation is an innocent 0, as ReLU makes it of minus infinity, and where every one is infinite
+    and the logit might be; nothing else changes.
+    """
     M, H, K = 20, 40, 80
     head = random_head(H, K, dtype, fp8=fp8, device=device)
-    sign = -0.1 if bad > 0 else 0.1  # a product of minus infinity, which ReLU turns into an innocent 0
-    head[0][:, 0] = torch.full((K,), sign, device=device).to(head[0].dtype)
+    sign = -0.1 if bad > 0 else 0.1
+    for column, weight in ((0, sign), (1, 0.0), (H - 1, -sign)):
+        head[0][:, column] = torch.full((K,), weight, device=device).to(head[0].dtype)
+    head[2].abs_()
     features = random_rows(M, H, dtype=dtype, device=device)
     clean = score_rows(features, *head)
-    features[[3, 19], [0, H - 1]] = bad
+    features[[3, 8, 19], [0, 1, H - 1]] = bad
     scores = score_rows(features, *head)
-    assert scores.isnan().nonzero().flatten().tolist() == [3, 19]
+    assert scores.isnan().nonzero().flatten().tolist() == [3, 8, 19]
+    assert_identical(kernels.score_rows(features, *head).isnan(), scores.isnan())
     others = torch.ones(M, dtype=torch.bool, device=device)
-    others[[3, 19]] = False
-    # Close, not equal: the interpreter's product is not summed in a fixed order.
-    torch.testing.assert_close(scores[others], clean[others])
+    others[[3, 8, 19]] = False
+    assert_identical(scores[others], clean[others])
 
 
 @pytest.mark.parametrize(
@@ -248,14 +254,57 @@ def test_sequences_that_come_and_go(device, dtype, slots, at_predict, immediate,
 
 @pytest.mark.parametrize("q", [1, 2])
 def test_states_that_no_row_names_rest(device, q):
-    case = Stream(3, q, 16, torch.float32, N=6, device=device, sizes={"pad": [0] * 6, "start": [0] * 6})
+    """Nor does a row outside the state do harm."""
+    case = Stream(4, q, 16, torch.float32, N=6, device=device, sizes={"pad": [0] * 6, "start": [0] * 6})
     state = case.state()
     before = {name: t.clone() for name, t in state.items()}
-    rows = torch.tensor([4, -1, 2], dtype=torch.int32, device=device)
+    rows = torch.tensor([4, -1, 2, 6], dtype=torch.int32, device=device)
     decode_step(case.ids, case.hidden, *case.automaton, *case.head, *state.values(), True, True, rows)
     for name in STATE[:6]:
         assert_identical(state[name][[0, 1, 3, 5]], before[name][[0, 1, 3, 5]])
     assert state["seq"][:, layout.SEEN].tolist() == [0, 0, q, 0, q, 0]
+
+
+def outside_the_vocabulary(case):
+    """Some of ``case``'s ids become none; beside the table of classes lie such as end a step. Returns the ids and the automaton
+    of the definition for which they are no step, and where they are.
+    """
+    token_class, transition = case.automaton
+    wide = torch.zeros(V + 8, dtype=torch.int32, device=case.device)
+    wide[4:-4] = token_class
+    case.automaton = wide[4:-4], transition
+    ids, case.ids = case.ids.clone(), case.ids.clone()
+    outside = torch.zeros_like(ids, dtype=torch.bool)
+    for column, strangers in ((3, [-1, V, 10**12]), (6, [V + 3, -4, -(2**63)])):
+        case.ids[:, column] = torch.tensor(strangers, device=case.device)
+        ids[:, column], outside[:, column] = V, True
+    no_step = len(transition)
+    known = torch.cat([token_class, token_class.new_tensor([no_step])])
+    return ids, (known, torch.cat([transition, torch.zeros_like(transition[:1])])), outside
+
+
+@pytest.mark.parametrize("chunks", [[1] * 9, [5, 4]])
+def test_an_id_outside_the_vocabulary_is_no_step(device, chunks):
+    sizes = {"pad": [0] * 3, "start": [0] * 3, "log": 9}
+    case = Stream(3, 9, 16, torch.float32, step=1.1, device=device, sizes=sizes)
+    case_ids, automaton, _ = outside_the_vocabulary(case)
+    ours = case.feed(decode_step, case.state(), chunks, True, True)
+    case.ids, case.automaton = case_ids, automaton
+    expected = case.feed(kernels.decode_step, case.state(), chunks, True, True)
+    assert ours["step_column"][:, :6].tolist() == [[2, 4, 5, 7, 8, -7]] * 3
+    fields = [layout.AUTOMATON, layout.SEEN, layout.N_THINK, layout.N_END, layout.N_STEPS]
+    assert_identical(ours["seq"][:, fields], expected["seq"][:, fields])
+    for name in ("step_column", "step_region"):
+        assert_identical(ours[name], expected[name])
+
+
+def test_step_mask_of_ids_outside_the_vocabulary(device):
+    case = Stream(3, 9, 16, torch.float32, step=1.1, device=device)
+    ids, automaton, outside = outside_the_vocabulary(case)
+    bounds = [torch.full((3,), n, device=device) for n in (0, 9, 0)]
+    mask = step_mask(case.ids, *case.automaton, *bounds)
+    assert mask.any() and not (mask & outside).any()
+    assert torch.equal(mask, kernels.step_mask(ids, *automaton, *bounds))
 
 
 @pytest.mark.parametrize("immediate", [False, True])
