@@ -183,7 +183,7 @@ struct Step {
 constexpr int SCRATCH_BYTES = 128;
 constexpr int TABLE = 1024;  // of an automaton's entries that are kept at hand, if they are no more
 constexpr int FIXED_BYTES = SCRATCH_BYTES + TABLE * sizeof(int32_t) + GROUP_SUM_BYTES;
-constexpr int SCRATCH_LAST = 30, SCRATCH_WAITING = 31;  // of its ints; the first are the warps'
+constexpr int SCRATCH_OCTETS = 29, SCRATCH_LAST = 30, SCRATCH_WAITING = 31;  // of its ints; the first are the warps'
 constexpr uint32_t SKIPPED = ~0u;
 
 // What detection finds, of each sequence of the batch; in shared memory, from where the rest of the step takes it.
@@ -192,16 +192,18 @@ struct Found {
   uint32_t* places;  // [batch]: 2 * row + ((column + 1) & 1), where in last_hidden this token's state goes; or SKIPPED
   int32_t* entries;  // [batch]: the automaton's
   int* order;        // [batch]: which of the active ones
+  int* octets;       // [n_octets]: the first of the active ones whose features lie within 8 neighbouring rows
   int* scratch;
   int32_t* table;  // [TABLE]
 
-  __host__ __device__ static int bytes(int64_t batch) { return static_cast<int>((4 * batch * 4 + 127) / 128 * 128); }
+  __host__ __device__ static int bytes(int64_t batch) { return static_cast<int>((5 * batch * 4 + 127) / 128 * 128); }
 
   __device__ Found(unsigned char* shared, int batch)
       : active(reinterpret_cast<uint32_t*>(shared + FIXED_BYTES)),
         places(active + batch),
         entries(reinterpret_cast<int32_t*>(places + batch)),
         order(entries + batch),
+        octets(order + batch),
         scratch(reinterpret_cast<int*>(shared)),
         table(reinterpret_cast<int32_t*>(shared + SCRATCH_BYTES)) {}
 };
@@ -236,7 +238,8 @@ struct StepRows {
 
   const Step<H>& step;
   const Found& found;
-  int n_waiting;
+  int n_waiting, n_new;
+  int n_octets = 0;  // of the new ones
 
   __device__ const T* operator()(int row) const {
     return row < n_waiting ? step.slot_row(row) : feature(row - n_waiting);
@@ -262,7 +265,50 @@ struct StepRows {
     return {owner[OWNER_SEQUENCE], owner[OWNER_STEP], owner[OWNER_REGION]};
   }
 
-  __device__ int in_order() const { return n_waiting; }
+  // For head_sm90.cuh: what waits has the first places, of the others 8 neighbours in last_hidden, or hidden, an octet.
+  __device__ int octets() const { return octets_in_order() + n_octets; }
+
+  __device__ int octets_in_order() const { return (n_waiting + 7) / 8; }
+
+  template <class Maps>
+  __device__ typename Maps::Octet octet(const Maps& maps, int octet) const {
+    if (octet < octets_in_order()) return {&maps.eight, 0, 8 * octet};
+    const uint32_t place = found.active[found.octets[octet - octets_in_order()]];
+    return {&maps.scattered, step.at_predict ? static_cast<int>(place & 1) : 0, static_cast<int>(place >> 4 << 3)};
+  }
+
+  __device__ int row_at(int octet, int place) const {
+    if (octet < octets_in_order()) return 8 * octet + place < n_waiting ? 8 * octet + place : -1;
+    const int mine = octet - octets_in_order();
+    const int end = mine + 1 < n_octets ? found.octets[mine + 1] : n_new;
+    for (int i = found.octets[mine]; i < end; ++i) {
+      if (static_cast<int>(found.active[i] >> 1 & 7) == place) return n_waiting + i;
+    }
+    return -1;
+  }
+
+  // Whether the new row `i` lies where the one before it does, and so in its octet.
+  __device__ bool joins(int i) const {
+    const uint32_t here = found.active[i], before = i > 0 ? found.active[i - 1] : ~here;
+    return here >> 4 == before >> 4 && (!step.at_predict || (here & 1) == (before & 1));
+  }
+
+  // Fills found.octets; by all threads, who may read them when it returns.
+  __device__ void find_octets() {
+    const int lane = threadIdx.x % WARP;
+    if (threadIdx.x < WARP) {
+      for (int first = 0; first < n_new; first += WARP) {
+        const int i = first + lane;
+        const bool begins = i < n_new && !joins(i);
+        const unsigned mates = __ballot_sync(~0u, begins);
+        if (begins) found.octets[n_octets + __popc(mates & ((1u << lane) - 1))] = i;
+        n_octets += __popc(mates);
+      }
+      if (lane == 0) found.scratch[SCRATCH_OCTETS] = n_octets;
+    }
+    __syncthreads();
+    n_octets = found.scratch[SCRATCH_OCTETS];
+  }
 };
 
 // Fills `found`; returns how many sequences end a step now. Every block finds the same. Behind its last barrier no thread
@@ -360,7 +406,7 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
   const bool full = n_waiting + n_new + step.wanted_room() > state.slot_capacity;
   const int n_rows = step.immediate ? n_waiting + n_new : full ? n_waiting : 0;
   const bool gathers = !step.immediate && n_rows == 0;
-  const StepRows<H> rows{step, found, n_waiting};
+  StepRows<H> rows{step, found, n_waiting, n_new};
 
   bool last = false;
   if (n_rows == 0 && threadIdx.x == 0) last = arrive(arrived) == gridDim.x - 1;
@@ -380,6 +426,7 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
     }
   }
   if (n_rows > 0) {
+    if (H::CLUSTER > 1 && step.immediate) rows.find_octets();
     partial_sums(step.head, step.maps, rows, n_rows, sums, ring);
     __syncthreads();
     if (threadIdx.x == 0) last = arrive(arrived) == gridDim.x - 1;
@@ -543,7 +590,10 @@ void launch_step(const Device& on, Step<H> step, cudaStream_t stream) {
   step.found_bytes = Found::bytes(step.ids.batch);
   step.ring_bytes = on.shared_bytes - FIXED_BYTES - step.found_bytes;
   check_fits(step.state.slot_capacity + step.ids.batch, step.ring_bytes);
-  step.maps = maps_of(step.head, {step.state.slots, step.state.slot_capacity, step.head.width});
+  const Stream& state = step.state;
+  const Rows3 kept{state.last_hidden, 2, state.sequences, 2 * step.head.width};
+  step.maps = maps_of(step.head, {state.slots, 1, state.slot_capacity, step.head.width},
+                      step.at_predict ? kept : Rows3{step.hidden, 1, step.ids.batch, step.hidden_stride});
   launch_on<step_kernel<H>, H::CLUSTER>(on, blocks_for<H>(on, step.head.tiles), H::THREADS, on.shared_bytes, stream, step);
 }
 

@@ -2,8 +2,9 @@
 //
 // A block owns a tile of up to 5 groups of 16 units. One warp produces: boxes of 64 columns, of the tile's weights and of
 // the rows, into a ring of stages in shared memory. A box costs the copy engine some 40 to 90 cycles, however small it is
-// (measured: 16 boxes of one row a stage, 70 us at H = 5120 instead of 33): rows that lie one after the other come by 64
-// and by 8, others piece by piece with cp.async. Two warpgroups consume: wgmma m64nNk16 with 64 rows by the tile's N
+// (measured on an H200: 16 boxes of one row a stage, 70 us at H = 5120 where two boxes of 8 took 33; 16 rows copied with
+// cp.async by the warp, 60 us). So rows come by octets of neighbours in memory, of which some may be nobody's, and 64 at a
+// time where all lie one after the other. Two warpgroups consume: wgmma m64nNk16 with 64 rows by the tile's N
 // units. Up to 64 rows one warpgroup suffices; above, the blocks of a cluster, which hold other units of the same rows,
 // bring each other a share of the rows, so that these leave the second-level cache once a cluster: at H = 5120 that is 273
 // MB for 256 rows in clusters of 2 where blocks alone would read 440.
@@ -34,11 +35,18 @@ struct Sm90Head : Tiling {
   static constexpr int COPIERS = CONSUMERS;
   static constexpr int CLUSTER = REFLECTIVE_CLUSTER;
 
-  // As the copy engine sees them: boxes of 64 columns.
+  // As the copy engine sees them: boxes of 64 columns. Rows are [any, planes, width].
   struct Maps {
-    CUtensorMap w1;      // of a tile's units
-    CUtensorMap eight;   // of 8 of the rows that lie one after the other
-    CUtensorMap eights;  // of 64 of them
+    // Where 8 rows are.
+    struct Octet {
+      const CUtensorMap* map;
+      int plane, row;
+    };
+
+    CUtensorMap w1;         // a tile's units
+    CUtensorMap eight;      // 8 of the rows that lie one after the other
+    CUtensorMap eights;     // 64 of them
+    CUtensorMap scattered;  // 8 neighbours in one plane, of the others
   };
 
   const T *w1, *b1, *w2, *b2;
@@ -107,14 +115,6 @@ __device__ __forceinline__ void meet_cluster() {
 
 // -- copies ----------------------------------------------------------------------------------------------------------
 
-// Counts an arrival of this thread at `barrier` when its copies of 16 bytes so far have landed.
-__device__ __forceinline__ void arrive_when_copied(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// What copies of 16 bytes brought is there for products, too.
-__device__ __forceinline__ void share_with_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // A box of which `column` and `row` are the first, to `shared`; its bytes count at `barrier`.
 __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
@@ -124,13 +124,23 @@ __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap* map, i
       : "memory");
 }
 
-// The same to the same place, and at the same barrier, of each block in `blocks`, a bit a rank.
-__device__ __forceinline__ void copy_box_to(int blocks, void* shared, const CUtensorMap* map, int column, int row,
-                                            uint64_t* barrier) {
+// The same of rows in a plane.
+__device__ __forceinline__ void copy_rows(void* shared, const CUtensorMap* map, int column, int plane, int row,
+                                          uint64_t* barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
-      "%3}], [%4], %5;" ::"r"(shared_address(shared)),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+          shared_address(shared)),
+      "l"(map), "r"(column), "r"(plane), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// To the same place, and at the same barrier, of each block in `blocks`, a bit a rank.
+__device__ __forceinline__ void copy_rows_to(int blocks, void* shared, const CUtensorMap* map, int column, int plane,
+                                             int row, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
+      "%3, %4}], [%5], %6;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(column), "r"(plane), "r"(row), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
       : "memory");
 }
 
@@ -191,8 +201,9 @@ REFLECTIVE_PRODUCTS(Float16, "f16")
 
 // -- the tile --------------------------------------------------------------------------------------------------------
 
-// Tiles of GROUPS groups of units by `TILES` times 64 rows a warpgroup. Items, a tile of units and a tile of rows each,
-// are shared out among the blocks, or, where `sharers` blocks of a cluster share their rows, among the clusters.
+// Tiles of GROUPS groups of units by `TILES` times 64 places of rows a warpgroup. Items, a tile of units and a tile of
+// places each, are shared out among the blocks, or, where `sharers` blocks of a cluster share their rows, among the
+// clusters.
 template <class H, class Rows, int GROUPS, int TILES>
 struct Pass {
   using T = typename H::T;
@@ -202,45 +213,43 @@ struct Pass {
   const H& head;
   const typename H::Maps& maps;
   const Rows& rows;
-  const int count;
+  const int octets;  // places for rows, by eights
   float* const sums;
   const int warpgroups, sharers;
-  const bool scattered;  // whether some rows do not lie one after the other
-  int rank, row_tile, row_tiles, depth, stage_bytes;
+  int rank, tile_octets, row_tiles, depth, stage_bytes;
   uint64_t *full, *empty;  // [depth]
   unsigned char* stages;
 
-  __device__ Pass(const H& head, const typename H::Maps& maps, const Rows& rows, int count, float* sums, const Ring& ring,
+  __device__ Pass(const H& head, const typename H::Maps& maps, const Rows& rows, int octets, float* sums, const Ring& ring,
                   int warpgroups, int sharers)
       : head(head),
         maps(maps),
         rows(rows),
-        count(count),
+        octets(octets),
         sums(sums),
         warpgroups(warpgroups),
-        sharers(sharers),
-        scattered(rows.in_order() < count) {
+        sharers(sharers) {
     rank = static_cast<int>(blockIdx.x) % sharers;
-    row_tile = warpgroups * TILES * 64;
-    row_tiles = (count + row_tile - 1) / row_tile;
+    tile_octets = warpgroups * TILES * 8;
+    row_tiles = (octets + tile_octets - 1) / tile_octets;
     full = reinterpret_cast<uint64_t*>(ring.stages);
     empty = full + MAX_STAGES;
     const uint32_t begin = shared_address(ring.stages) + BARRIER_BYTES;
     const uint32_t aligned = (begin + ATOM_BYTES - 1) / ATOM_BYTES * ATOM_BYTES;
     stages = ring.stages + BARRIER_BYTES + (aligned - begin);
-    stage_bytes = WEIGHT_BYTES + row_tile * ROW_BYTES;
+    stage_bytes = WEIGHT_BYTES + tile_octets * ATOM_BYTES;
     depth = min(MAX_STAGES, (ring.bytes - BARRIER_BYTES - static_cast<int>(aligned - begin)) / stage_bytes);
   }
 
   __device__ __forceinline__ bool in_cluster() const { return sharers > 1; }
 
-  // visit(unit_tile, row0, rows of the item).
+  // visit(unit_tile, first octet, octets of the item).
   template <class Visit>
   __device__ __forceinline__ void each_item(const Visit& visit) const {
     const int tiles = (head.tiles + sharers - 1) / sharers;
     for (int item = blockIdx.x / sharers; item < tiles * row_tiles; item += gridDim.x / sharers) {
-      const int row0 = item % row_tiles * row_tile;
-      visit(item / row_tiles * sharers + rank, row0, min(row_tile, count - row0));
+      const int first = item % row_tiles * tile_octets;
+      visit(item / row_tiles * sharers + rank, first, min(tile_octets, octets - first));
     }
   }
 
@@ -257,40 +266,28 @@ struct Pass {
   __device__ __forceinline__ void produce() const {
     const int lane = threadIdx.x % WARP;
     Turn turn;
-    each_item([&](int unit_tile, int row0, int n) __attribute__((always_inline)) {
-      // Boxes may bring rows behind the last one, to places that are theirs, but not where scattered ones go.
-      const int in_order = max(0, min(row0 + n, rows.in_order()) - row0);
-      const int eights = in_order == n ? (n + 7) / 8 : in_order / 8, boxes = eights / 8;
+    each_item([&](int unit_tile, int first, int n) __attribute__((always_inline)) {
+      const int large = max(0, min(first + n, rows.octets_in_order()) - first) / 8;  // boxes of 8 octets
       for (int column = 0; column < head.width; column += COLUMNS, turn.advance(depth)) {
         uint64_t* const there = full + turn.stage;
         unsigned char* const weights = stages + turn.stage * stage_bytes;
         unsigned char* const features = weights + WEIGHT_BYTES;
         wait_for(empty + turn.stage, turn.parity ^ 1);
         if (lane == 0) {
-          expect_bytes(there, WEIGHT_BYTES + eights * ATOM_BYTES);
+          expect_bytes(there, WEIGHT_BYTES + n * ATOM_BYTES);
           copy_box(weights, &maps.w1, column, unit_tile * N, there);
         }
         __syncwarp();
-        const auto bring = [&](const CUtensorMap& map, int eight) {
+        const auto bring = [&](int octet, typename H::Maps::Octet from) {
+          unsigned char* const to = features + octet * ATOM_BYTES;
           if (in_cluster()) {
-            copy_box_to((1 << sharers) - 1, features + eight * ATOM_BYTES, &map, column, row0 + 8 * eight, there);
+            copy_rows_to((1 << sharers) - 1, to, from.map, column, from.plane, from.row, there);
           } else {
-            copy_box(features + eight * ATOM_BYTES, &map, column, row0 + 8 * eight, there);
+            copy_rows(to, from.map, column, from.plane, from.row, there);
           }
         };
-        for (int box = rank + sharers * lane; box < boxes; box += sharers * WARP) bring(maps.eights, 8 * box);
-        for (int eight = 8 * boxes + rank + sharers * lane; eight < eights; eight += sharers * WARP) {
-          bring(maps.eight, eight);
-        }
-        if (scattered) {
-          constexpr int PIECES = ROW_BYTES / 16;
-          for (int i = lane; i < (n - 8 * eights) * PIECES; i += WARP) {
-            const int row = 8 * eights + i / PIECES, piece = i % PIECES, at = column + piece * 8;
-            const bool inside = at < head.width;
-            copy_async_16(features + row * ROW_BYTES + (piece ^ row % 8) * 16, rows(row0 + row) + (inside ? at : 0), inside);
-          }
-          arrive_when_copied(there);
-        }
+        for (int i = rank + sharers * lane; i < large; i += sharers * WARP) bring(8 * i, {&maps.eights, 0, 8 * (first + 8 * i)});
+        for (int i = 8 * large + rank + sharers * lane; i < n; i += sharers * WARP) bring(i, rows.octet(maps, first + i));
       }
     });
   }
@@ -308,7 +305,7 @@ struct Pass {
     const auto release = [&](int stage) {  // by each warp, to every block that fills it
       if (lane < sharers) arrive_at(empty + stage, in_cluster() ? lane : own_rank());
     };
-    each_item([&](int unit_tile, int row0, int n) __attribute__((always_inline)) {
+    each_item([&](int unit_tile, int first, int n) __attribute__((always_inline)) {
       Units mine;
 #pragma unroll
       for (int i = 0; i < N / 4; ++i) {
@@ -326,7 +323,6 @@ struct Pass {
         wait_for(full + turn.stage, turn.parity);
         const unsigned char* const weights = stages + turn.stage * stage_bytes;
         const uint64_t units = matrix_at(weights);
-        if (scattered) share_with_products();
         products_begin();
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
@@ -363,8 +359,9 @@ struct Pass {
           sum = fmaf(products[tile][2 * half], 0.0f, sum);
           sum += __shfl_xor_sync(~0u, sum, 1);
           sum += __shfl_xor_sync(~0u, sum, 2);
-          const int row = (tile * warpgroups + warpgroup) * 64 + warp * 16 + half * 8 + lane / 4;
-          if (quad == 0 && row < n) sums[static_cast<int64_t>(row0 + row) * head.line() + unit_tile] = sum;
+          const int octet = (tile * warpgroups + warpgroup) * 8 + warp * 2 + half;
+          const int row = quad == 0 && octet < n ? rows.row_at(first + octet, lane / 4) : -1;
+          if (row >= 0) sums[static_cast<int64_t>(row) * head.line() + unit_tile] = sum;
         }
       }
     });
@@ -379,7 +376,7 @@ struct Pass {
   __device__ __forceinline__ void run() const {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < depth; ++stage) {
-        barrier_init(full + stage, 1 + (scattered ? WARP : 0));
+        barrier_init(full + stage, 1);
         barrier_init(empty + stage, 4 * warpgroups * sharers);
       }
       barriers_made();
@@ -401,22 +398,25 @@ struct Pass {
 
 }  // namespace sm90
 
-// As the general one. The first `rows.in_order()` rows lie one after the other, where the maps say.
+// As the general one. Rows have places: `rows.octets()` times 8, of which the first `rows.octets_in_order()` octets are
+// those of maps.eight from its beginning; rows.octet(maps, o) is where octet o is, rows.row_at(o, i) which row its place i
+// has, or -1.
 template <class T, class Rows>
-__device__ __forceinline__ void partial_sums(const Sm90Head<T>& head, const typename Sm90Head<T>::Maps& maps, const Rows& rows, int count,
+__device__ __forceinline__ void partial_sums(const Sm90Head<T>& head, const typename Sm90Head<T>::Maps& maps, const Rows& rows, int,
                              float* sums, const Ring& ring) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const int octets = rows.octets();
   // Inlined: a call would have the products wait for each other.
   const auto of_groups = [&](auto groups) __attribute__((always_inline)) {
     const auto run = [&](auto tiles, int warpgroups, int sharers) __attribute__((always_inline)) {
-      sm90::Pass<Sm90Head<T>, Rows, decltype(groups)::value, decltype(tiles)::value>(head, maps, rows, count, sums, ring,
+      sm90::Pass<Sm90Head<T>, Rows, decltype(groups)::value, decltype(tiles)::value>(head, maps, rows, octets, sums, ring,
                                                                                       warpgroups, sharers)
           .run();
     };
     using One = std::integral_constant<int, 1>;
     using Two = std::integral_constant<int, 2>;
-    if (count <= 64) return run(One{}, 1, 1);
-    if (count <= 128) return run(One{}, 2, Sm90Head<T>::CLUSTER);
+    if (octets <= 8) return run(One{}, 1, 1);
+    if (octets <= 16) return run(One{}, 2, Sm90Head<T>::CLUSTER);
     run(Two{}, 2, Sm90Head<T>::CLUSTER);
   };
   switch (head.groups) {

@@ -79,22 +79,25 @@ H device_head(const Head& head, const Device& device) {
           static_cast<int>(head.width)};
 }
 
-// Rows of a head's width in device memory.
-struct Matrix {
+// Rows of a head's width in device memory, [rows, planes, width].
+struct Rows3 {
   const void* data;
+  int planes;
   int64_t rows, stride;  // in elements
 };
 
 template <class W, class T>
-typename DeviceHead<W, T>::Maps maps_of(const DeviceHead<W, T>&, const Matrix&) {
+typename DeviceHead<W, T>::Maps maps_of(const DeviceHead<W, T>&, const Rows3&, const Rows3&) {
   return {};
 }
 
 #if defined(__CUDACC__) && defined(REFLECTIVE_SM90A)
 
-// What the copy engine needs to know of `of`, of which a box has `box_rows`.
-template <class T>
-CUtensorMap tensor_map(const Matrix& of, int width, int box_rows) {
+// What the copy engine needs to know of a matrix, or of planes of rows, by the sizes from the innermost on; `box` of it at
+// once. Sizes and strides, in elements, of all dimensions but the innermost's stride, which is 1.
+template <class T, int RANK>
+CUtensorMap tensor_map(const void* data, const int64_t (&sizes)[RANK], const int64_t (&strides)[RANK - 1],
+                       const int (&box)[RANK]) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -103,24 +106,41 @@ CUtensorMap tensor_map(const Matrix& of, int width, int box_rows) {
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   CUtensorMap map{};
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(std::max<int64_t>(1, of.rows))};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(of.rows > 1 ? of.stride : width) * sizeof(T)};
-  const cuuint32_t box[] = {sm90::COLUMNS, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+  cuuint64_t size[RANK], bytes[RANK - 1];
+  cuuint32_t of_box[RANK], steps[RANK];
+  for (int i = 0; i < RANK; ++i) {
+    size[i] = static_cast<cuuint64_t>(sizes[i]), of_box[i] = static_cast<cuuint32_t>(box[i]), steps[i] = 1;
+    if (i > 0) bytes[i - 1] = static_cast<cuuint64_t>(strides[i - 1]) * sizeof(T);
+  }
   const auto type = std::is_same_v<T, Bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult status =
-      encode(&map, type, 2, const_cast<void*>(of.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(&map, type, RANK, const_cast<void*>(data), size, bytes, of_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
-    throw std::runtime_error("cuTensorMapEncodeTiled refuses " + std::to_string(of.rows) + " rows of " +
-                             std::to_string(width) + ", " + std::to_string(of.stride) + " apart");
+    throw std::runtime_error("cuTensorMapEncodeTiled refuses " + std::to_string(sizes[RANK - 1]) + " rows of " +
+                             std::to_string(sizes[0]) + ", " + std::to_string(strides[RANK - 2]) + " elements apart");
   }
   return map;
 }
 
+// Boxes of `box_rows`.
 template <class T>
-typename Sm90Head<T>::Maps maps_of(const Sm90Head<T>& head, const Matrix& in_order) {
-  return {tensor_map<T>({head.w1, head.units, head.width}, head.width, head.groups * GROUP),
-          tensor_map<T>(in_order, head.width, 8), tensor_map<T>(in_order, head.width, 64)};
+CUtensorMap rows_map(const Rows3& rows, int width, int box_rows) {
+  const int64_t n = std::max<int64_t>(1, rows.rows);
+  // Of one row the distance to the next is nobody's business.
+  const int64_t stride = n > 1 ? rows.stride : int64_t{rows.planes} * width;
+  return tensor_map<T, 3>(rows.data, {width, rows.planes, n}, {width, stride}, {sm90::COLUMNS, 1, box_rows});
+}
+
+template <class T>
+typename Sm90Head<T>::Maps maps_of(const Sm90Head<T>& head, const Rows3& in_order, const Rows3& scattered) {
+  const int units = head.groups * GROUP;
+  typename Sm90Head<T>::Maps maps{};
+  maps.w1 = tensor_map<T, 2>(head.w1, {head.width, head.units}, {head.width}, {sm90::COLUMNS, units});
+  maps.eight = rows_map<T>(in_order, head.width, 8);
+  maps.eights = rows_map<T>(in_order, head.width, 64);
+  if (scattered.data) maps.scattered = rows_map<T>(scattered, head.width, 8);
+  return maps;
 }
 
 #endif

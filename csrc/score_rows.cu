@@ -11,7 +11,17 @@ struct StridedRows {
 
   __device__ const T* operator()(int row) const { return data + row * stride; }
 
-  __device__ int in_order() const { return count; }
+  // For head_sm90.cuh.
+  __device__ int octets() const { return (count + 7) / 8; }
+
+  __device__ int octets_in_order() const { return octets(); }
+
+  template <class Maps>
+  __device__ typename Maps::Octet octet(const Maps& maps, int octet) const {
+    return {&maps.eight, 0, 8 * octet};
+  }
+
+  __device__ int row_at(int octet, int place) const { return 8 * octet + place < count ? 8 * octet + place : -1; }
 };
 
 template <class H>
@@ -42,7 +52,7 @@ void run(const Head& head, const Rows& rows, float* sums, float* out, cudaStream
     const int ring_bytes = on.shared_bytes - GROUP_SUM_BYTES;
     const int64_t items = int64_t{typed.tiles} * ((count + 7) / 8);  // or fewer, of more rows
     launch_on<partial_sums_kernel<H>, H::CLUSTER>(on, blocks_for<H>(on, items), H::THREADS, on.shared_bytes, stream, typed,
-                                                  maps_of(typed, {rows.data, rows.count, rows.stride}),
+                                                  maps_of(typed, {rows.data, 1, rows.count, rows.stride}, {}),
                                                   StridedRows<T>{static_cast<const T*>(rows.data), rows.stride, count},
                                                   sums, ring_bytes);
     constexpr int ROWS = FINISH_THREADS / WARP;

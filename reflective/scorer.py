@@ -447,7 +447,7 @@ class StreamScorer:
 
     def step_scores(self, row: int) -> list[float]:
         """Scores in (0, 1) of the steps of state ``row`` so far."""
-        return self._state.sequence(row).log_scores.exp().tolist()
+        return self._state.sequences([row])[0].log_scores.exp().tolist()
 
     # -- running the op ----------------------------------------------------------------------------------------------
 
@@ -521,7 +521,7 @@ class StreamScorer:
             found = self._of_states(list(rows), sequences)
         elif sequences is None:
             self._read = self._state
-            found = [self._state.sequence(i) for i in range(self._batch)]
+            found = self._state.sequences(range(self._batch))
         else:
             ids = getattr(sequences, "sequences", sequences).to(self.backbone.device)
             found = self._of_batch(ids) if self._lineage is None else self._of_hypotheses(ids)
@@ -554,17 +554,17 @@ class StreamScorer:
         state = state or self._state
         if not unfed.shape[1]:
             self._read = state
-            return [state.sequence(row) for row in rows]
+            return state.sequences(rows)
         copy = self._read = state.take(rows)
         if self.at == "token":
             copy.silence()
         self._run(copy, unfed, self.no_hidden(len(rows)))
         self._flush(copy, len(rows), self._recorded_last)
-        return [copy.sequence(i) for i in range(len(rows))]
+        return copy.sequences(range(len(rows)))
 
     def _of_states(self, rows: list[int], sequences: Any) -> list[SequenceTally]:
         if sequences is None:
-            return [self._state.sequence(row) for row in rows]
+            return self._state.sequences(rows)
         device = self.backbone.device
         texts = [ids.to(device) for ids in sequences]
         seen = self._state.seen()[rows].tolist()
