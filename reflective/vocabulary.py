@@ -1,0 +1,336 @@
+"""What each entry of a tokenizer's vocabulary adds to a text, byte by byte, for any tokenizer of transformers."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_CHUNK = 4096  # tokens decoded at once: cheap also where a decode copies its text with every token
+_SAMPLE = 256  # entries by which a spelling is told
+_BYTE_NAME = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What ``read_vocabulary`` finds.
+
+    Attributes:
+        ids: the id of every entry spelled as a text.
+        texts: the bytes of every id, possibly part of a character; None for special and unused ids.
+        unclear: ids that hold part of a character which the tokenizer shows as U+FFFD only, as do their ``texts``.
+    """
+
+    ids: dict[str, int]
+    texts: list[bytes | None]
+    unclear: list[int] = field(default_factory=list)
+
+
+def token_bytes(tokenizer: Any) -> list[bytes | None]:
+    """The text of every id as UTF-8 bytes, possibly part of a character; None for special and unused ids."""
+    return read_vocabulary(tokenizer).texts
+
+
+def read_vocabulary(tokenizer: Any) -> Vocabulary:
+    """The text that ``decode`` makes of each entry, added tokens included, when it stands between two others.
+
+    ``decode`` shows characters, and an entry may be part of one. So entries are read from their spelling, as the
+    backend's decoder says, as a tiktoken encoding inside the tokenizer knows, or byte-level or sentencepiece-style,
+    whichever agrees. Then all are decoded, each between two others, and where that differs, ``decode`` is right. Two
+    exceptions, where it shows names in place of text: sentencepiece's bytes (``<0x0A>``) in transformers' Python
+    classes, and a backend that has a byte-level or Metaspace pre-tokenizer but no decoder.
+
+    Raises:
+        ValueError: what is given is no tokenizer of transformers, its methods fail, or its ``decode`` does not join
+            the texts of its entries. The message names the class.
+    """
+    vocab, added, special = _entries(tokenizer)
+    pieces: dict[int, str | bytes] = {i: piece for piece, i in vocab.items()}
+    pieces.update((i, token.content) for i, token in added.items())
+    decoding = _Decoding(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        read, agrees = _backend_reader(backend)
+        ordinary = {i: piece for i, piece in pieces.items() if i not in special}
+        texts = {} if read is None else dict(zip(ordinary, map(read, ordinary.values()), strict=True))
+        unclear = decoding.correct(texts) if texts and not agrees else []
+    else:
+        texts, more_special, unclear = _read_in_python(tokenizer, pieces, special, added, decoding)
+        special = special | more_special
+        ordinary = pieces.keys() - special
+    if not texts:
+        texts, unclear = decoding.one_by_one(list(ordinary))
+    size = 1 + max([*pieces, *texts, *special], default=-1)
+    ids = {piece: i for piece, i in vocab.items() if isinstance(piece, str)}
+    ids.update((token.content, i) for i, token in added.items() if token.content not in ids)
+    return Vocabulary(ids, [None if i in special else texts.get(i) for i in range(size)], unclear)
+
+
+def _entries(tokenizer: Any) -> tuple[dict[str | bytes, int], dict[int, Any], set[int]]:
+    """The vocabulary as the tokenizer gives it, its added tokens, and the ids of its special ones."""
+    name = type(tokenizer).__name__
+    if callable(getattr(getattr(tokenizer, "tokenizer", None), "get_vocab", None)) and not hasattr(
+        tokenizer, "get_vocab"
+    ):
+        raise ValueError(f"tokenizer is a {name}: give the tokenizer inside it, its attribute tokenizer")
+    if not all(hasattr(tokenizer, each) for each in ("get_vocab", "decode", "all_special_ids")):
+        raise ValueError(
+            f"tokenizer is a {name}, not a tokenizer of transformers: give what AutoTokenizer.from_pretrained returns, "
+            "for one of the tokenizers library PreTrainedTokenizerFast(tokenizer_object=...), or name the ids "
+            "yourself, StepTokens(step_ids=...)"
+        )
+    try:
+        vocab = dict(tokenizer.get_vocab())
+        special = {int(i) for i in tokenizer.all_special_ids if i is not None}
+    except Exception as error:
+        raise _unreadable(tokenizer, f"get_vocab or all_special_ids fails, {type(error).__name__}: {error}") from error
+    try:
+        added = dict(tokenizer.added_tokens_decoder)
+    except (AttributeError, NotImplementedError, TypeError):  # mistral-common's raises, as a property or a method
+        added = {}
+    return vocab, added, special.union(i for i, token in added.items() if token.special)
+
+
+def _unreadable(tokenizer: Any, why: str) -> ValueError:
+    return ValueError(
+        f"the vocabulary of a {type(tokenizer).__name__} cannot be read: {why}; give the model's fast tokenizer "
+        "(tokenizer.json), or name the ids yourself, StepTokens(step_ids=...)"
+    )
+
+
+class _Decoding:
+    """Entries between two anchors, as the tokenizer decodes them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # Special tokens are never among these ids. Left in, mistral-common would spell out all the others.
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def correct(self, texts: dict[int, bytes]) -> list[int]:
+        """Sets those of ``texts`` right that ``decode`` contradicts; of these the ids shown as part of a character."""
+        anchor = self.anchor(texts)
+        if anchor is None:
+            return []
+        unclear = []
+        ends = texts[anchor].decode()
+        for i in self.wrong(texts, list(texts), anchor):
+            try:
+                text = self.decode([anchor, i, anchor])
+            except Exception:  # such as an added token that a class of one's own cannot decode: the spelling stands
+                continue
+            if len(text) < 2 * len(ends) or not (text.startswith(ends) and text.endswith(ends)):
+                raise self.no_text(i, [anchor, i, anchor])
+            texts[i] = text[len(ends) : len(text) - len(ends)].encode()
+            if "\ufffd" in text:
+                unclear.append(i)
+        return unclear
+
+    def anchor(self, texts: Mapping[int, bytes]) -> int | None:
+        """An entry that decodes to the text it is read as, wherever it stands; of letters where there is one."""
+        for suits in (bytes.isalpha, lambda text: bool(text.strip()) and text.strip() == text):
+            for i in [i for i, text in texts.items() if suits(text)][:64]:
+                try:
+                    if self.decode([i, i]) == 2 * texts[i].decode():
+                        return i
+                except Exception:  # no anchor, as any that decodes to something else
+                    continue
+        return None
+
+    def wrong(self, texts: Mapping[int, bytes], ids: Sequence[int], anchor: int) -> list[int]:
+        """Those of ``ids`` that decode to another text, U+FFFD and parts of characters left out of both."""
+        if len(ids) > _CHUNK:
+            chunks = [ids[at : at + _CHUNK] for at in range(0, len(ids), _CHUNK)]
+            return [i for chunk in chunks for i in self.wrong(texts, chunk, anchor)]
+        row, want = [anchor], [texts[anchor]]
+        for i in ids:
+            row += i, anchor
+            want += texts[i], texts[anchor]
+        try:
+            got = self.decode(row)
+        except Exception:
+            got = None
+        if got is not None and got.replace("\ufffd", "") == b"".join(want).decode(errors="ignore").replace("\ufffd", ""):
+            return []
+        if len(ids) <= 1:
+            return list(ids)
+        half = len(ids) // 2
+        return [i for part in (ids[:half], ids[half:]) for i in self.wrong(texts, part, anchor)]
+
+    def one_by_one(self, ids: Sequence[int]) -> tuple[dict[int, bytes], list[int]]:
+        """The texts of ids of which nothing is known but ``decode``, and which of them are part of a character.
+
+        With an anchor A, ``decode([A, i, A])`` is ``decode([A, A])`` with the text of i put in, at a place that is the
+        same for all: behind a space that belongs to the second A, or before one that belongs to the first.
+        """
+        anchor = next((i for suits in (str.isalnum, str.strip) for i in ids if suits(self.alone(i))), None)
+        if anchor is None:
+            return {i: self.alone(i).encode() for i in ids}, []
+        ends = self.decode([anchor, anchor])
+        low, high = 0, len(ends)
+        whole = {}
+        for i in ids:
+            try:
+                text = whole[i] = self.decode([anchor, i, anchor])
+            except Exception:  # as for an id that get_vocab names and decode does not know: it has no text
+                continue
+            while not text.startswith(ends[:high]):
+                high -= 1
+            while not text.endswith(ends[low:]):
+                low += 1
+            if low > high or len(text) < len(ends):
+                raise self.no_text(i, [anchor, i, anchor])
+        texts = {i: text[low : len(text) - len(ends) + low] for i, text in whole.items()}
+        return {i: text.encode() for i, text in texts.items()}, [i for i, text in texts.items() if "\ufffd" in text]
+
+    def alone(self, i: int) -> str:
+        try:
+            return self.decode([i])
+        except Exception as error:
+            raise _unreadable(self.tokenizer, f"decode([{i}]) fails, {type(error).__name__}: {error}") from error
+
+    def no_text(self, i: int, row: Sequence[int]) -> ValueError:
+        return _unreadable(
+            self.tokenizer, f"decode does not join texts, token {i} has none of its own in {row}, {self.decode(row)!r}"
+        )
+
+
+def _backend_reader(backend: Any) -> tuple[Callable[[str], bytes] | None, bool]:
+    """From an entry of a fast tokenizer to its bytes, and whether ``decode`` has no say in it; None: it alone knows."""
+    parts = _parts(backend.decoder)
+    no_decoder = not parts
+    if no_decoder:
+        parts = [part for part in _parts(backend.pre_tokenizer) if part["type"] in ("ByteLevel", "Metaspace")]
+    if any(part["type"] == "ByteLevel" for part in parts):
+        return _read_byte_level, no_decoder
+    replaced = []
+    for part in parts:
+        match part:
+            case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+                replaced.append((old, new))
+            case {"type": "Metaspace", "replacement": old}:
+                replaced.append((old, " "))
+            case {"type": "ByteFallback" | "Fuse" | "Strip"}:
+                pass
+            case _:
+                return None, False
+    byte_fallback = any(part["type"] == "ByteFallback" for part in parts)
+    reader = _sentencepiece_reader(replaced, byte_fallback) if replaced or byte_fallback else None
+    return reader, no_decoder
+
+
+def _parts(component: Any) -> list[dict]:
+    """The descriptions of a backend's decoder or pre-tokenizer, nested sequences laid flat."""
+
+    def flat(description: dict) -> list[dict]:
+        inner = description.get("decoders") or description.get("pretokenizers")
+        return [part for each in inner for part in flat(each)] if inner else [description]
+
+    return [] if component is None else flat(json.loads(component.__getstate__()))
+
+
+# GPT-2's alphabet: printable Latin-1 characters are themselves, the other bytes are U+0100 and up, in order.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_UNPRINTABLE = sorted(set(range(0x100)).difference(_PRINTABLE))
+# To Latin-1, whose bytes are the byte's own; what is not in the alphabet goes where Latin-1 ends.
+_LATIN_OF = {0x100 + n: byte for n, byte in enumerate(_UNPRINTABLE)} | dict.fromkeys(_UNPRINTABLE, 0xFFFF)
+
+
+def _read_byte_level(piece: str) -> bytes:
+    try:
+        return piece.translate(_LATIN_OF).encode("latin-1")
+    except UnicodeEncodeError:  # the byte-level decoder leaves such an entry as it is
+        return piece.encode()
+
+
+def _sentencepiece_reader(replaced: Sequence[tuple[str, str]], byte_fallback: bool) -> Callable[[str], bytes]:
+    def read(piece: str) -> bytes:
+        if byte_fallback and piece[:3] == "<0x" and (byte := _BYTE_NAME.fullmatch(piece)):
+            return bytes.fromhex(byte[1])
+        for old, new in replaced:
+            piece = piece.replace(old, new)
+        return piece.encode()
+
+    return read
+
+
+def _read_one_byte(piece: str) -> bytes:
+    """ByT5's spelling: a byte is the character of that number."""
+    return piece.encode("latin-1") if len(piece) == 1 and piece <= "\xff" else piece.encode()
+
+
+# Those of tokenizers written in Python, the likeliest first: of equally good ones the first is taken.
+_SPELLINGS = (_read_byte_level, _sentencepiece_reader([("▁", " ")], True), str.encode, _read_one_byte)
+
+
+def _read_in_python(
+    tokenizer: Any, pieces: dict[int, str | bytes], special: set[int], added: Mapping[int, Any], decoding: _Decoding
+) -> tuple[dict[int, bytes], set[int], list[int]]:
+    """The texts of a tokenizer without a backend, further special ids, and the ids of parts of characters.
+
+    No texts where no spelling agrees with ``decode``.
+    """
+    ordinary = {i: piece for i, piece in pieces.items() if i not in special}
+    engines = list(_engines(tokenizer))
+    readings = [
+        (
+            {i: table[i] if i in table else _as_bytes(piece) for i, piece in ordinary.items()}
+            | {i: text for i, text in table.items() if i not in pieces},
+            hidden - {i for i, token in added.items() if not token.special},
+        )
+        for table, hidden in engines
+    ]
+    for read in _SPELLINGS:
+        readings.append(
+            ({i: piece if isinstance(piece, bytes) else read(piece) for i, piece in ordinary.items()}, set())
+        )
+    best, fewest = None, None
+    for texts, hidden in readings:
+        texts = {i: text for i, text in texts.items() if i not in hidden}
+        # Entries that every spelling reads alike tell none from another.
+        sample = [i for i in texts if not texts[i].isalnum()] or list(texts)
+        sample = sample[:: 1 + len(sample) // _SAMPLE]
+        anchor = decoding.anchor(texts)
+        if anchor is None:
+            continue
+        wrong = len(decoding.wrong(texts, sample, anchor))
+        if wrong <= len(sample) / 2 and (fewest is None or wrong < fewest):
+            best, fewest = (texts, hidden), wrong
+        if wrong == 0:
+            break
+    if best is None:
+        return {}, set(), []
+    texts, hidden = best
+    certain = {}
+    if hasattr(tokenizer, "sp_model"):
+        named = {i: _BYTE_NAME.fullmatch(piece) for i, piece in ordinary.items() if isinstance(piece, str)}
+        certain = {i: bytes.fromhex(byte[1]) for i, byte in named.items() if byte}
+    texts = {i: text for i, text in texts.items() if i not in certain}
+    unclear = decoding.correct(texts)
+    return texts | certain, hidden, unclear
+
+
+def _as_bytes(piece: str | bytes) -> bytes:
+    return piece if isinstance(piece, bytes) else piece.encode()
+
+
+def _engines(tokenizer: Any) -> Iterator[tuple[dict[int, bytes], set[int]]]:
+    """For each library's object that the tokenizer wraps and that knows bytes: those of its ids, and its special ids."""
+    seen, layer = {id(tokenizer)}, [tokenizer]
+    for _ in range(3):  # mistral-common's lies that deep in transformers' class
+        inside = [each for holder in layer for each in getattr(holder, "__dict__", {}).values()]
+        layer = [each for each in inside if not isinstance(each, type) and not (id(each) in seen or seen.add(id(each)))]
+        for engine in layer:
+            if hasattr(engine, "decode_single_token_bytes"):  # tiktoken.Encoding
+                hidden = {engine.encode_single_token(token) for token in engine.special_tokens_set}
+                table = {}
+                for i in range(engine.n_vocab):
+                    try:
+                        table[i] = engine.decode_single_token_bytes(i)
+                    except KeyError:  # a hole before the special tokens
+                        continue
+                yield table, hidden
+            elif hasattr(engine, "id_to_byte_piece"):  # mistral_common's Tekkenizer
+                first = engine.num_special_tokens
+                yield {i: engine.id_to_byte_piece(i) for i in range(first, engine.n_words)}, set(range(first))
