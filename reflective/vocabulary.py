@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 _CHUNK = 4096  # tokens decoded at once: cheap also where a decode copies its text with every token
@@ -16,12 +17,12 @@ class Vocabulary:
     """What ``read_vocabulary`` finds.
 
     Attributes:
-        ids: the id of every entry spelled as a text.
+        ids: the id of every entry, by its spelling.
         texts: the bytes of every id, possibly part of a character; None for special and unused ids.
         unclear: ids that hold part of a character which the tokenizer shows as U+FFFD only, as do their ``texts``.
     """
 
-    ids: dict[str, int]
+    ids: dict[str | bytes, int]
     texts: list[bytes | None]
     unclear: list[int] = field(default_factory=list)
 
@@ -45,25 +46,26 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
             the texts of its entries. The message names the class.
     """
     vocab, added, special = _entries(tokenizer)
-    pieces: dict[int, str | bytes] = {i: piece for piece, i in vocab.items()}
+    pieces: dict[int, str | bytes] = dict(zip(vocab.values(), vocab, strict=True))
     pieces.update((i, token.content) for i, token in added.items())
     decoding = _Decoding(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        read, agrees = _backend_reader(backend)
-        ordinary = {i: piece for i, piece in pieces.items() if i not in special}
-        texts = {} if read is None else dict(zip(ordinary, map(read, ordinary.values()), strict=True))
-        unclear = decoding.correct(texts) if texts and not agrees else []
-    else:
-        texts, more_special, unclear = _read_in_python(tokenizer, pieces, special, added, decoding)
-        special = special | more_special
-        ordinary = pieces.keys() - special
+    texts: dict[int, bytes] = {}
+    unclear: list[int] = []
+    if backend is None:
+        texts, hidden, unclear = _read_in_python(tokenizer, pieces, special, added, decoding)
+        special |= hidden
+    elif (read := _backend_reader(backend))[0] is not None:
+        ordinary = [i for i in pieces if i not in special]
+        texts = {i: read[0](pieces[i]) for i in ordinary}
+        unclear = decoding.correct(texts) if read[1] else []
     if not texts:
-        texts, unclear = decoding.one_by_one(list(ordinary))
-    size = 1 + max([*pieces, *texts, *special], default=-1)
-    ids = {piece: i for piece, i in vocab.items() if isinstance(piece, str)}
-    ids.update((token.content, i) for i, token in added.items() if token.content not in ids)
-    return Vocabulary(ids, [None if i in special else texts.get(i) for i in range(size)], unclear)
+        texts, unclear = decoding.one_by_one([i for i in pieces if i not in special])
+    by_id: list[bytes | None] = [None] * (1 + max([*pieces, *texts, *special], default=-1))
+    for i, text in texts.items():
+        by_id[i] = text
+    vocab.update((token.content, i) for i, token in added.items() if token.content not in vocab)
+    return Vocabulary(vocab, by_id, unclear)
 
 
 def _entries(tokenizer: Any) -> tuple[dict[str | bytes, int], dict[int, Any], set[int]]:
@@ -121,6 +123,8 @@ class _Decoding:
             except Exception:  # such as an added token that a class of one's own cannot decode: the spelling stands
                 continue
             if len(text) < 2 * len(ends) or not (text.startswith(ends) and text.endswith(ends)):
+                if "\ufffd" in text:
+                    continue  # the anchor is a byte itself
                 raise self.no_text(i, [anchor, i, anchor])
             texts[i] = text[len(ends) : len(text) - len(ends)].encode()
             if "\ufffd" in text:
@@ -128,9 +132,16 @@ class _Decoding:
         return unclear
 
     def anchor(self, texts: Mapping[int, bytes]) -> int | None:
-        """An entry that decodes to the text it is read as, wherever it stands; of letters where there is one."""
-        for suits in (bytes.isalpha, lambda text: bool(text.strip()) and text.strip() == text):
-            for i in [i for i, text in texts.items() if suits(text)][:64]:
+        """An entry that decodes to the text it is read as, wherever it stands; preferably of several letters.
+
+        Of several, as sentencepiece shows a letter spelled as a byte, ``<0x41>``, as U+FFFD next to part of a character.
+        """
+        for suits in (
+            lambda text: text.isalpha() and len(text) > 1,
+            lambda text: text.strip() == text and len(text) > 1,
+            lambda text: text.strip() == text and len(text) == 1,
+        ):
+            for i in islice((i for i, text in texts.items() if suits(text)), 64):
                 try:
                     if self.decode([i, i]) == 2 * texts[i].decode():
                         return i
@@ -139,19 +150,17 @@ class _Decoding:
         return None
 
     def wrong(self, texts: Mapping[int, bytes], ids: Sequence[int], anchor: int) -> list[int]:
-        """Those of ``ids`` that decode to another text, U+FFFD and parts of characters left out of both."""
+        """Those of ``ids`` that decode to another text, parts of characters (and U+FFFD) left out of both."""
         if len(ids) > _CHUNK:
             chunks = [ids[at : at + _CHUNK] for at in range(0, len(ids), _CHUNK)]
             return [i for chunk in chunks for i in self.wrong(texts, chunk, anchor)]
-        row, want = [anchor], [texts[anchor]]
-        for i in ids:
-            row += i, anchor
-            want += texts[i], texts[anchor]
+        row = [anchor, *ids, anchor]
         try:
             got = self.decode(row)
         except Exception:
             got = None
-        if got is not None and got.replace("\ufffd", "") == b"".join(want).decode(errors="ignore").replace("\ufffd", ""):
+        want = b"".join([texts[i] for i in row]).decode(errors="ignore")
+        if got == want or (got is not None and got.replace("\ufffd", "") == want.replace("\ufffd", "")):
             return []
         if len(ids) <= 1:
             return list(ids)
@@ -164,7 +173,8 @@ class _Decoding:
         With an anchor A, ``decode([A, i, A])`` is ``decode([A, A])`` with the text of i put in, at a place that is the
         same for all: behind a space that belongs to the second A, or before one that belongs to the first.
         """
-        anchor = next((i for suits in (str.isalnum, str.strip) for i in ids if suits(self.alone(i))), None)
+        suitable = (lambda text: text.isalnum() and len(text) > 1, str.isalnum, str.strip)
+        anchor = next((i for suits in suitable for i in ids if suits(self.alone(i))), None)
         if anchor is None:
             return {i: self.alone(i).encode() for i in ids}, []
         ends = self.decode([anchor, anchor])
@@ -197,13 +207,13 @@ class _Decoding:
 
 
 def _backend_reader(backend: Any) -> tuple[Callable[[str], bytes] | None, bool]:
-    """From an entry of a fast tokenizer to its bytes, and whether ``decode`` has no say in it; None: it alone knows."""
+    """From an entry of a fast tokenizer to its bytes, and whether ``decode`` shows these; None: it alone knows."""
     parts = _parts(backend.decoder)
-    no_decoder = not parts
-    if no_decoder:
+    shown = bool(parts)
+    if not shown:
         parts = [part for part in _parts(backend.pre_tokenizer) if part["type"] in ("ByteLevel", "Metaspace")]
     if any(part["type"] == "ByteLevel" for part in parts):
-        return _read_byte_level, no_decoder
+        return _read_byte_level, shown
     replaced = []
     for part in parts:
         match part:
@@ -214,10 +224,10 @@ def _backend_reader(backend: Any) -> tuple[Callable[[str], bytes] | None, bool]:
             case {"type": "ByteFallback" | "Fuse" | "Strip"}:
                 pass
             case _:
-                return None, False
+                return None, shown
     byte_fallback = any(part["type"] == "ByteFallback" for part in parts)
     reader = _sentencepiece_reader(replaced, byte_fallback) if replaced or byte_fallback else None
-    return reader, no_decoder
+    return reader, shown
 
 
 def _parts(component: Any) -> list[dict]:

@@ -19,14 +19,14 @@ THINK_TAG, END_TAG, SPECIAL = "<think>", "</think>", "<|special|>"
 # Tokenizers of every family. Each comes with the bytes of its entries, stated when it is made: the oracle's input.
 
 
-def with_tags(backend, texts, special_tags=False):
-    """Adds the tags and a special token to a backend and to the bytes of its entries."""
+def with_tags(backend, texts, special_tags=False, before=""):
+    """Adds the tags, which decode puts behind ``before``, and a special token to a backend and its entries' bytes."""
     backend.add_tokens([AddedToken(tag, special=special_tags) for tag in (THINK_TAG, END_TAG)])
     backend.add_special_tokens([SPECIAL])
     size = 1 + max(backend.get_vocab().values())
     texts = dict(texts)
     for tag in () if special_tags else (THINK_TAG, END_TAG):
-        texts[backend.token_to_id(tag)] = tag.encode()
+        texts[backend.token_to_id(tag)] = (before + tag).encode()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=[SPECIAL])
     return tokenizer, [texts.get(i) for i in range(size)]
 
@@ -74,14 +74,15 @@ def sentencepiece(pieces=()):
 def word_level(words):
     """Whole words without a decoder: decode puts a space between any two."""
     backend = Tokenizer(models.WordLevel(vocab={w: i for i, w in enumerate(words)}, unk_token=words[0]))
-    return with_tags(backend, {i: f" {w}".encode() for i, w in enumerate(words)})
+    return with_tags(backend, {i: f" {w}".encode() for i, w in enumerate(words)}, before=" ")
 
 
 def word_piece(words):
     """Words and, after ##, their continuations."""
     backend = Tokenizer(models.WordPiece(vocab={w: i for i, w in enumerate(words)}, unk_token=words[0]))
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    return with_tags(backend, {i: (w[2:] if w[:2] == "##" else f" {w}").encode() for i, w in enumerate(words)})
+    texts = {i: (w[2:] if w[:2] == "##" else f" {w}").encode() for i, w in enumerate(words)}
+    return with_tags(backend, texts, before=" ")
 
 
 # The oracle: the specification's sentences, in the order in which they stand.
@@ -490,7 +491,7 @@ class SimpleTokenizer:
         return {piece: i for i, piece in enumerate(self.pieces) if piece is not None}
 
     def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
-        assert not skip_special_tokens and not clean_up_tokenization_spaces
+        assert skip_special_tokens and not clean_up_tokenization_spaces
         return "".join(self.pieces[i] for i in ids).replace("▁", " ").lstrip(" ")
 
 
@@ -516,7 +517,7 @@ def test_tokenizers_without_a_backend():
         (decoders.Metaspace("▁"), None, "<0x0A>", b"<0x0A>"),
         (decoders.ByteFallback(), None, "<0x0A>", b"\n"),
         (decoders.Replace("_", " "), None, "▁_a", "▁ a".encode()),
-        (decoders.BPEDecoder("@@"), None, "b@@", b" b"),
+        (decoders.BPEDecoder("@@"), None, "b@@", b"b "),
     ],
 )
 def test_vocabularies_are_read_as_the_decoder_says(decoder, pre_tokenizer, piece, text):
