@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  registers torch.ops.reflective
 from .kernels.layout import END, NEXT_STATE, STEP, THINK
-from .vocabulary import read_vocabulary, token_bytes
+from .vocabulary import read_vocabulary, token_bytes  # noqa: F401
 
 RULES = ("exact", "contains", "text", "zh")
 _ZH_MARKS = ("\n", "。")
@@ -87,8 +87,8 @@ class StepTokens:
 
         Raises:
             ValueError: unknown rule, empty delimiter, ``"exact"`` with a delimiter that is not one token,
-                ``"contains"`` with one that no entry contains, a vocabulary without any step-token, and those of the
-                constructor.
+                ``"contains"`` with one that no entry contains, a vocabulary without any step-token, one that cannot be
+                read (see ``read_vocabulary``), and those of the constructor.
         """
         if rule not in RULES:
             raise ValueError(f"rule={rule!r} is not one of {', '.join(map(repr, RULES))}")
@@ -99,6 +99,14 @@ class StepTokens:
         start = vocabulary.ids.get("<think>") if think_start_id == "auto" else think_start_id
         end = vocabulary.ids.get("</think>") if think_end_id == "auto" else think_end_id
         tokens = vocabulary.texts
+        split = [d for d in delimiters if not d.isascii()]
+        if rule == "text" and split and vocabulary.unclear:
+            raise ValueError(
+                f'rule="text": delimiter {split[0]!r} may be split between tokens, and {type(tokenizer).__name__} shows '
+                f"the part of a character that {len(vocabulary.unclear)} of its tokens are, such as "
+                f"{vocabulary.unclear[0]}, as U+FFFD only; give the model's fast tokenizer (tokenizer.json), a delimiter "
+                'in ASCII, or rule="contains"'
+            )
         if rule == "text":
             steps = cls.__new__(cls)
             entries, after_think = _text_entries(tokens, [d.encode() for d in delimiters])
@@ -289,7 +297,7 @@ def padding(
 def _ids_of_rule(tokenizer: Any, tokens: Sequence[bytes | None], rule: str, delimiters: Sequence[str]) -> list[int]:
     """The step-tokens of the rules that look at one token at a time."""
     if rule == "exact":
-        return [_only_id(tokenizer, delimiter) for delimiter in delimiters]
+        return [_only_id(tokenizer, tokens, delimiter) for delimiter in delimiters]
 
     def is_step(text: str, mark: str) -> bool:
         return mark in text and (rule == "contains" or (len(text) <= 3 and len(text.replace(mark, "")) <= 1))
@@ -305,16 +313,22 @@ def _ids_of_rule(tokenizer: Any, tokens: Sequence[bytes | None], rule: str, deli
     return [i for mark in delimiters for i in ids[mark]]
 
 
-def _only_id(tokenizer: Any, delimiter: str) -> int:
+def _only_id(tokenizer: Any, tokens: Sequence[bytes | None], delimiter: str) -> int:
     """The id of a delimiter that is one token; a ValueError that names the remedy otherwise."""
     ids = list(tokenizer.encode(delimiter, add_special_tokens=False))
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        what = "is unknown to the tokenizer" if len(ids) == 1 else f"is {len(ids)} tokens here, {ids}"
-        raise ValueError(
-            f'rule="exact" needs a delimiter of one token: {delimiter!r} {what}; use rule="text", which finds it '
-            "however the tokenizer splits it"
-        )
-    return ids[0]
+    if len(ids) != 1:
+        what = f"is {len(ids)} tokens here, {ids}"
+    elif ids[0] == getattr(tokenizer, "unk_token_id", None):
+        what = "is unknown to the tokenizer"
+    # A tokenizer that drops whitespace encodes ".\n\n" as ".", and any sentence would end a step.
+    elif (text := tokens[ids[0]]) is not None and delimiter.encode() not in text:
+        what = f"becomes {text.decode(errors='replace')!r} here, token {ids[0]}"
+    else:
+        return ids[0]
+    raise ValueError(
+        f'rule="exact" needs a delimiter of one token: {delimiter!r} {what}; use rule="text", which finds it '
+        "however the tokenizer splits it"
+    )
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:

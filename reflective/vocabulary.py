@@ -48,22 +48,31 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
     vocab, added, special = _entries(tokenizer)
     pieces: dict[int, str | bytes] = dict(zip(vocab.values(), vocab, strict=True))
     pieces.update((i, token.content) for i, token in added.items())
+    ordinary = {i: piece for i, piece in pieces.items() if i not in special}
     decoding = _Decoding(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    texts: dict[int, bytes] = {}
-    unclear: list[int] = []
-    if backend is None:
-        texts, hidden, unclear = _read_in_python(tokenizer, pieces, special, added, decoding)
-        special |= hidden
-    elif (read := _backend_reader(backend))[0] is not None:
-        ordinary = [i for i in pieces if i not in special]
-        texts = {i: read[0](pieces[i]) for i in ordinary}
-        unclear = decoding.correct(texts) if read[1] else []
-    if not texts:
-        texts, unclear = decoding.one_by_one([i for i in pieces if i not in special])
-    by_id: list[bytes | None] = [None] * (1 + max([*pieces, *texts, *special], default=-1))
-    for i, text in texts.items():
-        by_id[i] = text
+    read, shown = (None, True) if backend is None else _backend_reader(backend)
+    certain: dict[int, bytes] = {}
+    if read is not None:
+        texts = {i: read(piece) for i, piece in ordinary.items()}
+    elif backend is None:
+        texts = _agreeing(decoding, _readings(tokenizer, ordinary))
+        if texts and hasattr(tokenizer, "sp_model"):
+            names = {i: _BYTE_NAME.fullmatch(piece) for i, piece in ordinary.items() if isinstance(piece, str)}
+            certain = {i: bytes.fromhex(name[1]) for i, name in names.items() if name}
+    else:
+        texts = {}
+    if texts:
+        for i in certain:
+            del texts[i]
+        unclear = decoding.correct(texts) if shown else []
+    else:
+        texts, unclear = decoding.one_by_one(list(ordinary))
+    by_id: list[bytes | None] = [None] * (1 + max([*pieces, *texts], default=-1))
+    for i, text in (texts | certain).items():
+        # Some classes skip more than they call special, as the first that ran on tiktoken.
+        skipped = not text and decoding.decode([i], skip_special_tokens=False)
+        by_id[i] = None if skipped or i in special else text
     vocab.update((token.content, i) for i, token in added.items() if token.content not in vocab)
     return Vocabulary(vocab, by_id, unclear)
 
@@ -105,10 +114,20 @@ class _Decoding:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.error = ""  # what decode raised last
 
-    def decode(self, ids: Sequence[int]) -> str:
-        # Special tokens are never among these ids. Left in, mistral-common would spell out all the others.
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str | None:
+        """The text of ids; None where the tokenizer fails.
+
+        No special tokens are known among them, but not to skip any would make mistral-common spell out all others.
+        """
+        try:
+            return self.tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        except Exception as error:  # noqa: BLE001  a class of one's own may raise anything
+            self.error = f"{type(error).__name__}: {error}"
+            return None
 
     def correct(self, texts: dict[int, bytes]) -> list[int]:
         """Sets those of ``texts`` right that ``decode`` contradicts; of these the ids shown as part of a character."""
@@ -118,9 +137,8 @@ class _Decoding:
         unclear = []
         ends = texts[anchor].decode()
         for i in self.wrong(texts, list(texts), anchor):
-            try:
-                text = self.decode([anchor, i, anchor])
-            except Exception:  # such as an added token that a class of one's own cannot decode: the spelling stands
+            text = self.decode([anchor, i, anchor])
+            if text is None:  # as of an added token whose characters the class does not expect: the spelling stands
                 continue
             if len(text) < 2 * len(ends) or not (text.startswith(ends) and text.endswith(ends)):
                 if "\ufffd" in text:
@@ -142,11 +160,9 @@ class _Decoding:
             lambda text: text.strip() == text and len(text) == 1,
         ):
             for i in islice((i for i, text in texts.items() if suits(text)), 64):
-                try:
-                    if self.decode([i, i]) == 2 * texts[i].decode():
-                        return i
-                except Exception:  # no anchor, as any that decodes to something else
-                    continue
+                text = texts[i].decode(errors="replace")
+                if "\ufffd" not in text and self.decode([i, i]) == 2 * text:
+                    return i
         return None
 
     def wrong(self, texts: Mapping[int, bytes], ids: Sequence[int], anchor: int) -> list[int]:
@@ -155,10 +171,7 @@ class _Decoding:
             chunks = [ids[at : at + _CHUNK] for at in range(0, len(ids), _CHUNK)]
             return [i for chunk in chunks for i in self.wrong(texts, chunk, anchor)]
         row = [anchor, *ids, anchor]
-        try:
-            got = self.decode(row)
-        except Exception:
-            got = None
+        got = self.decode(row)
         want = b"".join([texts[i] for i in row]).decode(errors="ignore")
         if got == want or (got is not None and got.replace("\ufffd", "") == want.replace("\ufffd", "")):
             return []
@@ -174,17 +187,19 @@ class _Decoding:
         same for all: behind a space that belongs to the second A, or before one that belongs to the first.
         """
         suitable = (lambda text: text.isalnum() and len(text) > 1, str.isalnum, str.strip)
-        anchor = next((i for suits in suitable for i in ids if suits(self.alone(i))), None)
+        alone = {i: text for i in ids if (text := self.decode([i])) is not None}
+        if ids and not alone:
+            raise _unreadable(self.tokenizer, f"decode fails for all its ids, {self.error}")
+        anchor = next((i for suits in suitable for i, text in alone.items() if suits(text)), None)
         if anchor is None:
-            return {i: self.alone(i).encode() for i in ids}, []
+            return {i: text.encode() for i, text in alone.items()}, []
         ends = self.decode([anchor, anchor])
         low, high = 0, len(ends)
         whole = {}
-        for i in ids:
-            try:
-                text = whole[i] = self.decode([anchor, i, anchor])
-            except Exception:  # as for an id that get_vocab names and decode does not know: it has no text
+        for i in alone:
+            if (text := self.decode([anchor, i, anchor])) is None:
                 continue
+            whole[i] = text
             while not text.startswith(ends[:high]):
                 high -= 1
             while not text.endswith(ends[low:]):
@@ -193,12 +208,6 @@ class _Decoding:
                 raise self.no_text(i, [anchor, i, anchor])
         texts = {i: text[low : len(text) - len(ends) + low] for i, text in whole.items()}
         return {i: text.encode() for i, text in texts.items()}, [i for i, text in texts.items() if "\ufffd" in text]
-
-    def alone(self, i: int) -> str:
-        try:
-            return self.decode([i])
-        except Exception as error:
-            raise _unreadable(self.tokenizer, f"decode([{i}]) fails, {type(error).__name__}: {error}") from error
 
     def no_text(self, i: int, row: Sequence[int]) -> ValueError:
         return _unreadable(
@@ -274,73 +283,46 @@ def _read_one_byte(piece: str) -> bytes:
 _SPELLINGS = (_read_byte_level, _sentencepiece_reader([("▁", " ")], True), str.encode, _read_one_byte)
 
 
-def _read_in_python(
-    tokenizer: Any, pieces: dict[int, str | bytes], special: set[int], added: Mapping[int, Any], decoding: _Decoding
-) -> tuple[dict[int, bytes], set[int], list[int]]:
-    """The texts of a tokenizer without a backend, further special ids, and the ids of parts of characters.
-
-    No texts where no spelling agrees with ``decode``.
-    """
-    ordinary = {i: piece for i, piece in pieces.items() if i not in special}
-    engines = list(_engines(tokenizer))
-    readings = [
-        (
-            {i: table[i] if i in table else _as_bytes(piece) for i, piece in ordinary.items()}
-            | {i: text for i, text in table.items() if i not in pieces},
-            hidden - {i for i, token in added.items() if not token.special},
-        )
-        for table, hidden in engines
-    ]
+def _readings(tokenizer: Any, pieces: Mapping[int, str | bytes]) -> Iterator[dict[int, bytes]]:
+    """What a tokenizer without a backend may mean by its ordinary entries, the likeliest first."""
+    for table in _tables(tokenizer):
+        spelled = {i: piece if isinstance(piece, bytes) else piece.encode() for i, piece in pieces.items()}
+        yield spelled | table
     for read in _SPELLINGS:
-        readings.append(
-            ({i: piece if isinstance(piece, bytes) else read(piece) for i, piece in ordinary.items()}, set())
-        )
-    best, fewest = None, None
-    for texts, hidden in readings:
-        texts = {i: text for i, text in texts.items() if i not in hidden}
-        # Entries that every spelling reads alike tell none from another.
-        sample = [i for i in texts if not texts[i].isalnum()] or list(texts)
-        sample = sample[:: 1 + len(sample) // _SAMPLE]
-        anchor = decoding.anchor(texts)
-        if anchor is None:
-            continue
-        wrong = len(decoding.wrong(texts, sample, anchor))
-        if wrong <= len(sample) / 2 and (fewest is None or wrong < fewest):
-            best, fewest = (texts, hidden), wrong
-        if wrong == 0:
-            break
-    if best is None:
-        return {}, set(), []
-    texts, hidden = best
-    certain = {}
-    if hasattr(tokenizer, "sp_model"):
-        named = {i: _BYTE_NAME.fullmatch(piece) for i, piece in ordinary.items() if isinstance(piece, str)}
-        certain = {i: bytes.fromhex(byte[1]) for i, byte in named.items() if byte}
-    texts = {i: text for i, text in texts.items() if i not in certain}
-    unclear = decoding.correct(texts)
-    return texts | certain, hidden, unclear
+        yield {i: piece if isinstance(piece, bytes) else read(piece) for i, piece in pieces.items()}
 
 
-def _as_bytes(piece: str | bytes) -> bytes:
-    return piece if isinstance(piece, bytes) else piece.encode()
-
-
-def _engines(tokenizer: Any) -> Iterator[tuple[dict[int, bytes], set[int]]]:
-    """For each library's object that the tokenizer wraps and that knows bytes: those of its ids, and its special ids."""
+def _tables(tokenizer: Any) -> Iterator[dict[int, bytes]]:
+    """The bytes of ids, of each object inside a tokenizer whose library knows them."""
     seen, layer = {id(tokenizer)}, [tokenizer]
     for _ in range(3):  # mistral-common's lies that deep in transformers' class
         inside = [each for holder in layer for each in getattr(holder, "__dict__", {}).values()]
         layer = [each for each in inside if not isinstance(each, type) and not (id(each) in seen or seen.add(id(each)))]
         for engine in layer:
             if hasattr(engine, "decode_single_token_bytes"):  # tiktoken.Encoding
-                hidden = {engine.encode_single_token(token) for token in engine.special_tokens_set}
                 table = {}
                 for i in range(engine.n_vocab):
                     try:
                         table[i] = engine.decode_single_token_bytes(i)
                     except KeyError:  # a hole before the special tokens
                         continue
-                yield table, hidden
+                yield table
             elif hasattr(engine, "id_to_byte_piece"):  # mistral_common's Tekkenizer
-                first = engine.num_special_tokens
-                yield {i: engine.id_to_byte_piece(i) for i in range(first, engine.n_words)}, set(range(first))
+                yield {i: engine.id_to_byte_piece(i) for i in range(engine.num_special_tokens, engine.n_words)}
+
+
+def _agreeing(decoding: _Decoding, readings: Iterator[dict[int, bytes]]) -> dict[int, bytes]:
+    """The reading that ``decode`` contradicts least, by a sample; empty where it contradicts all in most entries."""
+    best: dict[int, bytes] = {}
+    fewest = 0.5
+    for texts in readings:
+        # Entries of letters and digits are read alike in every spelling.
+        sample = [i for i, text in texts.items() if not text.isalnum()] or list(texts)
+        sample = sample[:: 1 + len(sample) // _SAMPLE]
+        anchor = decoding.anchor(texts)
+        wrong = 1.0 if anchor is None else len(decoding.wrong(texts, sample, anchor)) / len(sample)
+        if wrong < fewest:
+            best, fewest = texts, wrong
+        if wrong == 0:
+            break
+    return best
