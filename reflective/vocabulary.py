@@ -79,12 +79,10 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
 
 def _entries(tokenizer: Any) -> tuple[dict[str | bytes, int], dict[int, Any], set[int]]:
     """The vocabulary as the tokenizer gives it, its added tokens, and the ids of its special ones."""
-    name = type(tokenizer).__name__
-    if callable(getattr(getattr(tokenizer, "tokenizer", None), "get_vocab", None)) and not hasattr(
-        tokenizer, "get_vocab"
-    ):
+    name, methods = type(tokenizer).__name__, dir(tokenizer)
+    if "get_vocab" not in methods and hasattr(getattr(tokenizer, "tokenizer", None), "get_vocab"):
         raise ValueError(f"tokenizer is a {name}: give the tokenizer inside it, its attribute tokenizer")
-    if not all(hasattr(tokenizer, each) for each in ("get_vocab", "decode", "all_special_ids")):
+    if not {"get_vocab", "decode", "all_special_ids"}.issubset(methods):
         raise ValueError(
             f"tokenizer is a {name}, not a tokenizer of transformers: give what AutoTokenizer.from_pretrained returns, "
             "for one of the tokenizers library PreTrainedTokenizerFast(tokenizer_object=...), or name the ids "
@@ -144,7 +142,7 @@ class _Decoding:
                 if "\ufffd" in text:
                     continue  # the anchor is a byte itself
                 raise self.no_text(i, [anchor, i, anchor])
-            texts[i] = text[len(ends) : len(text) - len(ends)].encode()
+            texts[i] = _utf8(text[len(ends) : len(text) - len(ends)])
             if "\ufffd" in text:
                 unclear.append(i)
         return unclear
@@ -192,8 +190,10 @@ class _Decoding:
             raise _unreadable(self.tokenizer, f"decode fails for all its ids, {self.error}")
         anchor = next((i for suits in suitable for i, text in alone.items() if suits(text)), None)
         if anchor is None:
-            return {i: text.encode() for i, text in alone.items()}, []
-        ends = self.decode([anchor, anchor])
+            return {i: _utf8(text) for i, text in alone.items()}, []
+        ends = self.decode([anchor, anchor]) or ""
+        if len(ends) < 2 * len(alone[anchor]):  # as for speech, where decode takes a repeated token for one
+            raise self.no_text(anchor, [anchor, anchor])
         low, high = 0, len(ends)
         whole = {}
         for i in alone:
@@ -207,7 +207,7 @@ class _Decoding:
             if low > high or len(text) < len(ends):
                 raise self.no_text(i, [anchor, i, anchor])
         texts = {i: text[low : len(text) - len(ends) + low] for i, text in whole.items()}
-        return {i: text.encode() for i, text in texts.items()}, [i for i, text in texts.items() if "\ufffd" in text]
+        return {i: _utf8(text) for i, text in texts.items()}, [i for i, text in texts.items() if "\ufffd" in text]
 
     def no_text(self, i: int, row: Sequence[int]) -> ValueError:
         return _unreadable(
@@ -249,6 +249,10 @@ def _parts(component: Any) -> list[dict]:
     return [] if component is None else flat(json.loads(component.__getstate__()))
 
 
+def _utf8(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")  # of a vocabulary of all numbers of characters
+
+
 # GPT-2's alphabet: printable Latin-1 characters are themselves, the other bytes are U+0100 and up, in order.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _UNPRINTABLE = sorted(set(range(0x100)).difference(_PRINTABLE))
@@ -260,7 +264,7 @@ def _read_byte_level(piece: str) -> bytes:
     try:
         return piece.translate(_LATIN_OF).encode("latin-1")
     except UnicodeEncodeError:  # the byte-level decoder leaves such an entry as it is
-        return piece.encode()
+        return _utf8(piece)
 
 
 def _sentencepiece_reader(replaced: Sequence[tuple[str, str]], byte_fallback: bool) -> Callable[[str], bytes]:
@@ -269,24 +273,24 @@ def _sentencepiece_reader(replaced: Sequence[tuple[str, str]], byte_fallback: bo
             return bytes.fromhex(byte[1])
         for old, new in replaced:
             piece = piece.replace(old, new)
-        return piece.encode()
+        return _utf8(piece)
 
     return read
 
 
 def _read_one_byte(piece: str) -> bytes:
     """ByT5's spelling: a byte is the character of that number."""
-    return piece.encode("latin-1") if len(piece) == 1 and piece <= "\xff" else piece.encode()
+    return piece.encode("latin-1") if len(piece) == 1 and piece <= "\xff" else _utf8(piece)
 
 
 # Those of tokenizers written in Python, the likeliest first: of equally good ones the first is taken.
-_SPELLINGS = (_read_byte_level, _sentencepiece_reader([("▁", " ")], True), str.encode, _read_one_byte)
+_SPELLINGS = (_read_byte_level, _sentencepiece_reader([("▁", " ")], True), _utf8, _read_one_byte)
 
 
 def _readings(tokenizer: Any, pieces: Mapping[int, str | bytes]) -> Iterator[dict[int, bytes]]:
     """What a tokenizer without a backend may mean by its ordinary entries, the likeliest first."""
     for table in _tables(tokenizer):
-        spelled = {i: piece if isinstance(piece, bytes) else piece.encode() for i, piece in pieces.items()}
+        spelled = {i: piece if isinstance(piece, bytes) else _utf8(piece) for i, piece in pieces.items()}
         yield spelled | table
     for read in _SPELLINGS:
         yield {i: piece if isinstance(piece, bytes) else read(piece) for i, piece in pieces.items()}

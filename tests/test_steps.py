@@ -495,41 +495,6 @@ class SimpleTokenizer:
         return "".join(self.pieces[i] for i in ids).replace("▁", " ").lstrip(" ")
 
 
-def test_tokenizers_without_a_backend():
-    pieces = ["<s>", "▁", "a", "▁.", "\n\n", ".\n", "é"]
-    assert token_bytes(SimpleTokenizer(pieces, ["<s>"])) == [None, b" ", b"a", b" .", b"\n\n", b".\n", "é".encode()]
-    no_anchor, unused = ["<s>", ".", "\n"], ["a", None, "."]
-    assert token_bytes(SimpleTokenizer(no_anchor, ["<s>"])) == [None, b".", b"\n"]
-    assert token_bytes(SimpleTokenizer(unused)) == [b"a", None, b"."]
-    with_bytes = SimpleTokenizer(["<s>", "▁a", "<0xE3>", "<0x>"], ["<s>"])
-    with_bytes.sp_model = object()  # the mark of a tokenizer that runs on a sentencepiece model
-    assert token_bytes(with_bytes) == [None, b" a", b"\xe3", b"<0x>"]
-
-
-@pytest.mark.parametrize(
-    ("decoder", "pre_tokenizer", "piece", "text"),
-    [
-        (decoders.Metaspace("▁"), None, "▁a", b" a"),
-        (None, pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Metaspace("▁")]), "▁a", b" a"),
-        (decoders.Sequence([decoders.Fuse(), decoders.ByteLevel()]), None, "Ġ.Ċ", b" .\n"),
-        (None, pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()]), "Ġ.Ċ", b" .\n"),
-        (decoders.ByteLevel(), None, "Ġ 中", "Ġ 中".encode()),  # not in its alphabet: the decoder leaves it as it is
-        (decoders.Metaspace("▁"), None, "<0x0A>", b"<0x0A>"),
-        (decoders.ByteFallback(), None, "<0x0A>", b"\n"),
-        (decoders.Replace("_", " "), None, "▁_a", "▁ a".encode()),
-        (decoders.BPEDecoder("@@"), None, "b@@", b"b "),
-    ],
-)
-def test_vocabularies_are_read_as_the_decoder_says(decoder, pre_tokenizer, piece, text):
-    backend = Tokenizer(models.WordLevel(vocab={"a@@": 0, piece: 1}, unk_token="a@@"))
-    if decoder is not None:
-        backend.decoder = decoder
-    if pre_tokenizer is not None:
-        backend.pre_tokenizer = pre_tokenizer
-    tokenizer, _ = with_tags(backend, {})
-    assert token_bytes(tokenizer)[1] == text
-
-
 def test_tables():
     tokenizer, texts = byte_level(PIECES)
     steps = StepTokens.from_tokenizer(tokenizer, "text", ["。\n", ".\n\n"])
