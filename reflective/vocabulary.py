@@ -303,7 +303,7 @@ def _tables(tokenizer: Any) -> Iterator[dict[int, bytes]]:
         inside = [each for holder in layer for each in getattr(holder, "__dict__", {}).values()]
         layer = [each for each in inside if not isinstance(each, type) and not (id(each) in seen or seen.add(id(each)))]
         for engine in layer:
-            if hasattr(engine, "decode_single_token_bytes"):  # tiktoken.Encoding
+            if hasattr(engine, "decode_single_token_bytes") and hasattr(engine, "n_vocab"):  # tiktoken.Encoding
                 table = {}
                 for i in range(engine.n_vocab):
                     try:

@@ -30,26 +30,41 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from reflective.steps import RULES, StepTokens
 from reflective.vocabulary import read_vocabulary, token_bytes
 
+FILES = [Path(path) for path in os.environ.get("REFLECTIVE_TOKENIZERS", "").split(os.pathsep) if path]
+
 TEXT = "Über 12 + 30 = 42.\n\nSo 中文。\n然后😀é x \t\n\n  \n   a  b\n"
 ADDED = ("    ", "▁▁▁▁", "<think>", "</think>", "é", "ÅŁ x", "Ġ.Ċ", "<0x0A>x", "。\n")
 
 
-def disagreements(tokenizer, skip_special_tokens=False):
-    """Ids whose bytes, beside those of another token, are not what ``decode`` gives for the two, with both texts."""
+def disagreements(tokenizer, skip_special_tokens=False, frames=("between", "after", "before"), at_once=1):
+    """Ids whose bytes, beside those of another token, are not what ``decode`` gives for the two, with both texts.
+
+    ``at_once``: so many tokens, another between any two, in one text; a text that differs is taken apart.
+    """
+
+    def decode(*ids):
+        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
     texts = token_bytes(tokenizer)
-    letters = [i for i, text in enumerate(texts) if text and text.isalpha()]
-    beside = next((i for i in letters if len(texts[i]) > 1), letters[0])
-    found = []
-    for i, text in enumerate(texts):
-        if text is None:
-            continue
-        for ids in ([beside, i], [i, beside], [beside, i, beside]):
-            got = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-            want = b"".join(texts[j] for j in ids).decode(errors="replace")
+    words = [i for i, text in enumerate(texts) if text and text.strip().isalpha()]
+    words = [i for i in words if len(texts[i]) > 1] or words
+    beside = next(i for i in words if decode(i).strip() == texts[i].decode().strip())
+
+    def differing(ids):
+        rows = {"between": [beside] + [j for i in ids for j in (i, beside)], "after": [beside, *ids]}
+        rows["before"] = [*ids, beside]
+        for row in (rows[frame] for frame in frames):
+            got, want = decode(*row), b"".join(texts[j] for j in row).decode(errors="replace")
             # Several decoders drop a space that a text begins or ends with, and show parts of characters their own way.
             if got != want and got.replace("\ufffd", "").strip(" ") != want.replace("\ufffd", "").strip(" "):
-                found.append((i, text, got, want))
-    return found
+                if len(ids) == 1:
+                    yield ids[0], texts[ids[0]], got, want
+                else:
+                    for i in ids:
+                        yield from differing([i])
+
+    told = [i for i, text in enumerate(texts) if text is not None]
+    return [each for at in range(0, len(told), at_once) for each in differing(told[at : at + at_once])]
 
 
 def with_added(tokenizer, tokens=ADDED):
@@ -78,7 +93,8 @@ FAST = {
     "words": lambda: with_added(word_level(["[U]", "ab", ".", "\n"])[0]),
     "WordPiece": lambda: with_added(word_piece(["[U]", "ab", "##b", "."])[0]),
     "WordPiece cleaned up": lambda: with_decoder(decoders.WordPiece(cleanup=True), [*PIECES, "n't", "'", "do"]),
-    "Metaspace": lambda: with_added(with_decoder(decoders.Metaspace(), PIECES)),
+    # Of a text's first token it drops all low bars.
+    "Metaspace": lambda: with_decoder(decoders.Metaspace(), [piece for piece in PIECES if piece != "b▁"]),
     "BPEDecoder": lambda: with_decoder(decoders.BPEDecoder("@@"), PIECES),
     "bytes only": lambda: with_decoder(decoders.ByteFallback(), PIECES),
     "strips every token": lambda: with_decoder(
@@ -95,9 +111,10 @@ FAST = {
 @pytest.mark.parametrize("kind", FAST)
 def test_fast_tokenizers(kind):
     tokenizer = FAST[kind]()
-    assert disagreements(tokenizer) == []
+    # WordPiece shows ## at the start of a text.
+    assert disagreements(tokenizer, frames=("between", "after", "before")[: 2 if "WordPiece" in kind else 3]) == []
     unused = {i for i, text in enumerate(token_bytes(tokenizer)) if text is None}
-    assert unused == set(tokenizer.all_special_ids)
+    assert unused == {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def test_runs_of_spaces_that_are_added_tokens():
@@ -208,7 +225,7 @@ PYTHON = {
     "byte-level alphabet": lambda: with_added(AlphabetTokenizer(ALPHABET), ["<think>", "</think>", "Ġ.Ċ"]),
     "bytes": lambda: BytesTokenizer(BYTES),
     "tiktoken": lambda: EncodingTokenizer(BYTES),
-    "ByT5": lambda: with_added(ByT5Tokenizer()),
+    "ByT5": lambda: with_added(ByT5Tokenizer(), ["<think>", "</think>", ".\n\n"]),
     "Perceiver": lambda: PerceiverTokenizer(),
 }
 
@@ -302,7 +319,7 @@ def test_sentencepiece_tokenizers(sentencepiece_model):
         ]  # fmt: skip
 
     backend = SentencePieceBackend(vocab_file=sentencepiece_model, unk_token="<unk>")
-    wrong = disagreements(with_added(backend))
+    wrong = disagreements(with_added(backend, ["▁▁▁▁", "<think>"]))
     assert backend.decode(backend.convert_tokens_to_ids(["a", "<0x0A>"])) == "a<0x0A>"  # its name, as said
     assert {text for _, text, _, _ in wrong} == {bytes([b]) for b in range(256)}
 
@@ -312,7 +329,8 @@ def mistral_files():
         import mistral_common
     except ImportError:
         return []
-    return sorted((Path(mistral_common.__file__).parent / "data").glob("*token*"))
+    data = Path(mistral_common.__file__).parent / "data"
+    return [path for kind in ("*.v1", "*.v7", "*.json") for path in sorted(data.glob(kind))[-1:]]
 
 
 @pytest.mark.parametrize("path", mistral_files() or [None], ids=lambda path: path and path.name)
@@ -345,16 +363,17 @@ def test_mistral_common(path, tmp_path):
 
 def check_real(tokenizer):
     """Every token beside another, and a text of all kinds of characters: its bytes, and where its steps end."""
-    assert disagreements(tokenizer, skip_special_tokens=True) == []
+    whole = {} if FILES else {"frames": ["between"], "at_once": 500}
+    assert disagreements(tokenizer, skip_special_tokens=True, **whole) == []
     texts = token_bytes(tokenizer)
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     assert b"".join(texts[i] for i in ids).decode().removeprefix(" ") == TEXT
     for rule in RULES:
-        for delimiter in (".\n\n", "。\n", "\n\n", "  \n"):
+        for delimiter in (".\n\n", "。\n", "\n\n", "  \n")[: 4 if rule == "text" else 1]:
             try:
                 steps = StepTokens.from_tokenizer(tokenizer, rule, delimiter)
             except ValueError as error:
-                assert "of one token" in str(error) or "no entry of the vocabulary contains" in str(error)  # noqa: PT017
+                assert "of one token" in str(error) or "no entry of the vocabulary contains" in str(error)
                 assert rule != "text" and 'rule="text"' in str(error)
                 continue
             if rule == "text":
@@ -366,9 +385,6 @@ def check_real(tokenizer):
 
 def test_the_default_models_tokenizer(default_model):
     check_real(default_model.tokenizer)
-
-
-FILES = [Path(path) for path in os.environ.get("REFLECTIVE_TOKENIZERS", "").split(os.pathsep) if path]
 
 
 @pytest.mark.parametrize("path", FILES or [None], ids=str)
