@@ -315,7 +315,13 @@ def _ids_of_rule(tokenizer: Any, tokens: Sequence[bytes | None], rule: str, deli
 
 def _only_id(tokenizer: Any, tokens: Sequence[bytes | None], delimiter: str) -> int:
     """The id of a delimiter that is one token; a ValueError that names the remedy otherwise."""
-    ids = list(tokenizer.encode(delimiter, add_special_tokens=False))
+    try:
+        ids = list(tokenizer.encode(delimiter, add_special_tokens=False))
+    except Exception as error:
+        raise ValueError(
+            f'rule="exact": encode({delimiter!r}) of a {type(tokenizer).__name__} fails, {type(error).__name__}: {error}; '
+            'use rule="text", which reads the vocabulary only'
+        ) from error
     if len(ids) != 1:
         what = f"is {len(ids)} tokens here, {ids}"
     elif ids[0] == getattr(tokenizer, "unk_token_id", None):

@@ -17,12 +17,12 @@ class Vocabulary:
     """What ``read_vocabulary`` finds.
 
     Attributes:
-        ids: the id of every entry, by its spelling.
+        ids: the id of every entry, by its spelling where that is a text.
         texts: the bytes of every id, possibly part of a character; None for special and unused ids.
         unclear: ids that hold part of a character which the tokenizer shows as U+FFFD only, as do their ``texts``.
     """
 
-    ids: dict[str | bytes, int]
+    ids: dict[str, int]
     texts: list[bytes | None]
     unclear: list[int] = field(default_factory=list)
 
@@ -52,6 +52,7 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
     decoding = _Decoding(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     read, shown = (None, True) if backend is None else _backend_reader(backend)
+    texts: dict[int, bytes] = {}
     certain: dict[int, bytes] = {}
     if read is not None:
         texts = {i: read(piece) for i, piece in ordinary.items()}
@@ -60,21 +61,33 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
         if texts and hasattr(tokenizer, "sp_model"):
             names = {i: _BYTE_NAME.fullmatch(piece) for i, piece in ordinary.items() if isinstance(piece, str)}
             certain = {i: bytes.fromhex(name[1]) for i, name in names.items() if name}
+            texts = {i: text for i, text in texts.items() if i not in certain}
+    size = 1 + max([*pieces, *texts], default=-1)
+    # Not in get_vocab, as special tokens of some classes, and those spelled as another, such as U+FFFD for any part of
+    # a character.
+    unnamed = sorted(set(range(size)).difference(pieces)) if len(pieces) < size else []
+    ids = _names(vocab) | {token.content: i for i, token in added.items() if token.content not in vocab}
+    ids = _names({texts[i]: i for i in unnamed if i in texts}) | ids
+    if texts and shown:
+        unclear = decoding.correct(texts := dict.fromkeys(unnamed, b"") | texts)
+    elif texts:
+        unclear = []
     else:
-        texts = {}
-    if texts:
-        for i in certain:
-            del texts[i]
-        unclear = decoding.correct(texts) if shown else []
-    else:
-        texts, unclear = decoding.one_by_one(list(ordinary))
-    by_id: list[bytes | None] = [None] * (1 + max([*pieces, *texts], default=-1))
+        texts, unclear = decoding.one_by_one([*ordinary, *unnamed])
+    by_id: list[bytes | None] = [None] * size
     for i, text in (texts | certain).items():
         # Some classes skip more than they call special, as the first that ran on tiktoken.
-        skipped = not text and decoding.decode([i], skip_special_tokens=False)
-        by_id[i] = None if skipped or i in special else text
-    vocab.update((token.content, i) for i, token in added.items() if token.content not in vocab)
-    return Vocabulary(vocab, by_id, unclear)
+        unused = not text and (i not in pieces or decoding.decode([i], skip_special_tokens=False))
+        by_id[i] = None if unused or i in special else text
+    return Vocabulary(ids, by_id, unclear)
+
+
+def _names(vocab: dict[str | bytes, int]) -> dict[str, int]:
+    """The entries that are texts, those spelled in bytes too."""
+    if not any(isinstance(piece, bytes) for piece in vocab):
+        return vocab
+    names = {piece.decode(errors="replace") if isinstance(piece, bytes) else piece: i for piece, i in vocab.items()}
+    return {name: i for name, i in names.items() if "\ufffd" not in name}
 
 
 def _entries(tokenizer: Any) -> tuple[dict[str | bytes, int], dict[int, Any], set[int]]:
@@ -181,8 +194,8 @@ class _Decoding:
     def one_by_one(self, ids: Sequence[int]) -> tuple[dict[int, bytes], list[int]]:
         """The texts of ids of which nothing is known but ``decode``, and which of them are part of a character.
 
-        With an anchor A, ``decode([A, i, A])`` is ``decode([A, A])`` with the text of i put in, at a place that is the
-        same for all: behind a space that belongs to the second A, or before one that belongs to the first.
+        With an anchor A, ``decode([A, i, A])`` is ``decode([A, A])`` with the text of i put in, at one place for all: the
+        first that fits, which is where the second A's text begins, with the space before it or after that of the first.
         """
         suitable = (lambda text: text.isalnum() and len(text) > 1, str.isalnum, str.strip)
         alone = {i: text for i in ids if (text := self.decode([i])) is not None}
