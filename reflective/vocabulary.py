@@ -62,14 +62,14 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
             names = {i: _BYTE_NAME.fullmatch(piece) for i, piece in ordinary.items() if isinstance(piece, str)}
             certain = {i: bytes.fromhex(name[1]) for i, name in names.items() if name}
             texts = {i: text for i, text in texts.items() if i not in certain}
-    size = 1 + max([*pieces, *texts], default=-1)
+    size = 1 + max([*pieces, *texts, _declared_size(tokenizer) - 1 if backend is None else -1])
     # Not in get_vocab, as special tokens of some classes, and those spelled as another, such as U+FFFD for any part of
     # a character.
     unnamed = sorted(set(range(size)).difference(pieces)) if len(pieces) < size else []
     ids = _names(vocab) | {token.content: i for i, token in added.items() if token.content not in vocab}
     ids = _names({texts[i]: i for i in unnamed if i in texts}) | ids
     if texts and shown:
-        unclear = decoding.correct(texts := dict.fromkeys(unnamed, b"") | texts)
+        unclear = decoding.correct(texts, [i for i in unnamed if i not in texts])
     elif texts:
         unclear = []
     else:
@@ -80,6 +80,14 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
         unused = not text and (i not in pieces or decoding.decode([i], skip_special_tokens=False))
         by_id[i] = None if unused or i in special else text
     return Vocabulary(ids, by_id, unclear)
+
+
+def _declared_size(tokenizer: Any) -> int:
+    """The vocab_size of a class of one's own, which may count ids that its get_vocab leaves out; 0 where it has none."""
+    try:
+        return int(tokenizer.vocab_size)
+    except Exception:  # noqa: BLE001
+        return 0
 
 
 def _names(vocab: dict[str | bytes, int]) -> dict[str, int]:
@@ -140,14 +148,18 @@ class _Decoding:
             self.error = f"{type(error).__name__}: {error}"
             return None
 
-    def correct(self, texts: dict[int, bytes]) -> list[int]:
-        """Sets those of ``texts`` right that ``decode`` contradicts; of these the ids shown as part of a character."""
+    def correct(self, texts: dict[int, bytes], more: Sequence[int]) -> list[int]:
+        """Sets those of ``texts`` right that ``decode`` contradicts, and puts in those of the ids ``more``.
+
+        Returns:
+            Of these the ids shown as part of a character.
+        """
         anchor = self.anchor(texts)
         if anchor is None:
             return []
         unclear = []
         ends = texts[anchor].decode()
-        for i in self.wrong(texts, list(texts), anchor):
+        for i in [*self.wrong(texts, list(texts), anchor), *more]:
             text = self.decode([anchor, i, anchor])
             if text is None:  # as of an added token whose characters the class does not expect: the spelling stands
                 continue

@@ -436,6 +436,21 @@ def test_exact_refuses_a_split_delimiter():
         StepTokens.from_tokenizer(unknown, "exact", "nope")
 
 
+def test_exact_refuses_a_delimiter_that_becomes_another():
+    """Where whitespace is dropped the one token is the full stop, and every sentence would end a step."""
+    tokenizer, _ = word_level(["[UNK]", "a", "."])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert len(tokenizer.encode(".\n\n")) == 1
+    with pytest.raises(ValueError, match=r"'\.\\n\\n' becomes ' \.' here, token 2; use rule=\"text\""):
+        StepTokens.from_tokenizer(tokenizer, "exact")
+    assert StepTokens.from_tokenizer(tokenizer, "exact", ".").step_ids == (2,)
+
+
+def test_exact_names_the_class_whose_encode_fails():
+    with pytest.raises(ValueError, match=r"encode\('a'\) of a SimpleTokenizer fails, AttributeError"):
+        StepTokens.from_tokenizer(SimpleTokenizer(["a", "\n"]), "exact", "a")
+
+
 def test_contains():
     pieces = [b"\n\n", b".\n\n", b"a.\n\nb", b".\n", "。\n".encode(), b"\x82\n"]
     tokenizer, texts = byte_level(pieces)

@@ -185,6 +185,8 @@ class BytesTokenizer(PythonTokenizer):
         self.special = dict(enumerate(special, len(pieces)))
         super().__init__(pieces, **kwargs)
 
+    vocab_size = property(lambda self: len(self.pieces) + len(self.special))
+
     def convert_tokens_to_string(self, tokens):
         return b"".join(t.encode() if isinstance(t, str) else t for t in tokens).decode(errors="replace")
 
@@ -258,11 +260,44 @@ def test_an_added_token_that_decode_fails_on_keeps_its_text():
     assert token_bytes(tokenizer)[len(ALPHABET) :] == [b"a token"]
 
 
+@pytest.mark.parametrize("kind", [BytesTokenizer, EncodingTokenizer])
+def test_tags_that_are_special_tokens_of_the_class(kind):
+    """No vocabulary lists them; what decode skips has no text."""
+    tokenizer = kind([*BYTES, b"<x>"], ("<think>", "</think>"))
+    tags = len(BYTES) + 1, len(BYTES) + 2
+    assert token_bytes(tokenizer)[len(BYTES) :] == [b"<x>", None, None]
+    steps = StepTokens.from_tokenizer(tokenizer, "text", think_start_id=tags[0], think_end_id=tags[1])
+    assert (steps.think_start_id, steps.think_end_id, steps.vocab_size) == (*tags, len(BYTES) + 3)
+    steps = StepTokens.from_tokenizer(tokenizer)
+    told = kind is EncodingTokenizer  # tiktoken knows their names
+    assert (steps.think_start_id, steps.think_end_id) == (tags if told else (None, None))
+
+
+def test_tags_spelled_in_bytes():
+    steps = StepTokens.from_tokenizer(BytesTokenizer([*BYTES, b"<think>", b"</think>"]))
+    assert (steps.think_start_id, steps.think_end_id) == (len(BYTES), len(BYTES) + 1)
+
+
+def test_entries_that_share_a_spelling():
+    """get_vocab keeps one of those that it shows alike, such as all parts of characters."""
+
+    class LossyTokenizer(BytesTokenizer):
+        def get_vocab(self):
+            return {piece.decode(errors="replace"): i for i, piece in enumerate(self.pieces)}
+
+    tokenizer = LossyTokenizer([*BYTES, b"\x80\n", "。\n".encode()])
+    assert len(tokenizer.get_vocab()) == 128 + len(BYTES) - 256 + 1
+    texts = token_bytes(tokenizer)
+    assert texts[261] == texts[263] == "\ufffd\n".encode() and texts[255] == "\ufffd".encode()
+    ids = [97, 98, 46, 263, 10]
+    assert StepTokens.from_tokenizer(tokenizer, "text", "\n\n").mask(ids)[0].nonzero().flatten().tolist() == [4]
+
+
 def test_parts_of_characters_that_cannot_be_told():
     tokenizer = OpaqueTokenizer(BYTES)
     vocabulary = read_vocabulary(tokenizer)
     assert vocabulary.unclear == [*range(128, 256), 260, 261]
-    assert vocabulary.texts[256:] == [
+    assert vocabulary.texts[256:-1] == [
         b"ab",
         b".\n\n",
         b" a",
