@@ -273,6 +273,19 @@ def test_tags_that_are_special_tokens_of_the_class(kind):
     assert (steps.think_start_id, steps.think_end_id) == (tags if told else (None, None))
 
 
+def test_special_tokens_that_only_decode_knows():
+    """get_vocab lists them, all_special_ids does not, and decode skips them: they break a delimiter."""
+
+    class ListingTokenizer(BytesTokenizer):
+        def get_vocab(self):
+            return super().get_vocab() | {token: i for i, token in self.special.items()}
+
+    tokenizer = ListingTokenizer(BYTES)
+    assert token_bytes(tokenizer)[len(BYTES) :] == [None]
+    steps = StepTokens.from_tokenizer(tokenizer, "text")
+    assert not steps.mask([97, 98, 46, len(BYTES), 10, 10]).any() and steps.mask([97, 98, 46, 10, 10]).any()
+
+
 def test_tags_spelled_in_bytes():
     steps = StepTokens.from_tokenizer(BytesTokenizer([*BYTES, b"<think>", b"</think>"]))
     assert (steps.think_start_id, steps.think_end_id) == (len(BYTES), len(BYTES) + 1)
