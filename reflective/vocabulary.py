@@ -48,7 +48,9 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
     vocab, added, special = _entries(tokenizer)
     pieces: dict[int, str | bytes] = dict(zip(vocab.values(), vocab, strict=True))
     pieces.update((i, token.content) for i, token in added.items())
-    ordinary = {i: piece for i, piece in pieces.items() if i not in special}
+    ordinary = pieces.copy()
+    for i in special:
+        ordinary.pop(i, None)
     decoding = _Decoding(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     read, shown = (None, True) if backend is None else _backend_reader(backend)
@@ -66,8 +68,8 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
     # Not in get_vocab, as special tokens of some classes, and those spelled as another, such as U+FFFD for any part of
     # a character.
     unnamed = sorted(set(range(size)).difference(pieces)) if len(pieces) < size else []
-    ids = _names(vocab) | {token.content: i for i, token in added.items() if token.content not in vocab}
-    ids = _names({texts[i]: i for i in unnamed if i in texts}) | ids
+    ids = vocab if backend is not None else _names({texts[i]: i for i in unnamed if i in texts}) | _names(vocab)
+    ids.update((token.content, i) for i, token in added.items() if token.content not in ids)
     if texts and shown:
         unclear = decoding.correct(texts, [i for i in unnamed if i not in texts])
     elif texts:
@@ -75,10 +77,12 @@ def read_vocabulary(tokenizer: Any) -> Vocabulary:
     else:
         texts, unclear = decoding.one_by_one([*ordinary, *unnamed])
     by_id: list[bytes | None] = [None] * size
-    for i, text in (texts | certain).items():
+    for i, text in (texts | certain if certain else texts).items():
         # Some classes skip more than they call special, as the first that ran on tiktoken.
-        unused = not text and (i not in pieces or decoding.decode([i], skip_special_tokens=False))
-        by_id[i] = None if unused or i in special else text
+        if text or (i in pieces and not decoding.decode([i], skip_special_tokens=False)):
+            by_id[i] = text
+    for i in special.intersection(texts):
+        by_id[i] = None
     return Vocabulary(ids, by_id, unclear)
 
 
@@ -92,8 +96,6 @@ def _declared_size(tokenizer: Any) -> int:
 
 def _names(vocab: dict[str | bytes, int]) -> dict[str, int]:
     """The entries that are texts, those spelled in bytes too."""
-    if not any(isinstance(piece, bytes) for piece in vocab):
-        return vocab
     names = {piece.decode(errors="replace") if isinstance(piece, bytes) else piece: i for piece, i in vocab.items()}
     return {name: i for name, i in names.items() if "\ufffd" not in name}
 
