@@ -1,9 +1,7 @@
 """Step-tokens: where reasoning steps end, for any tokenizer, compiled into one automaton over token ids."""
 
 import copy
-import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  registers torch.ops.reflective
 from .kernels.layout import END, NEXT_STATE, STEP, THINK
+from .vocabulary import read_vocabulary, token_bytes  # noqa: F401
 
 RULES = ("exact", "contains", "text", "zh")
 _ZH_MARKS = ("\n", "。")
@@ -88,18 +87,26 @@ class StepTokens:
 
         Raises:
             ValueError: unknown rule, empty delimiter, ``"exact"`` with a delimiter that is not one token,
-                ``"contains"`` with one that no entry contains, a vocabulary without any step-token, and those of the
-                constructor.
+                ``"contains"`` with one that no entry contains, a vocabulary without any step-token, one that cannot be
+                read (see ``read_vocabulary``), and those of the constructor.
         """
         if rule not in RULES:
             raise ValueError(f"rule={rule!r} is not one of {', '.join(map(repr, RULES))}")
         delimiters = _ZH_MARKS if rule == "zh" else (delimiter,) if isinstance(delimiter, str) else tuple(delimiter)
         if not delimiters or not all(isinstance(d, str) and d for d in delimiters):
             raise ValueError(f"delimiter={delimiter!r} must be a non-empty text or several of them")
-        vocab = tokenizer.get_vocab()
-        start = vocab.get("<think>") if think_start_id == "auto" else think_start_id
-        end = vocab.get("</think>") if think_end_id == "auto" else think_end_id
-        tokens = token_bytes(tokenizer)
+        vocabulary = read_vocabulary(tokenizer)
+        start = vocabulary.ids.get("<think>") if think_start_id == "auto" else think_start_id
+        end = vocabulary.ids.get("</think>") if think_end_id == "auto" else think_end_id
+        tokens = vocabulary.texts
+        split = [d for d in delimiters if not d.isascii()]
+        if rule == "text" and split and vocabulary.unclear:
+            raise ValueError(
+                f'rule="text": delimiter {split[0]!r} may be split between tokens, and {type(tokenizer).__name__} shows '
+                f"the part of a character that {len(vocabulary.unclear)} of its tokens are, such as "
+                f"{vocabulary.unclear[0]}, as U+FFFD only; give the model's fast tokenizer (tokenizer.json), a delimiter "
+                'in ASCII, or rule="contains"'
+            )
         if rule == "text":
             steps = cls.__new__(cls)
             entries, after_think = _text_entries(tokens, [d.encode() for d in delimiters])
@@ -287,106 +294,10 @@ def padding(
     return pad, length
 
 
-def token_bytes(tokenizer: Any) -> list[bytes | None]:
-    """The text of every vocabulary entry as UTF-8 bytes, possibly part of a character; None for special and unused ids.
-
-    Byte-level BPE and sentencepiece-style vocabularies (``▁`` for a space, ``<0xHH>`` bytes) are read entry by entry,
-    any other by what ``decode`` adds for a token after an ordinary one.
-    """
-    vocab, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-    tokens: list[bytes | None] = [None] * (1 + max([*vocab.values(), *added]))
-    for i, token in added.items():
-        tokens[i] = token.content.encode()
-    ordinary = {i: piece for piece, i in vocab.items() if i not in added and i not in special}
-    read = _piece_reader(tokenizer)
-    texts = _decode_each(tokenizer, list(ordinary)) if read is None else map(read, ordinary.values())
-    for i, text in zip(ordinary, texts, strict=True):
-        tokens[i] = text
-    for i in special:
-        tokens[i] = None
-    return tokens
-
-
-def _piece_reader(tokenizer: Any) -> Callable[[str], bytes] | None:
-    """From a vocabulary entry to its bytes; None where only the tokenizer's ``decode`` knows."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return _sentencepiece_reader([("▁", " ")], True) if hasattr(tokenizer, "sp_model") else None
-    parts = _parts(backend.decoder)
-    if not parts:
-        parts = [part for part in _parts(backend.pre_tokenizer) if part["type"] in ("ByteLevel", "Metaspace")]
-    if any(part["type"] == "ByteLevel" for part in parts):
-        return _read_byte_level
-    replaced = []
-    for part in parts:
-        match part:
-            case {"type": "Replace", "pattern": {"String": old}, "content": new}:
-                replaced.append((old, new))
-            case {"type": "Metaspace", "replacement": old}:
-                replaced.append((old, " "))
-            case {"type": "ByteFallback" | "Fuse" | "Strip"}:
-                pass
-            case _:
-                return None
-    byte_fallback = any(part["type"] == "ByteFallback" for part in parts)
-    return _sentencepiece_reader(replaced, byte_fallback) if replaced or byte_fallback else None
-
-
-def _parts(component: Any) -> list[dict]:
-    """The descriptions of a backend's decoder or pre-tokenizer, nested sequences laid flat."""
-
-    def flat(description: dict) -> list[dict]:
-        inner = description.get("decoders") or description.get("pretokenizers")
-        return [part for each in inner for part in flat(each)] if inner else [description]
-
-    return [] if component is None else flat(json.loads(component.__getstate__()))
-
-
-# GPT-2's alphabet: printable Latin-1 characters are themselves, the other bytes are U+0100 and up, in order.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(0x100)).difference(_PRINTABLE)))
-}
-
-
-def _read_byte_level(piece: str) -> bytes:
-    try:
-        return bytes([_BYTE_OF[character] for character in piece])
-    except KeyError:  # the byte-level decoder leaves such an entry as it is
-        return piece.encode()
-
-
-def _sentencepiece_reader(replaced: list[tuple[str, str]], byte_fallback: bool) -> Callable[[str], bytes]:
-    hexadecimal = re.compile("<0x([0-9A-Fa-f]{2})>")
-
-    def read(piece: str) -> bytes:
-        if byte_fallback and (byte := hexadecimal.fullmatch(piece)):
-            return bytes.fromhex(byte[1])
-        for old, new in replaced:
-            piece = piece.replace(old, new)
-        return piece.encode()
-
-    return read
-
-
-def _decode_each(tokenizer: Any, ids: list[int]) -> list[bytes]:
-    """``decode([anchor, id])`` less ``decode([anchor])``: a token's text inside a text, not at its start."""
-
-    def decode(*tokens: int) -> str:
-        return tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    anchor = next((i for i in ids if decode(i).isalnum()), None)
-    if anchor is None:
-        return [decode(i).encode() for i in ids]
-    head = decode(anchor)
-    return [decode(anchor, i).removeprefix(head).encode() for i in ids]
-
-
 def _ids_of_rule(tokenizer: Any, tokens: Sequence[bytes | None], rule: str, delimiters: Sequence[str]) -> list[int]:
     """The step-tokens of the rules that look at one token at a time."""
     if rule == "exact":
-        return [_only_id(tokenizer, delimiter) for delimiter in delimiters]
+        return [_only_id(tokenizer, tokens, delimiter) for delimiter in delimiters]
 
     def is_step(text: str, mark: str) -> bool:
         return mark in text and (rule == "contains" or (len(text) <= 3 and len(text.replace(mark, "")) <= 1))
@@ -402,16 +313,28 @@ def _ids_of_rule(tokenizer: Any, tokens: Sequence[bytes | None], rule: str, deli
     return [i for mark in delimiters for i in ids[mark]]
 
 
-def _only_id(tokenizer: Any, delimiter: str) -> int:
+def _only_id(tokenizer: Any, tokens: Sequence[bytes | None], delimiter: str) -> int:
     """The id of a delimiter that is one token; a ValueError that names the remedy otherwise."""
-    ids = list(tokenizer.encode(delimiter, add_special_tokens=False))
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        what = "is unknown to the tokenizer" if len(ids) == 1 else f"is {len(ids)} tokens here, {ids}"
+    try:
+        ids = list(tokenizer.encode(delimiter, add_special_tokens=False))
+    except Exception as error:
         raise ValueError(
-            f'rule="exact" needs a delimiter of one token: {delimiter!r} {what}; use rule="text", which finds it '
-            "however the tokenizer splits it"
-        )
-    return ids[0]
+            f'rule="exact": encode({delimiter!r}) of a {type(tokenizer).__name__} fails, {type(error).__name__}: {error}; '
+            'use rule="text", which reads the vocabulary only'
+        ) from error
+    if len(ids) != 1:
+        what = f"is {len(ids)} tokens here, {ids}"
+    elif ids[0] == getattr(tokenizer, "unk_token_id", None):
+        what = "is unknown to the tokenizer"
+    # A tokenizer that drops whitespace encodes ".\n\n" as ".", and any sentence would end a step.
+    elif (text := tokens[ids[0]]) is not None and delimiter.encode() not in text:
+        what = f"becomes {text.decode(errors='replace')!r} here, token {ids[0]}"
+    else:
+        return ids[0]
+    raise ValueError(
+        f'rule="exact" needs a delimiter of one token: {delimiter!r} {what}; use rule="text", which finds it '
+        "however the tokenizer splits it"
+    )
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:

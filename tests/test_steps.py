@@ -19,14 +19,14 @@ THINK_TAG, END_TAG, SPECIAL = "<think>", "</think>", "<|special|>"
 # Tokenizers of every family. Each comes with the bytes of its entries, stated when it is made: the oracle's input.
 
 
-def with_tags(backend, texts, special_tags=False):
-    """Adds the tags and a special token to a backend and to the bytes of its entries."""
+def with_tags(backend, texts, special_tags=False, before=""):
+    """Adds the tags, which decode puts behind ``before``, and a special token to a backend and its entries' bytes."""
     backend.add_tokens([AddedToken(tag, special=special_tags) for tag in (THINK_TAG, END_TAG)])
     backend.add_special_tokens([SPECIAL])
     size = 1 + max(backend.get_vocab().values())
     texts = dict(texts)
     for tag in () if special_tags else (THINK_TAG, END_TAG):
-        texts[backend.token_to_id(tag)] = tag.encode()
+        texts[backend.token_to_id(tag)] = (before + tag).encode()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, additional_special_tokens=[SPECIAL])
     return tokenizer, [texts.get(i) for i in range(size)]
 
@@ -74,14 +74,15 @@ def sentencepiece(pieces=()):
 def word_level(words):
     """Whole words without a decoder: decode puts a space between any two."""
     backend = Tokenizer(models.WordLevel(vocab={w: i for i, w in enumerate(words)}, unk_token=words[0]))
-    return with_tags(backend, {i: f" {w}".encode() for i, w in enumerate(words)})
+    return with_tags(backend, {i: f" {w}".encode() for i, w in enumerate(words)}, before=" ")
 
 
 def word_piece(words):
     """Words and, after ##, their continuations."""
     backend = Tokenizer(models.WordPiece(vocab={w: i for i, w in enumerate(words)}, unk_token=words[0]))
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    return with_tags(backend, {i: (w[2:] if w[:2] == "##" else f" {w}").encode() for i, w in enumerate(words)})
+    texts = {i: (w[2:] if w[:2] == "##" else f" {w}").encode() for i, w in enumerate(words)}
+    return with_tags(backend, texts, before=" ")
 
 
 # The oracle: the specification's sentences, in the order in which they stand.
@@ -435,6 +436,21 @@ def test_exact_refuses_a_split_delimiter():
         StepTokens.from_tokenizer(unknown, "exact", "nope")
 
 
+def test_exact_refuses_a_delimiter_that_becomes_another():
+    """Where whitespace is dropped the one token is the full stop, and every sentence would end a step."""
+    tokenizer, _ = word_level(["[UNK]", "a", "."])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert len(tokenizer.encode(".\n\n")) == 1
+    with pytest.raises(ValueError, match=r"'\.\\n\\n' becomes ' \.' here, token 2; use rule=\"text\""):
+        StepTokens.from_tokenizer(tokenizer, "exact")
+    assert StepTokens.from_tokenizer(tokenizer, "exact", ".").step_ids == (2,)
+
+
+def test_exact_names_the_class_whose_encode_fails():
+    with pytest.raises(ValueError, match=r"encode\('a'\) of a SimpleTokenizer fails, AttributeError"):
+        StepTokens.from_tokenizer(SimpleTokenizer(["a", "\n"]), "exact", "a")
+
+
 def test_contains():
     pieces = [b"\n\n", b".\n\n", b"a.\n\nb", b".\n", "。\n".encode(), b"\x82\n"]
     tokenizer, texts = byte_level(pieces)
@@ -490,43 +506,8 @@ class SimpleTokenizer:
         return {piece: i for i, piece in enumerate(self.pieces) if piece is not None}
 
     def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
-        assert not skip_special_tokens and not clean_up_tokenization_spaces
+        assert skip_special_tokens and not clean_up_tokenization_spaces
         return "".join(self.pieces[i] for i in ids).replace("▁", " ").lstrip(" ")
-
-
-def test_tokenizers_without_a_backend():
-    pieces = ["<s>", "▁", "a", "▁.", "\n\n", ".\n", "é"]
-    assert token_bytes(SimpleTokenizer(pieces, ["<s>"])) == [None, b" ", b"a", b" .", b"\n\n", b".\n", "é".encode()]
-    no_anchor, unused = ["<s>", ".", "\n"], ["a", None, "."]
-    assert token_bytes(SimpleTokenizer(no_anchor, ["<s>"])) == [None, b".", b"\n"]
-    assert token_bytes(SimpleTokenizer(unused)) == [b"a", None, b"."]
-    with_bytes = SimpleTokenizer(["<s>", "▁a", "<0xE3>", "<0x>"], ["<s>"])
-    with_bytes.sp_model = object()  # the mark of a tokenizer that runs on a sentencepiece model
-    assert token_bytes(with_bytes) == [None, b" a", b"\xe3", b"<0x>"]
-
-
-@pytest.mark.parametrize(
-    ("decoder", "pre_tokenizer", "piece", "text"),
-    [
-        (decoders.Metaspace("▁"), None, "▁a", b" a"),
-        (None, pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Metaspace("▁")]), "▁a", b" a"),
-        (decoders.Sequence([decoders.Fuse(), decoders.ByteLevel()]), None, "Ġ.Ċ", b" .\n"),
-        (None, pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()]), "Ġ.Ċ", b" .\n"),
-        (decoders.ByteLevel(), None, "Ġ 中", "Ġ 中".encode()),  # not in its alphabet: the decoder leaves it as it is
-        (decoders.Metaspace("▁"), None, "<0x0A>", b"<0x0A>"),
-        (decoders.ByteFallback(), None, "<0x0A>", b"\n"),
-        (decoders.Replace("_", " "), None, "▁_a", "▁ a".encode()),
-        (decoders.BPEDecoder("@@"), None, "b@@", b" b"),
-    ],
-)
-def test_vocabularies_are_read_as_the_decoder_says(decoder, pre_tokenizer, piece, text):
-    backend = Tokenizer(models.WordLevel(vocab={"a@@": 0, piece: 1}, unk_token="a@@"))
-    if decoder is not None:
-        backend.decoder = decoder
-    if pre_tokenizer is not None:
-        backend.pre_tokenizer = pre_tokenizer
-    tokenizer, _ = with_tags(backend, {})
-    assert token_bytes(tokenizer)[1] == text
 
 
 def test_tables():
