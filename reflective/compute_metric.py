@@ -90,7 +90,7 @@ def answer(task: str, response: str) -> str | None:
     if task == "ceval":
         found = _CHOICE.search(response)
         return found and found.group(1).upper()
-    return _extracted(response) if _boxed(response) else None
+    return _extracted(response) if boxed(response) else None
 
 
 # -- reading an answer ---------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def answer(task: str, response: str) -> str | None:
 _LEADS = ("be ", "is ", "are ", "=", ": ", "get ", "be\n", "is\n", "are\n", ":\n", "get\n")
 
 
-def _boxed(text: str) -> str | None:
+def boxed(text: str) -> str | None:
     r"""What stands in the braces from the last ``\boxed`` on, or else from the last ``\fbox``; None where they do not end."""
     begin = text.rfind(r"\boxed")
     if begin < 0:
@@ -117,7 +117,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _extracted(text: str) -> str:
-    text = _boxed(text) or text
+    text = boxed(text) or text
     sentence = text.lower().rfind(". ")
     if sentence >= 0:
         text = text[:sentence].strip()
