@@ -413,7 +413,8 @@ _FUNCTIONS = frozenset((
     "asec", "acsc", "sinh", "cosh", "tanh", "coth", "floor", "ceiling", "frac", "round", "Abs", "abs", "sign", "Mod", "gcd",
     "lcm", "Max", "Min", "max", "min", "factorial", "factorial2", "binomial", "re", "im", "conjugate", "arg",
 ))  # fmt: skip
-_LITERALS = frozenset(("Symbol", "Integer", "Float", "Rational", "Function"))
+_LITERALS = frozenset(("Symbol", "Integer", "Float", "Rational", "Number", "Function"))
+_NUMERAL = re.compile(r"[\d.eE+\-/_]+")
 _CONSTANTS = frozenset(("pi", "E", "I", "oo", "zoo", "nan", "GoldenRatio", "EulerGamma", "Catalan"))
 _NODES = (ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Tuple, ast.List, ast.Call, ast.Name, ast.Constant)
 _DIGITS = 100_000
@@ -493,9 +494,11 @@ def _digits_of_call(node: ast.Call) -> float:
     if function.id in _LITERALS:
         texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         others = [a for a in node.args if not (isinstance(a, ast.Constant) and isinstance(a.value, str))]
-        exponents = [
-            abs(int(e)) for t in texts for e in re.findall(r"(?i)e([-+]?\d{1,9})", t) if function.id != "Symbol"
-        ]
+        exponents = []
+        if function.id not in ("Symbol", "Function"):  # Number('...') evaluates what is no numeral
+            if not all(map(_NUMERAL.fullmatch, texts)):
+                raise ValueError(texts)
+            exponents = [abs(int(e)) for text in texts for e in re.findall(r"(?i)e([-+]?\d{1,9})", text)]
         return sum(map(len, texts)) + sum(exponents) + sum(map(_digits, others))
     parts = sum(map(_digits, node.args))
     # A factorial has a few times as many digits as its argument is large.

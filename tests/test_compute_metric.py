@@ -58,7 +58,8 @@ def test_answers_are_not_run(tmp_path, monkeypatch):
     for text in (
         "open('made', 'w')", "sqrt(open('made', 'w'))", "__import__('os').mkdir('made')", "sqrt('open(\"made\", \"w\")')",
         "open('made', 'w')*2\\pi", "[open('made', 'w') for x in [1]]", "(lambda: open('made', 'w'))()", "Integer(5).__class__",
-        "f'{open(\"made\", \"w\")}'", "Symbol('x', open('made', 'w'))", "max(1, key=open)", "Integer(4, *open('made', 'w'))",
+        "f'{open(\"made\", \"w\")}'", "Symbol('x', open('made', 'w'))",
+        *(f"{name}('open(\"made\", \"w\")')" for name in ("Number", "Integer", "Rational", "Float", "Function('f')")), "max(1, key=open)", "Integer(4, *open('made', 'w'))",
     ):  # fmt: skip
         assert not verdict("aime", rf"\boxed{{{text}}}", "204")
         assert not verdict("aime", rf"\boxed{{{text}}}", "x+1")
