@@ -339,14 +339,12 @@ def test_tasks_that_compute_metric_cannot_have(tmp_path):
 
 def test_groups_of_compute_metric(tmp_path):
     """Prompts as they stand, the first row's answer, the first of equal scores, NaN where max leaves it."""
-    rows = [choices("q", "A", "A", "B"), choices("q ", "B", "B", "B"), choices("q", "B", "B", "B")]
+    rows = [choices("q", "A", "A", "B"), choices("q ", "B", *"BBBB"), choices("q", "B", "B", "B")]
     rows[0]["output"]["score_lst"] = [math.nan, 0.9]
     path = write(tmp_path / "ceval.jsonl", rows)
     found = values(evaluate([path], n=[2], verifier=lambda text, question: 1))
-    assert found["compute_metric.py@1"] == pytest.approx((1 + 1 + 0 + 1) / 4)
-    assert found["compute_metric.py@2"] == 1, (
-        "NaN of the first stays the largest; q has a second group, which does not count"
-    )
+    assert found["compute_metric.py@1"] == (1 + 0 + 0 + 0 + 4) / 8
+    assert found["compute_metric.py@2"] == (1 + 0 + 1 + 1) / 4, "NaN in front stays the largest"
 
 
 def test_tokens_by_a_tokenizer(published_files):
