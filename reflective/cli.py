@@ -247,8 +247,18 @@ def evaluate(
         Path | None, typer.Option(help="JSONL or parquet file of question and answer; default: the files' own answers.")
     ] = None,
     verifier: Annotated[
-        str, typer.Option(help="answer, exact, math, reasoning-gym:DATASET or MODULE:FUNCTION: judges candidates.")
-    ] = "answer",
+        str | None,
+        typer.Option(
+            help="answer, exact, math, reasoning-gym:DATASET or MODULE:FUNCTION: judges candidates. Default: answer, and for "
+            "files of the published code the verdicts of its compute_metric.py."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="aime24, aime25, ceval: whose verdicts of the published compute_metric.py; default: as its files tell."
+        ),
+    ] = None,
     outcome: Annotated[str | None, typer.Option(help="Column of 1, 0 or null, in place of a verifier.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="Regular expression whose first group is a response's answer.")
@@ -280,7 +290,7 @@ def evaluate(
 
     with _bars() as bars:
         report = run(
-            results, answers=answers, verifier=verifier, outcome=outcome, pattern=pattern, n=n,
+            results, answers=answers, verifier=verifier, outcome=outcome, pattern=pattern, task=task, n=n,
             aggregations=aggregation or ["geometric_mean"], tokenizer=tokenizer, seed=seed, bars=bars,
         )  # fmt: skip
     if csv:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from . import compute_metric
 from .batch.files import open_file
 from .selection import Array, Metric, any_of, best_of, saturation, select, subsets
 from .strategies.votes import classes
@@ -53,6 +55,7 @@ class Row:
         questions, of: with so many candidates that have a verdict, and in all.
         tokens, tokens_low, tokens_high: decoded a question, NaN where the file does not tell.
         difference, difference_low, difference_high, shared: from the first result, on the questions that both have.
+        verdict: what called candidates right: a verifier, a column, or a task ``of compute_metric.py``.
     """
 
     result: str
@@ -71,6 +74,7 @@ class Row:
     difference_low: float = math.nan
     difference_high: float = math.nan
     shared: int = 0
+    verdict: str = ""
 
     @property
     def name(self) -> str:
@@ -166,10 +170,11 @@ class Report:
 def evaluate(
     paths: Sequence[str | Path],
     *,
-    verifier: str | Verifier = "answer",
+    verifier: str | Verifier | None = None,
     answers: str | Path | None = None,
     outcome: str | None = None,
     pattern: str | None = None,
+    task: str | None = None,
     aggregations: Sequence[str] = ("geometric_mean",),
     n: Sequence[int] | None = None,
     tokenizer: str | Path | None = None,
@@ -195,28 +200,33 @@ def evaluate(
 
     ``chosen`` is the candidate that a run chose, at what the run decoded. Where a strategy stopped or forked candidates these
     are no independent draws, and it is all that is reported. ``compute_metric.py`` is what that file of the published code
-    prints for the same verdicts: best of N of consecutive groups, as many as the question with the fewest candidates has.
+    prints: best of N of consecutive groups, as many as the question with the fewest candidates has, by its own verdicts
+    (``reflective.compute_metric``). Files of the published code are judged by these in all other numbers too, unless there
+    is a verifier, ``outcome`` or ``pattern``.
     ``limit`` and ``n95`` are ``selection.saturation`` of the numbers at the N that all questions have, four at least.
 
     Args:
         paths: of results; the first is the one that the others are compared with.
         verifier: of candidates, see ``reflective.train.verifier``; of their ``answer``, where that is what is compared, or
-            what ``pattern`` finds, or else the last ``\\boxed{}`` or ``<answer>`` holds.
+            what ``pattern`` finds, or else the last ``\\boxed{}`` or ``<answer>`` holds. None: the task's of the published
+            code where there is one, else ``answer``.
         answers: file of questions with the right ``answer``; by default each row has its own (a published one may be an
             object with ``target``).
         outcome: column or field of candidates with 1, 0 or null, in place of a verifier.
         pattern: regular expression whose first group is the answer, looked for behind ``</think>``.
+        task: of the published code, ``aime...`` or ``ceval``; by default what names of its files or else their right answers
+            tell. Given, other files are judged by it too, question and response together.
         aggregations: of step scores, see ``reflective.scores.aggregate``.
         n: of the candidates; default the powers of two up to the most that a question has.
         tokenizer: ``tokenizer.json`` or its directory, for files that do not tell their candidates' tokens.
         resamples, seed: of the questions, for intervals.
 
     Raises:
-        ValueError: a row of another form, by its place; nothing to judge by; no candidate that has a verdict; unknown
+        ValueError: a row of another form, by its place; nothing to judge by; a task unknown, or of programs to run; no candidate that has a verdict; unknown
             aggregations; no step scores to aggregate; ``n`` that no question has.
         OSError: files that cannot be read. ImportError: a package that a verifier, parquet or ``tokenizer`` needs.
     """
-    reader = _Reader(verifier, answers, outcome, pattern, tuple(aggregations), tokenizer, bars)
+    reader = _Reader(verifier, answers, outcome, pattern, task, tuple(aggregations), tokenizer, bars)
     results = [reader.result(name, files) for name, files in _named(paths).items()]
     most = max(result.most() for result in results)
     sizes = [2**k for k in range(1, max(most, 1).bit_length())] if n is None else sorted({*n} - {1})
@@ -256,7 +266,9 @@ class Result:
         draws: of every question, in order, whether or not they have a verdict.
         chosen: of every question, one a row of the file.
         steered: a strategy stopped or forked candidates; interrupted: rows that Ctrl-C cut short, left out.
-        published: the published code has written it.
+        verdicts: what judged the draws.
+        tasks: of its files that the published code has written, None for an unknown one.
+        published: of every prompt there, as it stands, score and verdict of ``compute_metric.py``.
     """
 
     name: str
@@ -264,7 +276,9 @@ class Result:
     chosen: dict[str, list[Chosen]] = field(default_factory=dict)
     steered: bool = False
     interrupted: int = 0
-    published: bool = False
+    verdicts: set[str] = field(default_factory=set)
+    tasks: set[str | None] = field(default_factory=set)
+    published: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
 
     def judged(self) -> dict[str, list[Draw]]:
         """Of every question the candidates with a verdict, if any."""
@@ -287,7 +301,15 @@ class Result:
             "candidates_without_answer": sum(d.answer is None for d in candidates),
             "interrupted_rows": self.interrupted,
             "steered": self.steered,
+            "verdict": ", ".join(sorted(self.verdicts)),
+            "task": self._task(),
         }
+
+    def _task(self) -> str | None:
+        """The published task, why there is none, or None where no file is the published code's."""
+        if None in self.tasks:
+            return "none: unknown task, give task="
+        return "none: several tasks" if len(self.tasks) > 1 else next(iter(self.tasks), None)
 
     def measures(self, aggregations: tuple[str, ...], sizes: Sequence[int]) -> "dict[_Key, _Values]":
         """Every number of every question that has it, with its tokens."""
@@ -318,16 +340,17 @@ class Result:
     def compute_metric(self, n: int) -> float:
         """What the published ``compute_metric.py --N n`` prints: best of n of consecutive candidates, of equals the first.
 
-        Of every question as many groups count as the one with the fewest candidates has. What has no verdict is wrong, as
-        there. NaN where that has too few.
+        Of every prompt as many groups count as the one with the fewest candidates has. NaN where that has too few, or where
+        the files are of no task or of several.
         """
-        groups = min(map(len, self.draws.values())) // n
-        picked = [
-            max(draws[g * n : (g + 1) * n], key=lambda d: d.scores[0])
-            for draws in self.draws.values()
+        groups = min(map(len, self.published.values()), default=0) // n
+        if not groups or len(self.tasks) > 1 or None in self.tasks:
+            return math.nan
+        right = [
+            [max(drawn[g * n : (g + 1) * n], key=itemgetter(0))[1] for drawn in self.published.values()]
             for g in range(groups)
         ]
-        return float(np.mean([d.outcome == 1 for d in picked])) if picked else math.nan
+        return float(np.mean([sum(group) / len(group) for group in right]))
 
 
 class _Reader:
@@ -335,15 +358,21 @@ class _Reader:
 
     def __init__(
         self,
-        spec: str | Verifier,
+        spec: str | Verifier | None,
         answers: str | Path | None,
         outcome: str | None,
         pattern: str | None,
+        task: str | None,
         aggregations: tuple[str, ...],
         tokenizer: str | Path | None,
         bars: Progress | None,
     ) -> None:
         self.outcome, self.pattern, self.bars = outcome, _compiled(pattern), bars
+        self.task = None if task is None else compute_metric.task(task)
+        self.by_task = spec is None and outcome is None and pattern is None
+        spec = spec or "answer"
+        name = spec if isinstance(spec, str) else getattr(spec, "__name__", str(spec))
+        self.name = name if outcome is None else f"column {outcome}"
         self.by_answer = isinstance(spec, str) and (spec in _BY_ANSWER or spec.startswith(_GYM))
         self.by_right = isinstance(spec, str) and (spec in _BY_ANSWER or spec == "math")
         judge = verifier(spec, lambda answer: answer)
@@ -351,6 +380,7 @@ class _Reader:
         self.right = None if answers is None else self._answers(answers)
         self.aggregate = _aggregators(aggregations)
         self.count = _counter(tokenizer)
+        self.rights: dict[tuple[str, str], str] = {}  # of results' published prompts
 
     def _answers(self, path: str | Path) -> dict[str, Question]:
         found: dict[str, Question] = {}
@@ -383,7 +413,7 @@ class _Reader:
 
     def result(self, name: str, files: Sequence[str | Path]) -> Result:
         result = Result(name)
-        for where, fields in itertools.chain.from_iterable(map(self._records, files)):
+        for where, fields, task in itertools.chain.from_iterable(map(self._told_apart, files)):
             question = self._question(where, fields)
             asked = question if self.right is None else self.right.get(question.text)
             candidates = _candidates(where, fields)
@@ -391,10 +421,15 @@ class _Reader:
             if any(c.get("status") == "interrupted" for c in candidates):
                 result.interrupted += 1
                 continue
-            read = [self._draw(f"{where}, candidate {i}", fields, i, c, asked) for i, c in enumerate(candidates)]
+            judging = task if self.by_task else None
+            read = [
+                self._draw(f"{where}, candidate {i}", fields, i, c, asked, judging) for i, c in enumerate(candidates)
+            ]
             draws += read
+            result.verdicts.add(f"{task} of compute_metric.py" if judging else self.name)
             result.steered |= any(c.get("status") == "stopped" or c.get("parent") is not None for c in candidates)
-            result.published |= _is_published(fields)
+            if _is_published(fields):
+                self._publish(result, task, question, asked, candidates)
             best = fields.get("best")
             if isinstance(best, int) and 0 <= best < len(read):
                 chosen = Chosen(read[best].outcome, _number(where, "tokens", fields.get("tokens")))
@@ -406,13 +441,53 @@ class _Reader:
             )
         return result
 
+    def _told_apart(self, path: str | Path) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+        """The records with their task, None for one that is neither given nor the published code's."""
+        tasks: list[str | None] = []
+        for where, fields in self._records(path):
+            if self.task is None and not tasks and _is_published(fields):
+                tasks.append(self._find_task(path))
+            yield where, fields, tasks[0] if tasks and _is_published(fields) else self.task
+
+    def _find_task(self, path: str | Path) -> str | None:
+        records = ((f"{path}, {r.number}", r.fields) for r in open_file(path).records() if not r.fault)
+        found = compute_metric.find_task(path, (self._question(*r).answer for r in records if _is_published(r[1])))
+        if found is None and self.by_task:
+            compute_metric.refuse_programs(Path(path).name)
+        return found
+
+    def _publish(
+        self,
+        result: Result,
+        task: str | None,
+        question: Question,
+        asked: Question | None,
+        candidates: list[dict[str, Any]],
+    ) -> None:
+        result.tasks.add(task)
+        if task is None:
+            return
+        prompt = str((question.entry or {}).get("prompt", question.text))
+        # There the first row of a prompt tells its answer.
+        right = self.rights.setdefault((result.name, prompt), question.answer or (asked.answer if asked else ""))
+        drawn = result.published.setdefault(prompt, [])
+        for c in candidates:
+            score = math.nan if c["score"] is None else float(c["score"])
+            drawn.append((score, bool(right) and compute_metric.verdict(task, c["whole"], right)))
+
     def _draw(
-        self, where: str, fields: dict[str, Any], place: int, candidate: dict[str, Any], asked: Question | None
+        self,
+        where: str,
+        fields: dict[str, Any],
+        place: int,
+        candidate: dict[str, Any],
+        asked: Question | None,
+        task: str | None,
     ) -> Draw:
         text, score = candidate.get("text"), _number(where, "score", candidate.get("score"))
         if type(text) is not str:
             raise ValueError(f"{where}: text={text!r}; expected a text")
-        answer = self._answer(text, candidate.get("answer"))
+        answer = self._answer(text, candidate.get("answer"), task)
         tokens = _number(where, "tokens", candidate.get("tokens"))
         try:
             scores = tuple(how(score, candidate.get("step_scores")) for how in self.aggregate)
@@ -420,17 +495,22 @@ class _Reader:
             raise ValueError(f"{where}: {error}") from error
         if self.outcome is not None:
             outcome = self._told(where, fields, place, candidate)
-        elif asked is None or (self.by_right and not asked.answer):
+        elif asked is None or ((self.by_right or task) and not asked.answer):
             outcome = math.nan
+        elif task:
+            whole = candidate["whole"] if _is_published(fields) else f"{asked.text}\n{text}"
+            outcome = float(compute_metric.verdict(task, whole, asked.answer))
         else:
             verdict = self.judge(answer if self.by_answer else text, asked)
             outcome = math.nan if verdict is None else verdict
         return Draw(scores, outcome, answer, self.count(text) if math.isnan(tokens) else tokens)
 
-    def _answer(self, text: str, recorded: Any) -> str | None:
+    def _answer(self, text: str, recorded: Any, task: str | None) -> str | None:
         if self.pattern:
             found = self.pattern.search(text.rpartition("</think>")[2])
             return found and found.group(1) and found.group(1).strip()
+        if task and (read := compute_metric.answer(task, text)):
+            return read
         if recorded is not None:
             return str(recorded).strip() or None
         tagged = _TAGGED.match(text)
@@ -485,8 +565,10 @@ def _candidates(where: str, fields: dict[str, Any]) -> list[dict[str, Any]]:
     elif _is_published(fields):
         output = fields["output"]
         prompt = output.get("content") or ""
-        candidates = _zipped(where, text=[str(t).removeprefix(prompt) for t in output["solution_lst"]],
-                             score=output["score_lst"])  # fmt: skip
+        whole = [str(t) for t in output["solution_lst"]]
+        candidates = _zipped(
+            where, text=[t.removeprefix(prompt) for t in whole], score=output["score_lst"], whole=whole
+        )
     elif "responses" in fields:
         names = {"text": "responses", "score": "score", "step_scores": "step_scores"}
         texts = fields["responses"] or []
@@ -591,19 +673,30 @@ def _numbers(answers: Sequence[str | None]) -> list[int]:
 def _rows(
     result: Result, measures: dict[_Key, _Values], first: dict[_Key, _Values], resamples: int, seed: int
 ) -> Iterator[Row]:
-    of = len(result.draws)
+    of, verdict = len(result.draws), ", ".join(sorted(result.verdicts))
     for key, values in measures.items():
         value, tokens = (_bootstrap(v, resamples, seed) for v in np.array(list(values.values())).T)
         other = first.get(key, {})
         shared = [values[q][0] - other[q][0] for q in values if q in other]
         difference = vars(_bootstrap(np.array(shared), resamples, seed)).values() if shared else [math.nan] * 3
         yield Row(
-            result.name, *key, *vars(value).values(), len(values), of, *vars(tokens).values(), *difference, len(shared)
+            result.name,
+            *key,
+            *vars(value).values(),
+            len(values),
+            of,
+            *vars(tokens).values(),
+            *difference,
+            len(shared),
+            verdict,
         )
-    if result.published:
-        for n in sorted({1} | {key.n for key in measures if key.n}):
-            if not math.isnan(value := result.compute_metric(n)):
-                yield Row(result.name, "compute_metric.py", n, "geometric_mean", value, math.nan, math.nan, of, of)
+    for n in sorted({1} | {key.n for key in measures if key.n}):
+        if not math.isnan(value := result.compute_metric(n)):
+            (task,) = result.tasks
+            yield Row(
+                result.name, "compute_metric.py", n, "geometric_mean", value, math.nan, math.nan, of, of,
+                verdict=f"{task} of compute_metric.py",
+            )  # fmt: skip
     for metric, aggregation in dict.fromkeys((k.metric, k.aggregation) for k in measures if k.metric in CHOICES):
         everyone = measures[_Key("pass", 1)]
         curve = {1: everyone} | {n: v for (name, n, how), v in measures.items() if (name, how) == (metric, aggregation)}
@@ -611,7 +704,10 @@ def _rows(
         if len(means) > 3:  # more points than the fit has parameters
             fit = saturation(list(means), list(means.values()))
             for name, value in (("limit", fit.limit), ("n95", fit.n95)):
-                yield Row(result.name, f"{metric} {name}", None, aggregation, value, *[math.nan] * 2, len(everyone), of)
+                yield Row(
+                    result.name, f"{metric} {name}", None, aggregation, value, math.nan, math.nan, len(everyone), of,
+                    verdict=verdict,
+                )  # fmt: skip
 
 
 @lru_cache(4)
@@ -634,7 +730,9 @@ def _unknown(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _count(value: int | bool) -> str:
+def _count(value: int | bool | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return escape(value or "")
     return ("yes" if value else "no") if isinstance(value, bool) else f"{value:,}"
 
 

@@ -194,6 +194,7 @@ def test_what_is_missing_is_counted(tmp_path):
         assert report.counts["rows"] == {
             "questions": 4, "without_candidates": 2, "without_verdict": 1, "candidates": 6, "candidates_without_verdict": 2,
             "candidates_without_score": 1, "candidates_without_answer": 1, "interrupted_rows": 1, "steered": False,
+            "verdict": "answer", "task": None,
         }  # fmt: skip
         pass_1, *others = report.rows
         assert (pass_1.value, pass_1.questions, pass_1.of) == (0.5, 1, 4)
@@ -249,24 +250,101 @@ def published_files(tmp_path):
 
 
 def test_published_files(published_files):
-    pytest.importorskip("math_verify")
+    """The numbers of compute_metric.py are those that it prints for these files."""
     report = evaluate([published_files / "aime_*.jsonl"])
     assert report.counts["aime_*"]["questions"] == 2 and report.counts["aime_*"]["candidates"] == 10
     assert report.counts["aime_*"]["candidates_without_answer"] == 2, "what stands in the prompt is no answer"
     found = values(report)
-    # One: 7 8 | 7 9 | - 7; Two: 1/3 1/2 | 0.5 -
-    assert found["pass@1"] == pytest.approx((3 / 6 + 2 / 4) / 2)
-    # Pairs: 0.9 and 0.4 right, then 0.2 wrong against 0.3; of equals the first, 1/3; 0.8 right. The third pair of One has none.
+    # One: 7 8 | 7 9 | - 7; Two: 1/3 1/2 | 0.5 -. What has no box is read in the prompt, where one holds 7.
+    assert found["pass@1"] == pytest.approx((4 / 6 + 2 / 4) / 2)
+    # Pairs: 0.9 right, then 0.2 right against 0.3 wrong; of equals the first, 1/3; 0.8 right. The third pair of One has none.
     assert found["compute_metric.py@2"] == (1 + 0 + 0 + 1) / 4
     assert found["compute_metric.py@4"] == (1 + 1) / 2
     assert found["compute_metric.py@1"] == pytest.approx((1 + 0 + 1 + 0 + 0 + 1 + 1 + 0) / 8)
-    # Fours of One: 0.95 is not in five of 15, and 0.9 in four of these; the four of Two: 0.8.
-    assert found["best_of@4"] == pytest.approx((4 / 15 + 1) / 2)
+    # Fours of One: 0.95 is in ten of 15, 0.9 in four of the others, and the last has 8 at 0.4; the four of Two: 0.8.
+    assert found["best_of@4"] == pytest.approx((14 / 15 + 1) / 2)
+    ours = evaluate([published_files / "aime_*.jsonl"], verifier="answer")
+    assert values(ours)["pass@1"] == pytest.approx((3 / 6 + 2 / 4) / 2), "the response alone"
+    assert values(ours)["compute_metric.py@1"] == found["compute_metric.py@1"], "whatever judges the rest"
+    assert {(r.metric == "compute_metric.py", r.verdict) for r in ours.rows} == {
+        (False, "answer"), (True, "aime of compute_metric.py"),
+    }  # fmt: skip
     part = values(evaluate([published_files / "aime_0.jsonl"]))
     assert part["compute_metric.py@2"] == (1 + 0) / 2 and "compute_metric.py@4" not in part
     assert not any(name.startswith("compute") for name in values(evaluate([
         write(published_files / "ours.jsonl", [row("q", "1", candidate("1", 0.5))])
     ])))  # fmt: skip
+
+
+def choices(question, right, *letters, prompt="ANSWER: $LETTER"):
+    output = {"content": prompt, "time": 1.0, "score_lst": [1 - k / 10 for k in range(len(letters))],
+              "solution_lst": [f"{prompt}<think>\nx.\n\n</think>答案：{letter}" for letter in letters]}  # fmt: skip
+    return {"prompt": question, "answer": right, "output": output}
+
+
+@pytest.mark.parametrize("name", ["ceval_1", "a"])
+def test_published_choices(tmp_path, name):
+    """Their answers are letters behind a word, without any box."""
+    path = write(tmp_path / f"{name}.jsonl", [choices(f"题{a}", a, a, "b", "x") for a in "ABCD"])
+    report = evaluate([path], n=[2])
+    found = values(report)
+    assert report.counts[name] | {"verdict": "ceval of compute_metric.py", "task": "ceval"} == report.counts[name]
+    assert (found["compute_metric.py@1"], found["compute_metric.py@2"]) == (pytest.approx((4 + 1) / 12), 1)
+    assert found["best_of@2"] == pytest.approx((3 * 2 / 3 + 1) / 4)
+    assert report.counts[name]["candidates_without_answer"] == 4, "x"
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(report.table())
+    assert "ceval of compute_metric.py" in console.export_text()
+    assert values(evaluate([path], task="aime24"))["compute_metric.py@1"] == 0, "as there, given the wrong task"
+
+
+def test_what_judges_published_files(tmp_path):
+    rows = [choices("one", "A", "A", "B"), choices("two", "B", "B", "A")]
+    path = write(tmp_path / "ceval.jsonl", rows)
+    for settings, verdict, pass_1 in (
+        ({}, "ceval of compute_metric.py", 0.5), ({"verifier": "answer"}, "answer", 0), ({"pattern": "：(.)"}, "answer", 0.5),
+        ({"outcome": "ok"}, "column ok", 1), ({"verifier": lambda text, question: 1}, "<lambda>", 1),
+    ):  # fmt: skip
+        write(path, [row | {"ok": [1, 1]} for row in rows])
+        report = evaluate([path], n=[], **settings)
+        assert (report.counts["ceval"]["verdict"], values(report)["pass@1"]) == (verdict, pass_1)
+        assert values(report)["compute_metric.py@1"] == 0.5, "always by its own"
+    right = write(tmp_path / "right.jsonl", [{"question": "one", "answer": "B"}, {"question": "two", "answer": "x"}])
+    other = values(evaluate([path], answers=right))
+    assert (other["pass@1"], other["compute_metric.py@1"]) == (0.25, 0.5), "there the file's own answers count"
+    own = write(tmp_path / "aime.jsonl", [row("q", "204", candidate(None, 0.5) | {"text": "The answer is 204"})])
+    assert evaluate([own]).counts["aime"] | {"verdict": "answer", "task": None} == evaluate([own]).counts["aime"]
+    judged = evaluate([own], task="aime24")
+    assert values(judged) == {"pass@1": 1}, "the question may have the box, but compute_metric.py reads other files"
+
+
+def test_tasks_that_compute_metric_cannot_have(tmp_path):
+    letters, numbers = choices("one", "A", "A"), published("two", "7", (7, 0.5))
+    mixed = [write(tmp_path / "1.jsonl", [letters]), write(tmp_path / "2.jsonl", [numbers])]
+    report = evaluate([tmp_path / "*.jsonl"])
+    assert report.counts["*"]["verdict"] == "aime of compute_metric.py, ceval of compute_metric.py"
+    assert report.counts["*"]["task"] == "none: several tasks" and values(report) == {"pass@1": 1}
+    assert {r.verdict for r in evaluate(mixed).rows} == {"aime of compute_metric.py", "ceval of compute_metric.py"}
+    other = write(tmp_path / "other.jsonl", [letters, numbers])
+    report = evaluate([other], verifier="exact")
+    assert report.counts["other"]["task"] == "none: unknown task, give task="
+    assert not any(name.startswith("compute") for name in values(report))
+    programs = write(tmp_path / "livecodebench.jsonl", [letters | {"answer": "print(1)", "ok": [1]}])
+    with pytest.raises(ValueError, match="livecodebench.jsonl: its answers are programs, .* give outcome=COLUMN"):
+        evaluate([programs])
+    assert values(evaluate([programs], outcome="ok")) == {"pass@1": 1}
+    with pytest.raises(ValueError, match="task='math500'; compute_metric.py knows"):
+        evaluate([other], task="math500")
+
+
+def test_groups_of_compute_metric(tmp_path):
+    """Prompts as they stand, the first row's answer, the first of equal scores, NaN where max leaves it."""
+    rows = [choices("q", "A", "A", "B"), choices("q ", "B", *"BBBB"), choices("q", "B", "B", "B")]
+    rows[0]["output"]["score_lst"] = [math.nan, 0.9]
+    path = write(tmp_path / "ceval.jsonl", rows)
+    found = values(evaluate([path], n=[2], verifier=lambda text, question: 1))
+    assert found["compute_metric.py@1"] == (1 + 0 + 0 + 0 + 4) / 8
+    assert found["compute_metric.py@2"] == (1 + 0 + 1 + 1) / 4, "NaN in front stays the largest"
 
 
 def test_tokens_by_a_tokenizer(published_files):

@@ -22,7 +22,7 @@ from reflective.strategies import HOLD, KEEP, NAMES, STOP, Step, Strategy, by_na
 from reflective.strategies.particles import systematic
 from reflective.strategies.prune import Prune
 from reflective.strategies.rpc import RPC, fit_mixture, unlikely
-from reflective.strategies.votes import classes, same_answer
+from reflective.strategies.votes import classes, same_answer, same_text
 
 
 @dataclass
@@ -150,11 +150,13 @@ def test_answers_that_are_no_mathematics_are_texts():
     assert not same_answer("no", "on"), "as products of variables they would be equal"
     assert same_answer("1,000", "1000") and same_answer("+7", "7.0") and not same_answer("", "7")
     assert not same_answer("1/0", "2/0"), "no number"
+    assert not same_answer("1,2", "12") and not same_answer("1,000", "1,00"), "two numbers"
 
 
 def test_answers_without_math_verify(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     assert same_answer("0.5", "1/2") and same_answer("x+1", "x+1") and not same_answer("x+1", "1+x")
+    assert same_text("A", "B") is False and same_text("A", "a") is same_text("x+1", "1+x") is None
 
 
 def test_answers_in_a_thread():

@@ -288,6 +288,61 @@ def test_mathematics():
     assert found == [1, 1, 0, 0], "also where no alarm can be set"
 
 
+RIGHT = [
+    ("204", "204."), ("204", r"\text{204}"), ("204", r"\underline{204}"), ("204", r"204\\"), ("204", r"\frac{408}{2}"),
+    ("204", r"x = 204"), ("204", r"204^\circ"), ("204", r"204\text{ cm}"), ("1,000", "1000"), ("1000", "1{,}000"),
+    ("yes", r"\text{Yes}"), (r"\text{Monday}", "Monday"), ("1/2", "0.5"), (r"\frac{1}{2}", r"\dfrac12"), ("(1,2)", "(1, 2)"),
+    ("x+1", "1+x"), (r"2\sqrt{2}", r"\sqrt{8}"), ("-3", "- 3"), ("025", "25"), ("A", "A"), (r"\text{A}", "A"),
+]  # fmt: skip
+WRONG = [
+    ("204", "203"), ("204", "-204"), ("204", "2040"), ("204", ""), ("204", "204, 205"), ("12", "21"), ("1/2", "1/3"), ("A", "B"),
+    ("yes", "no"), ("x+1", "x-1"), ("(1,2)", "(1,3)"), (r"\sqrt{2}", r"\sqrt{3}"),
+]  # fmt: skip
+UNCLEAR = [
+    ("12", "1,2"), ("no", "on"), ("204", "2.04"), ("204", "20400"), ("204", "204_8"), ("0", "1 000"), ("1000", "1 000"),
+    ("204", "204 dollars"), ("204", "204.01"), ("204", "about 204 or so"), ("", "5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pairs", "label"), [(RIGHT, 1), (WRONG, 0), (UNCLEAR, None)])
+def test_labels_of_answers_in_boxes(pairs, label):
+    """None rather than what is wrong where ways to compare disagree."""
+    pytest.importorskip("math_verify")
+    judge = verifier("math")
+    told = [(right, given, judge(f"So it is \\boxed{{{given}}}.", Question("", right))) for right, given in pairs]
+    assert told == [(right, given, label) for right, given in pairs]
+
+
+def test_the_last_box_is_the_answer():
+    """All of them read as one would be 7204, or a set."""
+    pytest.importorskip("math_verify")
+    judge, asked = verifier("math"), Question("", "204")
+    assert judge(r"\boxed{7}</think>\boxed{204}", asked) == judge(r"\boxed{7}, no, \boxed{204}", asked) == 1
+    assert judge(r"\boxed{204}, no, \boxed{7}", asked) == 0
+    assert judge(r"<think>\boxed{204}</think>Done.", asked) == 1 and judge("<think>5 + 5", asked) == 0
+
+
+def test_what_cannot_be_told_has_no_label(monkeypatch):
+    math_verify = pytest.importorskip("math_verify")
+    judges, asked = [verifier("answer", str), verifier("math")], Question("", "x+1")
+    found = []
+    worker = threading.Thread(target=lambda: found.extend(j(r"\boxed{1+x}", asked) for j in judges))
+    worker.start()
+    worker.join()
+    assert found == [1, 1], "in any thread"
+
+    def slow(*_, **__):
+        raise math_verify.errors.TimeoutException
+
+    with monkeypatch.context() as patch:
+        patch.setattr(math_verify, "verify", slow)
+        assert [j(r"\boxed{1+x}", asked) for j in judges] == [None, None]
+        assert judges[0]("x+1", asked) == 1, "which takes no mathematics"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "math_verify", None)
+        assert [judges[0](given, asked) for given in ("x+1", "1+x")] == [1, None]
+
+
 def test_reasoning_gym():
     pytest.importorskip("reasoning_gym")
     asked = next(tasks.gym(0, "countdown"))

@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -10,8 +11,14 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
-from ..strategies.votes import same_answer
+from .. import compute_metric
+from ..strategies.votes import WORDS, bare, same_text
 from ..tasks import Question
+
+_SHOWN = re.compile(r"^\\(?:text|textbf|textit|mathrm|mathbf|underline|mbox)\{([^{}]*)\}$")
+_APART = re.compile(r"\d\s+\d")
+_BASE = re.compile(r"\d_\{?\d+")
+_SIGNED = re.compile(r"-?\d+(?:\.\d+)?")
 
 Verifier = Callable[[str, Question], float | None]
 Extract = Callable[[str], str | None]
@@ -23,7 +30,8 @@ def verifier(spec: str | Verifier, extract: Extract | None = None) -> Verifier:
     ===========================  =================================================================================
     ``answer``                   the extracted answer means the same as the right one (``votes.same_answer``)
     ``exact``                    the extracted answer, or without ``extract`` the response, is the right one's text
-    ``math``                     math-verify of the whole response; None where it cannot read the right answer
+    ``math``                     math-verify of the last ``\\boxed{}``, or without one of the whole response; None where it
+                                 cannot read the right answer or other ways to compare deny its verdict
     ``reasoning-gym:<dataset>``  that dataset gives the extracted answer, or what stands in its ``<answer>`` tags, the
                                  score 1; the question needs its ``entry``
     ``module.path:function``     a function ``(response, question) -> 1, 0 or None``; modules of the working directory
@@ -31,7 +39,12 @@ def verifier(spec: str | Verifier, extract: Extract | None = None) -> Verifier:
     a callable                   itself
     ===========================  =================================================================================
 
-    A response without an answer is wrong.
+    A response without an answer is wrong. What takes longer than math-verify allows, or takes math-verify where it is not
+    installed, has no verdict: a wrong label is worse than none.
+
+    ``math`` asks three: math-verify, ``answer`` and the published code's way to compare (``reflective.compute_metric``), each of
+    which errs on forms that the others know. Two that call an answer right make it right, and where one alone does there is
+    no verdict. Words are compared as text. Without a box it is math-verify that calls an answer right.
 
     Args:
         extract: the answer within a response, or None: ``ReflectiveModel.answer``.
@@ -48,7 +61,7 @@ def verifier(spec: str | Verifier, extract: Extract | None = None) -> Verifier:
             raise ValueError(
                 "verifier='answer': no answer pattern; give `answer` in reflective.json, or another verifier"
             )
-        return _comparing(extract, same_answer)
+        return _comparing(extract, _mean_the_same)
     if spec == "exact":
         return _comparing(extract or str, lambda given, right: given.strip() == right.strip())
     if spec == "math":
@@ -70,28 +83,79 @@ def verifier(spec: str | Verifier, extract: Extract | None = None) -> Verifier:
     )
 
 
-def _comparing(extract: Extract, same: Callable[[str, str], bool]) -> Verifier:
-    def verify(response: str, question: Question) -> float:
+def _comparing(extract: Extract, same: Callable[[str, str], bool | None]) -> Verifier:
+    def verify(response: str, question: Question) -> float | None:
         given = extract(response)
-        return float(given is not None and same(given, question.answer))
+        if given is None:
+            return 0.0
+        equal = same(given, question.answer)
+        return None if equal is None else float(equal)
 
     return verify
 
 
-def _math(response: str, question: Question) -> float | None:
-    from math_verify import parse, verify
+def _mean_the_same(given: str, right: str) -> bool | None:
+    """``same_answer`` in any thread, and None where math-verify is needed but missing, or takes too long."""
+    told = same_text(given, right)
+    return _equal(f"${bare(given)}$", bare(right)) if told is None else told
 
-    right, seconds = _parsed(question.answer, _seconds()), _seconds()
-    if not right:
+
+def _math(response: str, question: Question) -> float | None:
+    if _parsed(question.answer, _seconds()) in (None, []):
         return None
-    return float(verify(right, parse(response, parsing_timeout=seconds), timeout_seconds=seconds))
+    given = compute_metric.boxed(response)
+    if given is None:
+        equal = _equal(response, question.answer)
+        if equal is False and compute_metric.verdict("aime", response, question.answer):
+            return None
+        return None if equal is None else float(equal)
+    given, right = (_SHOWN.sub(r"\1", text.strip()).removesuffix(".") for text in (given, question.answer))
+    box = f"\\boxed{{{given}}}"
+    equal = (_equal(box, right), _mean_the_same(given, right))
+    if None in equal:
+        return None
+    if WORDS.fullmatch(bare(given)) or WORDS.fullmatch(bare(right)):  # as products of variables no would be on
+        return None if equal == (True, False) else float(equal[1])
+    votes = sum(equal) + compute_metric.verdict("aime", box, right)
+    if votes == 0:
+        return None if _SIGNED.findall(given) == [right] else 0.0  # 5 dollars
+    # 1 000 may be read as 1 times 0, and 12_8 as 12 by all of them.
+    sure = votes == 3 or not (_APART.search(given) or _APART.search(right))
+    return 1.0 if votes > 1 and sure and len(_BASE.findall(given)) == len(_BASE.findall(right)) else None
+
+
+def _equal(given: str, right: str) -> bool | None:
+    """math-verify's judgement of a text and the right answer; None without it, or where it takes too long."""
+    try:
+        from math_verify import parse, verify
+        from math_verify.errors import TimeoutException
+    except ImportError:
+        return None
+    seconds = _seconds()
+    gold = _parsed(right, seconds)
+    if gold is None:
+        return None
+    try:
+        read = parse(given, parsing_timeout=seconds, raise_on_error=True)
+        return bool(verify(gold, read, timeout_seconds=seconds, raise_on_error=True))
+    except TimeoutException:
+        return None
+    except Exception:  # noqa: BLE001, it cannot read or compare this: not equal
+        return False
 
 
 @lru_cache(4096)
-def _parsed(answer: str, seconds: int | None) -> list[Any]:
+def _parsed(answer: str, seconds: int | None) -> list[Any] | None:
+    """The right answer as math-verify reads it, empty where it cannot, None where it takes too long."""
     from math_verify import parse
+    from math_verify.errors import TimeoutException
 
-    return parse(f"${answer}$", parsing_timeout=seconds)
+    try:
+        return parse(f"${answer}$", parsing_timeout=seconds, raise_on_error=True)
+    except TimeoutException:
+        return None
+    except Exception:  # noqa: BLE001, it cannot read this
+        return []
 
 
 def _seconds() -> int | None:
