@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .outputs import folder, json_text, write_text
+
 if TYPE_CHECKING:
     from .model import ReflectiveModel
 
@@ -158,11 +160,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, value: Mapping[str, Any]) -> None:
-    _write_text(file, json.dumps(value, indent=2) + "\n")
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
+    write_text(file, json_text(value, indent=2) + "\n")
 
 
 # -- saved -------------------------------------------------------------------------------------------------------------
@@ -202,8 +200,7 @@ def save_head(
         raise ValueError(
             f"base={base!r}: give the ORG/NAME by which others find the model on the Hub; it was loaded from {loaded!r}"
         )
-    target = Path(path).expanduser()
-    target.mkdir(parents=True, exist_ok=True)
+    target = folder(Path(path).expanduser(), "path")
     if model.home is None or model.home.resolve() != target.resolve():
         for name in _COMPANIONS:
             (target / name).unlink(missing_ok=True)
@@ -294,7 +291,7 @@ def write_card(
     text = [f"# {title or (f'SPRM head for {base}' if base else 'SPRM head')}", _contents(path, base, adapter)]
     text += [f"## {heading}\n\n{part}" for heading, part in parts.items() if part]
     card = ModelCard("\n".join(["---", data.to_yaml(line_break="\n"), "---", "", "\n\n".join(text), ""]))
-    _write_text(path / "README.md", str(card))
+    write_text(path / "README.md", str(card))
     return path / "README.md"
 
 

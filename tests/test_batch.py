@@ -190,9 +190,9 @@ def test_batches_are_of_similar_lengths_within_the_budget_and_windows_bounded(sm
     assert all(len(given) * max(given) <= 256 for given in model.given)
     padding = sum(len(given) * max(given) - sum(given) for given in model.given)
     assert padding < 0.12 * sum(map(sum, model.given))
-    assert max(len(window) for window in batch.windows(files.Jsonl(source).records(batch.TO_SCORE))) == 64
+    assert max(len(window) for window in batch.windows(files.Json(source).records(batch.TO_SCORE))) == 64
     monkeypatch.setattr(batch, "WINDOW_TEXT", 500)
-    for window in batch.windows(files.Jsonl(source).records(batch.TO_SCORE)):
+    for window in batch.windows(files.Json(source).records(batch.TO_SCORE)):
         assert sum(len(r.fields["prompt"] + r.fields["response"]) for r in window) <= 500
 
 
@@ -267,7 +267,7 @@ def test_a_directory_that_is_read_only(tmp_path):
         try:
             if root:  # who may write anywhere
                 os.seteuid(65534)
-            with pytest.raises(OSError, match=r"out\.jsonl\.unfinished cannot be written"):
+            with pytest.raises(OSError, match=r"out\.jsonl cannot be written: the folder .* is read-only"):
                 batch.score_file(lambda: 1 / 0, source, Path(folder) / "out.jsonl")
         finally:
             if root:

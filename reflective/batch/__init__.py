@@ -18,23 +18,23 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
+from ..outputs import finite, replacing
 from .files import (
     PIECE_BYTES,
-    Jsonl,
+    Json,
+    Lines,
     Parquet,
     Record,
     arriving,
     check_unchanged,
     content_hash,
+    form_of,
     is_parquet,
-    json_line,
     open_file,
     pieces,
     pyarrow,
     read_lines,
-    replacing,
-    without_nan,
-    write_jsonl,
+    write_json,
     write_parquet,
 )
 from .journal import WHOLE_ROW, Journal, Result
@@ -51,8 +51,8 @@ Load = Callable[[], "ReflectiveModel"]
 Report = Callable[[str], None]
 
 __all__ = [
-    "arriving", "generate_file", "is_parquet", "open_file", "read_lines", "replacing", "score_file", "score_stream", "seed_of",
-    "windows",
+    "arriving", "form_of", "generate_file", "is_parquet", "open_file", "read_lines", "replacing", "score_file", "score_stream",
+    "seed_of", "windows",
 ]  # fmt: skip
 
 WINDOW_ROWS, WINDOW_TEXT = 4096, 4 << 20  # texts sorted by length at a time: rows, characters
@@ -75,7 +75,7 @@ def score_file(
     replace: bool = False,
     report: Report = print,
 ) -> int:
-    """Score every row of a JSONL or parquet file, and write it with ``SCORED`` into another.
+    """Score every row of a file of JSON or parquet, and write it with ``SCORED`` into another.
 
     A row has ``text``; or ``response`` and ``prompt`` or ``question`` (put into the model's prompt); or in place of
     ``response`` a list, ``responses``, and then gets lists. Null is the same as missing. ``error`` is the reason where
@@ -83,9 +83,10 @@ def score_file(
 
     Args:
         load: gives the model; called when input and output are known to be good.
-        source, output: parquet if they end so, else JSONL. All columns stay; those named as in ``SCORED`` are replaced. The
-            output has the input's order, and appears when it is complete. Where a parquet file has ``responses``, all its
-            rows get lists.
+        source: in any form that ``files`` reads.
+        output: in the form that its name says, see ``files.form_of``. All columns stay; those named as in ``SCORED`` are
+            replaced. It has the input's order, appears when it is complete, and is written through where it is a link. Where a
+            parquet file has ``responses``, all its rows get lists. JSON has null in place of NaN and infinity.
         batch_tokens: padded tokens a forward. A run that goes on may have another number.
         replace: an output that is there, and what a run of other settings has left unfinished.
         report: told of every response that could not be scored, by the number of its row.
@@ -118,17 +119,20 @@ def score_stream(
     batch_tokens: int = 16_384,
     row: str = "line",
     report: Report = print,
+    output: str | Path = "",
 ) -> int:
-    """``score_file`` of records that come some at a time: each is written as a line of JSON when those are scored."""
+    """``score_file`` of records that come some at a time: each is written into ``file`` when those are scored, as a line of JSON
+    or in what other form of it the name ``output`` says."""
     model, broken = load(), 0
     _check_head(model)
-    for window in arrivals:
-        found = sorted(itertools.chain.from_iterable(_score(model, window, batch_tokens)), key=itemgetter(0, 1))
-        for record, (_, results) in zip(window, itertools.groupby(found, itemgetter(0)), strict=True):
-            results = list(results)
-            broken += _tell(results, row, report)
-            file.write(json_line(record.fields | _joined(results)))
-        file.flush()
+    with Lines(file, output) as lines:
+        for window in arrivals:
+            found = sorted(itertools.chain.from_iterable(_score(model, window, batch_tokens)), key=itemgetter(0, 1))
+            for record, (_, results) in zip(window, itertools.groupby(found, itemgetter(0)), strict=True):
+                results = list(results)
+                broken += _tell(results, row, report)
+                lines.write(record.fields | _joined(results))
+            lines.flush()
     return broken
 
 
@@ -149,7 +153,7 @@ def generate_file(
     replace: bool = False,
     report: Report = print,
 ) -> int:
-    """Answer every question of a JSONL or parquet file, and write it with ``ANSWERED`` into another.
+    """Answer every question of a file of JSON or parquet, and write it with ``ANSWERED`` into another.
 
     A row has a ``question``, ``prompt`` or ``problem``: a text, or a conversation of one user message. ``candidates`` are all
     that there were, and ``best`` is the index of the chosen one among them.
@@ -232,20 +236,20 @@ class _Work:
     """
 
     def __init__(
-        self, name: str, source: Jsonl | Parquet, journal: Journal, reads: tuple[str, ...], adds: tuple[str, ...]
+        self, name: str, source: Json | Parquet, journal: Journal, reads: tuple[str, ...], adds: tuple[str, ...]
     ) -> None:
         from .. import __version__
 
-        self.source, self.journal, output = source, journal, journal.output
-        if output.exists() and output.samefile(source.path):
-            raise ValueError(f"output: {output} is the input; give another file")
-        names = source.schema().names if isinstance(source, Parquet) else reads
-        if not set(names) & set(reads):
-            raise ValueError(f"{source.path}: expected one of the columns {', '.join(reads)}; found {', '.join(names)}")
+        self.source, self.journal = source, journal
+        if journal.output.exists() and journal.output.samefile(source.path):
+            raise ValueError(f"output: {journal.name} is the input; give another file")
+        if isinstance(source, Parquet):
+            source.check_columns(reads)
+        form, _ = form_of(journal.name)
         journal.agree({"command": name, "reflective": __version__, "input hash": content_hash(source)})
         self.schemas: tuple[pa.Schema, pa.Schema] | None = None
         self.lists = False
-        if is_parquet(output):
+        if form == "parquet":
             old = source.schema(without=adds)
             self.lists = "responses" in reads and "responses" in old.names
             self.schemas = old, _schema(adds, self.lists)
@@ -265,10 +269,10 @@ class _Work:
         check_unchanged(self.source)
         with self.journal.finished() as file:
             if self.schemas is None:
-                write_jsonl(self.source, file, added())
+                write_json(self.source, file, self.journal.name, added())
             else:
                 write_parquet(self.source, file, added(), *self.schemas)
-        meter.say(f"{self.journal.output}: {meter.summary()}")
+        meter.say(f"{self.journal.name}: {meter.summary()}")
         return broken
 
 
@@ -451,7 +455,7 @@ def _question(record: Record) -> str:
 def _scored(found: "Candidate | Exception") -> dict[str, Any]:
     if isinstance(found, Exception):
         return _fault(found, SCORED)
-    return without_nan(
+    return finite(
         {
             "score": found.score, "n_steps": len(found.step_scores), "step_scores": found.step_scores,
             "step_spans": found.step_spans, "error": _reason(found),
@@ -462,7 +466,7 @@ def _scored(found: "Candidate | Exception") -> dict[str, Any]:
 def _answered(found: "Generation | Exception") -> dict[str, Any]:
     if isinstance(found, Exception):
         return _fault(found, ANSWERED)
-    return without_nan(
+    return finite(
         {
             "text": found.text, "score": found.score, "best": found.candidates.index(found.best),
             "candidates": [dataclasses.asdict(c) | {"error": _reason(c)} for c in found.candidates],

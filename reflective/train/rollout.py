@@ -12,6 +12,7 @@ from torch import Tensor
 from ..finished import read_positions
 from ..generation import end_tokens
 from ..model import ReflectiveModel
+from ..outputs import folder
 from ..scorer import At
 from ..steps import StepTokens
 from ..tasks import Question
@@ -174,7 +175,7 @@ def recorded(
     Raises:
         ValueError: ``path`` holds rollouts of other settings.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    path = folder(path, "path")
     stamp, text = path / "settings.json", json.dumps(settings, sort_keys=True, indent=2)
     if stamp.is_file() and stamp.read_text() != text:
         raise ValueError(f"{path} holds rollouts made with other settings; choose another directory or remove it")
