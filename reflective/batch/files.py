@@ -47,8 +47,8 @@ _STRANGE = {
 _LINES = (".jsonl", ".ndjson", ".jsonlines")
 _BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)  # and OSError of bz2 and pyarrow
 _OTHERS = (
-    ".csv", ".tsv", ".xlsx", ".xls", ".ods", ".arrow", ".feather", ".orc", ".avro", ".zip", ".tar", ".tgz", ".7z", ".lz4", ".br", ".pkl",
-    ".db", ".sqlite", ".xml", ".yaml", ".yml",
+    ".csv", ".tsv", ".xlsx", ".xls", ".ods", ".arrow", ".feather", ".orc", ".avro", ".zip", ".tar", ".tgz", ".7z", ".lz4", ".br",
+    ".pkl", ".db", ".sqlite", ".xml", ".yaml", ".yml",
 )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ class Json:
         self._name = Path(path.stem if self._packing else path).suffix.lower()
         start = codecs.getincrementaldecoder(self._encoding)("replace").decode(head)
         begin = start.lstrip()[:1]
-        if "\0" in start or (begin not in ("", "{", "[") and self._name not in (*_LINES, ".json")):
+        if "\0" in start[:64] or (begin not in ("", "{", "[") and self._name not in (*_LINES, ".json")):
             raise _refusal(path, f"holds no JSON, but begins with {start[:40]!r}")
         self.whole = begin in ("{", "[") and self._is_whole(begin)
         self.row = "item" if self.whole else "line"
