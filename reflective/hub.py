@@ -162,7 +162,9 @@ def _check_index(index: Path) -> None:
     names = sorted(set(shards.values()))
     for name in names:
         if not name or {"..", ""} & {*re.split(r"[/\\]", name)} or PureWindowsPath(name).drive:
-            raise ValueError(f"{index} names {name!r}, which is outside its directory; refused, for it may read any file here")
+            raise ValueError(
+                f"{index} names {name!r}, which is outside its directory; refused, for it may read any file here"
+            )
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise FileNotFoundError(
             f"{index} names {len(names)} files of weights, and {', '.join(missing[:3])}{' and others' * (len(missing) > 3)} "
@@ -192,7 +194,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
+        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")  # noqa: TRY004
     return value
 
 

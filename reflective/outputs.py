@@ -48,7 +48,7 @@ def destination(output: str | Path, replace: bool = True, what: str = "output") 
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
         refused = IsADirectoryError if stat.S_ISDIR(found.st_mode) else OSError
         raise refused(f"{what}: {told} is {kind}; give the name of a file")
-    if found is not None and not (place.exists() and os.path.samestat(found, os.stat(place))):
+    if found is not None and not place.exists():
         # As /dev/stdout may be.
         raise OSError(f"{what}: {output} is an open file without a name; give the name of a file")
     if not place.parent.is_dir():
@@ -108,19 +108,26 @@ def replacing(
         file.truncate()
         if place.exists():
             os.chmod(unfinished, stat.S_IMODE(os.stat(place).st_mode))
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield file
         file.flush()
         os.fsync(file.fileno())
+        os.chmod(unfinished, mode)  # safetensors puts a file of its own in the place of this one
         if fcntl is None:  # Windows moves no open file
             file.close()
         os.replace(unfinished, place)
     except BaseException as error:
-        with suppress(OSError, ValueError):  # of a full disk, told already; of a file that is closed
+        cause = error
+        try:
             file.flush()
+        except OSError as late:  # what torch.save makes of a full disk does not tell of it
+            cause = late
+        except ValueError:
+            pass  # it is closed
         if not keep or not os.path.getsize(unfinished):
             unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise _renamed(error, f"{what}: {place} cannot be written: {error.strerror}") from error
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            raise _renamed(cause, f"{what}: {place} cannot be written: {cause.strerror}") from error
         raise
     finally:
         with suppress(OSError):

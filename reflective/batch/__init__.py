@@ -9,6 +9,7 @@ the same run is started, so that in the end the output is too, to the last bit.
 
 import dataclasses
 import itertools
+import math
 import random
 import secrets
 import warnings
@@ -196,7 +197,13 @@ def generate_file(
                 for record in window:
                     if (record.number, WHOLE_ROW) not in done:
                         try:
-                            asked.append((record.number, _question(record)))
+                            question = _question(record)
+                            if (length := model.encode(model.format(question)).shape[1]) >= _positions(model):
+                                raise ValueError(
+                                    f"the prompt has {length:,} tokens, which leaves no room in the model's "
+                                    f"{_positions(model):,} positions"
+                                )
+                            asked.append((record.number, question))
                         except ValueError as error:
                             results.append((record.number, WHOLE_ROW, _fault(error, ANSWERED)))
                 for (number, _), found in zip(asked, _in_halves(answer, asked), strict=True):
@@ -390,7 +397,9 @@ def _texts(model: "ReflectiveModel", record: Record) -> list[tuple[int, int, str
 
 
 def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]]) -> Iterator[_Item | Result]:
-    """Prompts and responses tokenized apart, as ``ReflectiveModel.score`` does; what has no tokens is a fault."""
+    """Prompts and responses tokenized apart, as ``ReflectiveModel.score`` does; a fault is what has no tokens, or more than the
+    model has positions: of millions one text would take hours, and its score mean nothing."""
+    most = _positions(model)
     prompts: dict[str, list[int] | ValueError] = {"": []}
     for prompt in {prompt for _, _, prompt, _ in texts} - {""}:
         try:
@@ -405,8 +414,11 @@ def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]])
             responses |= zip([key[:2] for key in some], ids, strict=True)
     for row, place, prompt, response in texts:
         before, ids = prompts[prompt], responses.get((row, place))
-        if isinstance(before, list) and ids:
+        if isinstance(before, list) and ids and len(before) + len(ids) <= most:
             yield _Item(row, place, before, ids)
+        elif isinstance(before, list) and ids:
+            wrong = f"with its prompt {len(before) + len(ids):,} tokens, more than the model's {most:,} positions"
+            yield row, place, _fault(wrong, SCORED)
         else:
             wrong = "the response is empty" if response == "" or ids == [] else f"expected a string, found {response!r}"
             yield row, place, _fault(wrong if isinstance(before, list) else before, SCORED)
@@ -511,6 +523,11 @@ def _check_head(model: "ReflectiveModel") -> None:
     from ..scorer import check_parts
 
     check_parts(Backbone.of(model.model), model.head, model.steps)
+
+
+def _positions(model: "ReflectiveModel") -> float:
+    """Tokens of prompt and response together, as far as the model's configuration says."""
+    return getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
 
 def _check_settings(model: "ReflectiveModel", strategy: "Strategy", settings: dict[str, Any]) -> None:

@@ -79,20 +79,23 @@ class Json:
         if self._packing and _starting(_PACKED, head):
             raise ValueError(f"{path} is packed twice; unpack it once")
         if strange := _starting(_STRANGE, head):
-            raise _refusal(path, f"is {strange}")
+            raise ValueError(f"{path} is {strange}; give JSON lines, JSON or parquet")
         self._encoding = _encoding(head)
         self._name = Path(path.stem if self._packing else path).suffix.lower()
         start = codecs.getincrementaldecoder(self._encoding)("replace").decode(head)
         begin = start.lstrip()[:1]
         if "\0" in start[:64] or (begin not in ("", "{", "[") and self._name not in (*_LINES, ".json")):
-            raise _refusal(path, f"holds no JSON, but begins with {start[:40]!r}")
+            raise ValueError(
+                f"{path} holds no JSON, but begins with {start[:40]!r}; give JSON lines, JSON or parquet, as pandas makes it of a "
+                f"table: pandas.read_csv({path.name!r}).to_parquet({path.stem + '.parquet'!r})"
+            )
         self.whole = begin in ("{", "[") and self._is_whole(begin)
         self.row = "item" if self.whole else "line"
         plain = not self.whole and not self._packing and self._encoding == "utf-8-sig"
         self._count = None if plain else sum(1 for _ in self.records())  # what is broken is to be told now
 
     def __len__(self) -> int:
-        return sum(not line.isspace() for line in self._lines()) if self._count is None else self._count
+        return sum(not _blank(line) for line in self._lines()) if self._count is None else self._count
 
     def records(self, columns: Iterable[str] | None = None) -> Iterator[Record]:
         """Every record, of ``columns`` or of all."""
@@ -109,10 +112,10 @@ class Json:
             return True
         first, *more = self._lines(most=2)
         try:
-            json.loads(first)
+            value = json.loads(first)
         except (ValueError, RecursionError):
             return begin == "[" or first.strip() == b"{" or self._name == ".json"
-        return begin == "[" and not more
+        return begin == "[" and not more and all(isinstance(item, dict) for item in value)
 
     def _values(self) -> Iterator[Record]:
         with self._opened() as stream, io.TextIOWrapper(stream, self._encoding, newline="") as text:
@@ -125,7 +128,7 @@ class Json:
             if self._encoding != "utf-8-sig":
                 lines = (line.encode() for line in io.TextIOWrapper(stream, self._encoding, newline="\n"))
             if most is not None:
-                lines = itertools.islice((line for line in lines if not line.isspace()), most)
+                lines = itertools.islice((line for line in lines if not _blank(line)), most)
             yield from lines
 
     def _head(self) -> bytes:
@@ -322,7 +325,11 @@ def check_unchanged(file: Json | Parquet) -> None:
 def read_lines(lines: Iterable[bytes], first: int = 1) -> Iterator[Record]:
     """Records of JSON lines. As bytes: JSON strings may hold what str.splitlines takes for line ends, and one bad byte
     spoils one line."""
-    return (Record(n, *_parse(line), len(line)) for n, line in enumerate(lines, first) if not line.isspace() and line)
+    return (Record(n, *_parse(line), len(line)) for n, line in enumerate(lines, first) if not _blank(line))
+
+
+def _blank(line: bytes) -> bool:
+    return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], str | None]:
@@ -513,13 +520,6 @@ def _encoding(head: bytes) -> str:
     return "utf-8-sig" if found == "utf-8" else found
 
 
-def _refusal(path: Path, why: str) -> ValueError:
-    return ValueError(
-        f"{path} {why}; expected JSON lines, JSON or parquet, into which pandas, for one, brings tables: "
-        f"pandas.read_csv({path.name!r}).to_parquet({path.stem + '.parquet'!r})"
-    )
-
-
 def _unpacked(file: BinaryIO, packing: str | None) -> Any:
     match packing:
         case None:
@@ -543,7 +543,19 @@ def _packed(file: BinaryIO, packing: str | None) -> Any:
             return bz2.BZ2File(file, "wb")
         case "xz":
             return lzma.LZMAFile(file, "wb")
-    return pyarrow(packing).CompressedOutputStream(pyarrow(packing).PythonFile(file, mode="w"), packing)
+    return pyarrow(packing).CompressedOutputStream(_Open(file), packing)
+
+
+class _Open:
+    """``file`` for pyarrow, which closes what it has written into, and others do not."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.write, self.flush = file.write, file.flush
+
+    def close(self) -> None:
+        pass
 
 
 def _binary(kind: "pa.DataType") -> bool:

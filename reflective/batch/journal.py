@@ -39,6 +39,7 @@ class Journal:
         self.name, self.output, self.replace = output, destination(output), replace
         self.file = self.output.with_name(self.output.name + ".unfinished")
         self._settings: dict[str, str] = {}
+        self._reading: sqlite3.Cursor | None = None
         destination(output, replace or self.file.exists())
         with self._naming():
             self._db = sqlite3.connect(self.file, timeout=0)
@@ -63,7 +64,7 @@ class Journal:
         with self._naming():
             finished = not self.file.exists()
             empty = finished or not self.count()
-            self._db.close()
+            self._close()
         if empty:
             self.file.unlink(missing_ok=True)
 
@@ -113,8 +114,8 @@ class Journal:
 
     def rows(self) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
         """The results of each row, in order."""
-        found = self._db.execute("SELECT row, place, result FROM results ORDER BY row, place")
-        for _, results in groupby(found, itemgetter(0)):
+        self._reading = self._db.execute("SELECT row, place, result FROM results ORDER BY row, place")
+        for _, results in groupby(self._reading, itemgetter(0)):
             yield [(row, place, json.loads(result)) for row, place, result in results]
 
     @contextmanager
@@ -125,8 +126,14 @@ class Journal:
                 yield file
                 with self._db:  # killed before the journal is gone, the run may replace what it has made itself
                     self._db.execute("REPLACE INTO settings VALUES ('replaces', 'true')")
-            self._db.close()
+            self._close()
         self.file.unlink()
+
+    def _close(self) -> None:
+        if self._reading is not None:  # which an error that is looked at keeps, and with it the lock
+            self._reading.close()
+            self._reading = None
+        self._db.close()
 
     def _stored(self) -> dict[str, str]:
         return dict(self._db.execute("SELECT name, value FROM settings"))

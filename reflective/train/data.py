@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..batch.files import Lines, form_of, open_file
-from ..outputs import replacing
+from ..outputs import partial, replacing
 from ..strategies.votes import classes
 from ..tasks import Question
 
@@ -89,8 +89,13 @@ class Rollouts:
             OSError: it cannot be written.
         """
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        with replacing(path, what="path") as file:  # by its name: as bytes, features would be in memory twice
-            safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, file.name)
+        with replacing(path, what="path"):  # by its name: as bytes, features would be in memory twice
+            try:
+                safetensors.torch.save_file(
+                    {k: v.contiguous() for k, v in tensors.items() if v is not None}, partial(path)
+                )
+            except safetensors.SafetensorError as error:
+                raise OSError(f"path: {path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Rollouts":

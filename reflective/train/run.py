@@ -124,7 +124,7 @@ class _Run:
         }  # fmt: skip
         self.start = SPRM.from_pretrained(s.continue_head).float() if s.continue_head else None
         start = self.start and fingerprint(self.start.parameters())
-        self.run = json.loads(json.dumps(self.policy | asdict(s) | {"start": start}))
+        self.run = json.loads(json_text(self.policy | asdict(s) | {"start": start}))
         name = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()[:8]
         self.unfinished = output / f"unfinished-{name}"
 
