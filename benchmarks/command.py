@@ -12,6 +12,7 @@ from rich.table import Table
 
 from reflective.benchmarks import cases, plots, suite
 from reflective.benchmarks.suite import DTYPES, Row, Settings
+from reflective.outputs import folder
 
 SAVE_EVERY = 10  # seconds: what was measured survives an end by force
 
@@ -55,6 +56,7 @@ def run(device: str | None, quick: bool, given: dict[str, Any], out: Path, bars:
     items = suite.plan(settings)
     if not items:
         raise ValueError("nothing to measure: no implementation asked for can run these cells here")
+    out = folder(out, "out")  # before minutes of measuring
     name = "gpu_suite" if where.type == "cuda" else "suite_cpu"
     rows: list[Row] = []
     saved = time.monotonic()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reflective.benchmarks.suite import TIMES
+from reflective.plot import draw as write
 from reflective.plot import pyplot
 
 COLORS = {
@@ -41,8 +42,7 @@ def _roofline(rows: Sequence[Row], path: Path) -> Path:
     ax.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s")
     ax.legend(frameon=False, fontsize=8)
     ax.set_title(f"{_where(rows[0])}, {rows[0]['dtype']}", fontsize=10)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    write(fig, path, dpi=120)
     return path
 
 
@@ -72,8 +72,7 @@ def _latency(rows: Sequence[Row], path: Path) -> Path:
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     fig.suptitle(f"{_where(rows[0])}, {rows[0]['dtype']}", fontsize=10)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    write(fig, path, dpi=120)
     return path
 
 

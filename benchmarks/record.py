@@ -3,6 +3,7 @@
 import csv
 import functools
 import importlib.metadata
+import io
 import os
 import platform
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 import reflective
+from reflective import outputs
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,12 +48,11 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
 
 def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, device: torch.device | str = "cpu") -> Path:
     """Write ``folder/name.csv``: the rows, each with the environment."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *(env := environment(device))], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **env} for row in rows)
+    path, text = outputs.folder(folder, "out") / f"{name}.csv", io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*rows[0], *(env := environment(device))], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **env} for row in rows)
+    outputs.write_text(path, text.getvalue(), "out")
     return path
 
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .batch.files import without_nan
+from .outputs import destination, json_text, partial
 from .strategies import NAMES as STRATEGIES
 from .train.settings import Settings
 
@@ -90,6 +90,7 @@ def demo(
     from . import demo as show
 
     console = Console()
+    _check_plot(plot)
     model = _load("default", None, fetch)
     live = console if console.is_terminal and not as_json else None
     generation, costs = show.run(model, question, n=n, seed=seed, max_new_tokens=max_new_tokens, console=live)
@@ -128,11 +129,11 @@ def generate(
     source: Annotated[
         Path | None,
         typer.Option(
-            "--input", help="JSONL or parquet file of question, prompt or problem, instead of questions here."
+            "--input", help="File of question, prompt or problem, JSON or parquet, instead of questions here."
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="JSONL or parquet file for the answers to --input.")
+        Path | None, typer.Option("-o", "--output", help="File for the answers to --input: as of `reflective score`.")
     ] = None,
     overwrite: OverwriteOption = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the (last) question's candidates into this file.")] = None,
@@ -164,6 +165,7 @@ def generate(
                 seed=seed, together=together, replace=overwrite, report=_complain,
             )  # fmt: skip
         return _end(broken, "answered")
+    _check_plot(plot)
     by_line = not questions or questions == ["-"]
     asked = _stdin_lines() if by_line else iter(questions)
     reflective_model = _load(model, head, fetch)
@@ -189,9 +191,12 @@ def generate(
 
 @app.command()
 def score(
-    source: Annotated[str, typer.Argument(help="JSONL or parquet file, or '-' for JSONL from stdin.")] = "-",
+    source: Annotated[
+        str, typer.Argument(help="File of JSON or parquet, packed or not, or '-' for JSONL from stdin.")
+    ] = "-",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="JSONL or parquet file; default: JSONL on stdout.")
+        Path | None,
+        typer.Option("-o", "--output", help="File: .jsonl, .json, .parquet, .jsonl.gz; default: JSONL on stdout."),
     ] = None,
     text: Annotated[str | None, typer.Option(help="Score this text alone instead.")] = None,
     model: ModelOption = "default",
@@ -215,11 +220,7 @@ def score(
     given = {"batch_tokens": batch_tokens, "report": _complain}
     if text is not None:
         arrivals = iter([list(batch.read_lines([json.dumps({"text": text}).encode()]))])
-    elif source != "-" and not Path(source).exists():
-        raise FileNotFoundError(
-            f"source: {source!r} does not exist; give a JSONL or parquet file, '-' for stdin, or --text"
-        )
-    elif source == "-" or not Path(source).is_file():  # a pipe, which is read once
+    elif source == "-" or _is_pipe(source):  # which is read once
         arrivals = batch.arriving(source)
     elif output is not None:
         with _interruptible():
@@ -229,19 +230,26 @@ def score(
         file = batch.open_file(source)
         given["row"] = file.row
         arrivals = batch.windows(_progress(f"{file.row}s", file.records(), len(file)))
-    if output is not None and batch.is_parquet(output):
+    if output is None:
+        return _end(batch.score_stream(load, arrivals, sys.stdout.buffer, **given), "scored")
+    if batch.form_of(output)[0] == "parquet":
         raise ValueError(
             f"output: {output} is made from a file, not from a pipe or --text; give one that ends in .jsonl"
         )
-    with batch.replacing(output, overwrite) if output else nullcontext(sys.stdout.buffer) as target:
-        broken = batch.score_stream(load, arrivals, target, **given)
-    return _end(broken, "scored")
+    try:
+        with batch.replacing(output, overwrite, keep=True) as target:
+            broken = batch.score_stream(load, arrivals, target, output=output, **given)
+    except BaseException as error:
+        if not isinstance(error, FileExistsError | BlockingIOError) and partial(output).exists():
+            _complain(f"what was scored until then is in {partial(output)}")
+        raise
+    _end(broken, "scored")
 
 
 @app.command("eval")
 def evaluate(
     results: Annotated[
-        list[str], typer.Argument(help="Files of candidates, JSONL or parquet; a quoted pattern is one result.")
+        list[str], typer.Argument(help="Files of candidates, JSON or parquet; a quoted pattern is one result.")
     ],
     answers: Annotated[
         Path | None, typer.Option(help="JSONL or parquet file of question and answer; default: the files' own answers.")
@@ -288,6 +296,9 @@ def evaluate(
     """
     from .evaluate import evaluate as run
 
+    if csv:
+        destination(csv, what="csv")
+    _check_plot(plot)
     with _bars() as bars:
         report = run(
             results, answers=answers, verifier=verifier, outcome=outcome, pattern=pattern, task=task, n=n,
@@ -489,6 +500,18 @@ def _load(model: str, head: str | None, fetch: bool, *, untrained: bool = False)
     return ReflectiveModel.from_pretrained(model, head=head, untrained=untrained)
 
 
+def _check_plot(path: Path | None) -> None:
+    """Raises where a picture cannot be drawn into ``path``: before the work that it shows."""
+    if path:
+        from .plot import image
+
+        image(path)
+
+
+def _is_pipe(source: str) -> bool:
+    return Path(source).exists() and not Path(source).is_file() and not Path(source).is_dir()
+
+
 def _record(question: str, generation: "Generation") -> dict[str, Any]:
     return {
         "question": question,
@@ -534,7 +557,7 @@ def _board(console: Console) -> Any:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(without_nan(value)), flush=True)
+    print(json_text(value), flush=True)
 
 
 def _stdin_lines() -> Iterator[str]:

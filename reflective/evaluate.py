@@ -5,6 +5,7 @@ Neither a model nor torch is needed, but for aggregations other than the geometr
 
 import csv
 import glob
+import io
 import itertools
 import math
 import re
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from . import compute_metric
 from .batch.files import open_file
+from .outputs import write_text
 from .selection import Array, Metric, any_of, best_of, saturation, select, subsets
 from .strategies.votes import classes
 from .tasks import Question
@@ -92,10 +94,11 @@ class Report:
         return {"results": self.counts, "metrics": [vars(row) for row in self.rows]}
 
     def write_csv(self, path: str | Path) -> None:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            lines = csv.DictWriter(file, list(Row.__dataclass_fields__))
-            lines.writeheader()
-            lines.writerows({k: None if _unknown(v) else v for k, v in vars(row).items()} for row in self.rows)
+        text = io.StringIO(newline="")
+        lines = csv.DictWriter(text, list(Row.__dataclass_fields__))
+        lines.writeheader()
+        lines.writerows({k: None if _unknown(v) else v for k, v in vars(row).items()} for row in self.rows)
+        write_text(path, text.getvalue(), what="csv")
 
     def table(self) -> Group:
         """For a terminal: what was read, and the numbers with their differences from the first result below them."""
@@ -124,7 +127,7 @@ class Report:
         Raises:
             ImportError: matplotlib is missing.
         """
-        from .plot import pyplot
+        from .plot import draw, pyplot
 
         plt = pyplot()
         first = next((row.aggregation for row in self.rows if row.aggregation), None)
@@ -163,8 +166,7 @@ class Report:
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(alpha=0.3)
         fig.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-        fig.savefig(path, dpi=150)
-        plt.close(fig)
+        draw(fig, path)
 
 
 def evaluate(
@@ -184,7 +186,7 @@ def evaluate(
 ) -> Report:
     """Judge the candidates in files, and measure what selecting among N of them by votes or by score is worth.
 
-    A result is a JSONL or parquet file, or all files that match a pattern such as ``results/aime24_*.jsonl``. Its rows are
+    A result is a file of JSON or parquet, or all files that match a pattern such as ``results/aime24_*.jsonl``. Its rows are
 
     =================  ===========================================================================================
     ``candidates``     of ``reflective generate``: objects of ``text``, ``score``, ``step_scores``, ``answer``,
@@ -393,7 +395,7 @@ class _Reader:
         return found
 
     def _records(self, path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        file = open_file(path)
+        file = open_file(path, "results")
         records = file.records()
         for record in self.bars.track(records, len(file), description=Path(path).name) if self.bars else records:
             where = f"{path}, {file.row} {record.number}"

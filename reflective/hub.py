@@ -5,11 +5,14 @@ No torch here, nor a connection until a name is asked for that is no path.
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
+
+from .outputs import folder, json_text, write_text
 
 if TYPE_CHECKING:
     from .model import ReflectiveModel
@@ -22,6 +25,7 @@ SCORE_MODULE = ("score_module.*",)
 HEAD = (*SCORE_MODULE, CONFIG_NAME, *_COMPANIONS, "config.json")
 MODEL = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
 _PICKLED = ("pytorch_model*.bin",)
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 _TAGS = ("reflective", "process-reward-model", "test-time-scaling", "best-of-n", "arxiv:2507.01951")
 _MEASURES = {
@@ -129,9 +133,43 @@ def directory(
 
 
 def model_directory(path: str | Path, **where: Any) -> Path:
-    """``directory`` of a model and its tokenizer; pickled weights only where there are no safetensors."""
+    """``directory`` of a model and its tokenizer; pickled weights only where there are no safetensors.
+
+    Raises:
+        ValueError: the index of the weights is broken, or names files outside the directory.
+        FileNotFoundError: files that it names are missing; others: see ``directory``.
+    """
     place = directory(path, MODEL, **where)
-    return place if any(place.glob("model*.safetensors")) else directory(path, _PICKLED, **where)
+    if not any(place.glob("model*.safetensors")):
+        place = directory(path, _PICKLED, **where)
+    for whole in _WEIGHTS:  # transformers takes the first that is there
+        if (place / whole).is_file():
+            break
+        if (place / f"{whole}.index.json").is_file():
+            _check_index(place / f"{whole}.index.json")
+            break
+    return place
+
+
+def _check_index(index: Path) -> None:
+    """That every file of weights that ``index`` names lies beside it, as transformers takes for granted: it would open any file.
+
+    By name: in the Hub's cache all files are links to elsewhere.
+    """
+    shards = _read(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index}: expected weight_map, the file of every weight; download the model anew")
+    names = sorted(set(shards.values()))
+    for name in names:
+        if not name or {"..", ""} & {*re.split(r"[/\\]", name)} or PureWindowsPath(name).drive:
+            raise ValueError(
+                f"{index} names {name!r}, which is outside its directory; refused, for it may read any file here"
+            )
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise FileNotFoundError(
+            f"{index} names {len(names)} files of weights, and {', '.join(missing[:3])}{' and others' * (len(missing) > 3)} "
+            f"{'are' if len(missing) > 1 else 'is'} not there; download the model anew"
+        )
 
 
 def base_model(place: Path) -> tuple[str, str | None]:
@@ -152,17 +190,16 @@ def base_model(place: Path) -> tuple[str, str | None]:
 def _read(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
-    except ValueError as error:
+        value = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")  # noqa: TRY004
+    return value
 
 
 def _write(file: Path, value: Mapping[str, Any]) -> None:
-    _write_text(file, json.dumps(value, indent=2) + "\n")
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
+    write_text(file, json_text(value, indent=2) + "\n")
 
 
 # -- saved -------------------------------------------------------------------------------------------------------------
@@ -202,8 +239,7 @@ def save_head(
         raise ValueError(
             f"base={base!r}: give the ORG/NAME by which others find the model on the Hub; it was loaded from {loaded!r}"
         )
-    target = Path(path).expanduser()
-    target.mkdir(parents=True, exist_ok=True)
+    target = folder(Path(path).expanduser(), "path")
     if model.home is None or model.home.resolve() != target.resolve():
         for name in _COMPANIONS:
             (target / name).unlink(missing_ok=True)
@@ -294,7 +330,7 @@ def write_card(
     text = [f"# {title or (f'SPRM head for {base}' if base else 'SPRM head')}", _contents(path, base, adapter)]
     text += [f"## {heading}\n\n{part}" for heading, part in parts.items() if part]
     card = ModelCard("\n".join(["---", data.to_yaml(line_break="\n"), "---", "", "\n\n".join(text), ""]))
-    _write_text(path / "README.md", str(card))
+    write_text(path / "README.md", str(card))
     return path / "README.md"
 
 

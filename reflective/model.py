@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .finished import score
 from .hub import ADAPTER, CONFIG_NAME, HEAD, base_model, directory, model_directory, save_head
+from .outputs import folder, json_text, write_text
 from .scorer import At, Schedule, StreamScorer
 from .search import Ask, Live, Question, Scored, Search, ask
 from .sprm import SPRM
@@ -235,10 +236,11 @@ class ReflectiveModel:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write model, tokenizer, head and ``reflective.json`` into a directory that ``from_pretrained`` reads."""
+        folder(path, "path")
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         self.head.save_pretrained(path)
-        (Path(path) / CONFIG_NAME).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        write_text(Path(path) / CONFIG_NAME, json_text(asdict(self.config), indent=2) + "\n")
 
     def save_head(self, path: str | Path, **given: Any) -> Path:
         """Write the head, and the adapter that it came with, as a repository with a model card: ``hub.save_head``."""

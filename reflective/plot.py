@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .model import Candidate, Generation
+from .outputs import destination, replacing
 from .scores import aggregate
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def plot_trajectory(candidate: Candidate, path: str | Path, *, title: str = "") 
     if not candidate.step_scores:
         raise ValueError("candidate: it has no step to draw")
     plt = pyplot()
+    path = image(path)
     steps = [" ".join(candidate.text[a:b].split()) for a, b in candidate.step_spans]
     rows = range(len(steps))
     fig, ax = plt.subplots(figsize=(7.5, 1.2 + 0.45 * len(steps)), layout="constrained")
@@ -44,8 +46,7 @@ def plot_trajectory(candidate: Candidate, path: str | Path, *, title: str = "") 
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
     fig.legend(loc="outside lower right", frameon=False, fontsize=9)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    draw(fig, path)
 
 
 def plot_generation(generation: Generation, path: str | Path | None = None) -> "Figure":
@@ -79,9 +80,33 @@ def plot_generation(generation: Generation, path: str | Path | None = None) -> "
     alive.yaxis.get_major_locator().set_params(integer=True)
     fig.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     if path is not None:
-        fig.savefig(path, dpi=150)
+        draw(fig, path)
     plt.close(fig)
     return fig
+
+
+def image(path: str | Path) -> Path:
+    """``path`` with a suffix, which decides the format: ``.png`` where there is none.
+
+    Raises:
+        ValueError: a suffix that is no format. OSError: it cannot be written, see ``outputs.destination``.
+        ImportError: matplotlib is missing.
+    """
+    path = Path(path)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    known = pyplot().Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"plot: {path}: {path.suffix} is no format of pictures; give one of {', '.join(known)}")
+    destination(path, what="plot")
+    return path
+
+
+def draw(fig: "Figure", path: str | Path, dpi: int = 150) -> None:
+    """Draw a figure into ``image(path)``, as a whole, and close it."""
+    path = image(path)
+    with replacing(path, what="plot") as file:
+        fig.savefig(file, format=path.suffix[1:].lower(), dpi=dpi)
+    pyplot().close(fig)
 
 
 def sparkline(scores: Sequence[float]) -> str:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .hub import SCORE_MODULE, directory
+from .outputs import folder, replacing
 
 NAMES = ("score_module.safetensors", "score_module.pt")
 _KEYS = ("0.weight", "0.bias", "3.weight", "3.bias")
@@ -134,16 +135,20 @@ class SPRM(nn.Sequential):
 
         Returns:
             The file written.
+
+        Raises:
+            OSError: it cannot be written.
         """
         file = Path(path).expanduser()
         if file.suffix not in (".pt", ".safetensors"):
             file = file / NAMES[0]
-        file.parent.mkdir(parents=True, exist_ok=True)
+        folder(file.parent, "path")
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        if file.suffix == ".pt":
-            torch.save(state, file)
-        else:
-            safetensors.torch.save_file(state, file)
+        with replacing(file, what="path") as content:
+            if file.suffix == ".pt":
+                torch.save(state, content)
+            else:
+                content.write(safetensors.torch.save(state))
         return file
 
     def check_model(self, hidden_size: int, dtype: torch.dtype, name: str = "model") -> None:

@@ -1,11 +1,16 @@
 """Batch work: files of any size, killed at any point, scored and answered as one row alone is."""
 
+import bz2
+import codecs
 import dataclasses
+import gzip
 import io
 import json
+import lzma
 import math
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -190,9 +195,9 @@ def test_batches_are_of_similar_lengths_within_the_budget_and_windows_bounded(sm
     assert all(len(given) * max(given) <= 256 for given in model.given)
     padding = sum(len(given) * max(given) - sum(given) for given in model.given)
     assert padding < 0.12 * sum(map(sum, model.given))
-    assert max(len(window) for window in batch.windows(files.Jsonl(source).records(batch.TO_SCORE))) == 64
+    assert max(len(window) for window in batch.windows(files.Json(source).records(batch.TO_SCORE))) == 64
     monkeypatch.setattr(batch, "WINDOW_TEXT", 500)
-    for window in batch.windows(files.Jsonl(source).records(batch.TO_SCORE)):
+    for window in batch.windows(files.Json(source).records(batch.TO_SCORE)):
         assert sum(len(r.fields["prompt"] + r.fields["response"]) for r in window) <= 500
 
 
@@ -267,7 +272,7 @@ def test_a_directory_that_is_read_only(tmp_path):
         try:
             if root:  # who may write anywhere
                 os.seteuid(65534)
-            with pytest.raises(OSError, match=r"out\.jsonl\.unfinished cannot be written"):
+            with pytest.raises(OSError, match=r"out\.jsonl cannot be written: the folder .* is read-only"):
                 batch.score_file(lambda: 1 / 0, source, Path(folder) / "out.jsonl")
         finally:
             if root:
@@ -366,6 +371,324 @@ def test_a_pipe_is_scored_as_it_comes(small):  # noqa: F811
     assert batch.score_stream(lambda: small, [records[:2], records[2:]], out, report=told.append) == 1
     assert told == ["line 2: expected an object, found list"]
     assert [json.loads(line)["n_steps"] for line in out.getvalue().splitlines()] == [1, None, 0]
+
+
+# -- forms -------------------------------------------------------------------------------------------------------------
+
+
+RECORDS = [{"text": "nab", "id": 1}, {"text": "中 \u2028 e", "more": {"x": [1e300, None]}}, {"text": "zz"}]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+ARRAY = json.dumps(RECORDS, ensure_ascii=False).encode()
+PRETTY = json.dumps(RECORDS, indent=1).encode()
+
+
+def zstd(content):
+    return pa.compress(content, "zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("in.JSONL", LINES), ("in.Jsonl", LINES), ("in.ndjson", LINES), ("in", LINES), ("in.txt", LINES), ("in.json", LINES),
+        ("in.jsonl", codecs.BOM_UTF8 + LINES), ("in.jsonl", LINES.replace(b"\n", b"\r\n")),
+        ("in.jsonl", b"\n \n" + LINES.replace(b"\n", b"\n\r\n\t\n")), ("in.jsonl", LINES.rstrip()),
+        *(("in.jsonl", LINES.decode().encode(code)) for code in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")),
+        ("in.jsonl.gz", gzip.compress(LINES)), ("in.jsonl", gzip.compress(LINES)), ("in.jsonl.gz", LINES),
+        ("in.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])), ("in.JSONL.BZ2", bz2.compress(LINES)),
+        ("in.jsonl.xz", lzma.compress(LINES)), ("in.jsonl.zst", zstd(LINES)), ("in.jsonl.zst", zstd(LINES[:9]) + zstd(LINES[9:])),
+        ("in.json", ARRAY), ("in.json", PRETTY), ("in.jsonl", ARRAY), ("in.jsonl", PRETTY), ("in", PRETTY),
+        ("in.json.gz", gzip.compress(codecs.BOM_UTF8 + ARRAY)), ("in.json", PRETTY.decode().encode("utf-16")),
+        ("in.jsonl", b"\n".join(json.dumps(record, indent=2).encode() for record in RECORDS)),  # as jq writes them
+    ],
+)  # fmt: skip
+def test_forms_that_are_read(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    file = batch.open_file(path)
+    assert [r.fields for r in file.records()] == RECORDS and len(file) == 3
+    assert [r.fields for r in file.records(["id"])] == [{"id": 1}, {"id": None}, {"id": None}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.csv", b"text,score\nab,1\n", r"in\.csv holds no JSON, but begins with 'text,.*read_csv\('in\.csv'\)\.to_parquet"),
+        ("in.tsv", b"text\tscore\n", "holds no JSON"), ("in.txt", b"Question one\n", "holds no JSON"),
+        ("in.zip", b"PK\x03\x04\x14\0", "is a zip archive, or a workbook"), ("in.jsonl", b"ARROW1\0\0", "is an Arrow file"),
+        ("in.jsonl.lz4", b"\x04\x22\x4d\x18aaaa", "is packed by lz4"), ("in.jsonl", b"\0" * 99, "holds no JSON"),
+        ("in.jsonl", b"\xff\xfe\0\0\0", r"in\.jsonl: .*can't decode"), ("in.parquet", LINES, "is no parquet file"),
+        ("in.jsonl", b"PAR1" + LINES, "is no parquet file"), ("in.parquet.gz", gzip.compress(b"PAR1aaaa"), "unpack it"),
+        ("in.jsonl.gz", gzip.compress(gzip.compress(LINES)), "is packed twice"),
+        ("in.jsonl.gz", gzip.compress(LINES)[:-9], "packed by gzip, is broken: Compressed file ended"),
+        ("in.jsonl.gz", gzip.compress(LINES)[:-8] + b"12345678", "packed by gzip, is broken: CRC check failed"),
+        ("in.jsonl.bz2", bz2.compress(LINES)[:-9], "packed by bz2, is broken"),
+        ("in.jsonl.xz", lzma.compress(LINES)[:-9], "packed by xz, is broken"),
+        ("in.jsonl.zst", zstd(LINES * 99)[:-9], "packed by zstd, is broken"),
+        ("in.json", b'[{"text": "a"}, {"text" "b"}]', r"in\.json: item 2 is no JSON: Expecting ':'"),
+        ("in.json", b'[{"text": "a"},\n', "item 2: the array has no end"), ("in.json", b'[{"text": "a"', "item 1 is no JSON"),
+        ("in.json", b'[{"text": "a"}] []', "something stands behind the array"), ("in.json", b'[{"a": 1},]', "item 2 is no"),
+        ("in.json", b'[{"a": 1} {"a": 2}]', "item 1: expected , or ]"), ("in.json", b"[" * 100_000, "item 1 is no JSON"),
+        ("in.jsonl", b'{\n "text": "a"\n}\n{"text": \n', "item 2 is no JSON"),
+    ],
+)  # fmt: skip
+def test_forms_that_are_refused_by_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        batch.score_file(lambda: 1 / 0, tmp_path / name, tmp_path / "out.jsonl")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_value_that_is_read_in_pieces(tmp_path, monkeypatch):
+    """Wherever an array is cut while it is read, as long as it is, and what is broken in it is found before all is read."""
+    records = [{"text": "a\\" + '"' * n, "x": [True, 12.5e3, "\U0001f600\ud7ff"], "n": n} for n in range(12)]
+    text = json.dumps(records)
+    for buffer in (1, 2, 3, 7, 50):
+        monkeypatch.setattr(files, "_BUFFER", buffer)
+        assert [r.fields for r in files._values(io.StringIO(text))] == records
+        assert [r.fields for r in files._values(io.StringIO("\n".join(map(json.dumps, records))))] == records
+    stream = io.StringIO('[{"a": 1}, {"a" 2}, ' + " " * 1_000_000)
+    with pytest.raises(ValueError, match="item 2"):
+        list(files._values(stream))
+    assert stream.tell() < 1000
+
+
+def test_what_is_no_file_to_read(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(LINES)
+    os.mkfifo(tmp_path / "pipe")
+    for name, error, message in (
+        (".", IsADirectoryError, "source: .* is a directory; give a file in it"),
+        ("*.jsonl", FileNotFoundError, "does not exist, and patterns are not expanded here; give one file"),
+        ("none.jsonl", FileNotFoundError, "does not exist$"),
+        ("pipe", OSError, "is no regular file, and is to be read more than once; save it into a file first"),
+    ):
+        with pytest.raises(error, match=message):
+            batch.score_file(lambda: 1 / 0, tmp_path / name, tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match="format='csv'; expected jsonl or parquet"):
+        files.open_file(tmp_path / "in.jsonl", format="csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [pytest.param(gzip.compress(LINES), "gzip", id="gzip"), (b"PAR1", "parquet"), (LINES.decode().encode("utf-16"), "UTF-16"), (PRETTY, "several lines"),
+     (b"PK\x03\x04", "a zip archive")],
+)  # fmt: skip
+def test_a_pipe_of_another_form_is_refused(tmp_path, content, found):
+    (tmp_path / "pipe").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"pipe: expected JSON lines in UTF-8, found .*{found}"):
+        next(batch.arriving(str(tmp_path / "pipe")))
+    (tmp_path / "pipe").write_bytes(codecs.BOM_UTF8 + b"\r\n" + LINES)
+    assert [r.fields for window in batch.arriving(str(tmp_path / "pipe")) for r in window] == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("name", "read_back"),
+    [
+        ("out.JSONL", lambda data: [json.loads(line) for line in data.splitlines()]), ("out.json", json.loads),
+        ("out.jsonl.gz", lambda data: [json.loads(line) for line in gzip.decompress(data).splitlines()]),
+        ("out.json.bz2", lambda data: json.loads(bz2.decompress(data))),
+        ("out.jsonl.xz", lambda data: [json.loads(line) for line in lzma.decompress(data).splitlines()]),
+        ("out.jsonl.zst", lambda data: [json.loads(line) for line in pa.CompressedInputStream(io.BytesIO(data), "zstd").read().splitlines()]),
+        ("out.PARQUET", lambda data: pq.read_table(io.BytesIO(data)).to_pylist()),
+    ],
+)  # fmt: skip
+def test_forms_that_are_written(small, tmp_path, name, read_back):  # noqa: F811
+    source = write(tmp_path / "in.jsonl", [{"text": t} for t in TEXTS[2:]])
+    for output in (tmp_path / name, tmp_path / f"again.{name}"):
+        scored(small, source, output)
+    found = read_back((tmp_path / name).read_bytes())
+    assert [row["text"] for row in found] == TEXTS[2:] and [row["n_steps"] for row in found] == [0, 0, 3, 3]
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"again.{name}").read_bytes()
+    assert [r.fields["n_steps"] for r in batch.open_file(tmp_path / name).records()] == [0, 0, 3, 3]
+    if "parquet" not in name.lower():
+        with batch.replacing(tmp_path / f"stream.{name}") as file:
+            batch.score_stream(lambda: small, [list(batch.open_file(source).records())], file, output=name)
+        assert read_back((tmp_path / f"stream.{name}").read_bytes()) == found
+        with batch.replacing(tmp_path / f"none.{name}") as file:
+            batch.score_stream(lambda: small, [], file, output=name)
+        assert list(batch.open_file(tmp_path / f"none.{name}").records()) == []
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.xlsx", "out.parquet.gz", "out.tar.gz", "out.zip", "out.jsonl.lz4"])
+def test_names_that_promise_another_form_are_refused(tmp_path, name):
+    source = write(tmp_path / "in.jsonl", RECORDS)
+    with pytest.raises(ValueError, match=r"output: .*is not written; give \.jsonl"):
+        batch.score_file(lambda: 1 / 0, source, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_columns_of_every_type_of_text(small, tmp_path):  # noqa: F811
+    texts = ["nabe", "zz", None]
+    kinds = {
+        "large": pa.array(texts, pa.large_string()), "dictionary": pa.array(texts).dictionary_encode(),
+        "large dictionary": pa.array(texts, pa.large_string()).dictionary_encode(),
+    }  # fmt: skip
+    for kind, column in kinds.items():
+        pq.write_table(pa.table({"text": column}), tmp_path / "in.parquet")
+        scored(small, tmp_path / "in.parquet", tmp_path / "out.jsonl", replace=True)
+        assert [row["n_steps"] for row in read(tmp_path / "out.jsonl")] == [1, 0, None], kind
+    lists = [["nabe", "zz"], ["e"]]
+    for kind in (pa.large_list(pa.string()), pa.list_(pa.large_string()), pa.list_(pa.dictionary(pa.int8(), pa.string()))):
+        column = pa.array(lists, pa.list_(pa.string()))
+        column = column.cast(kind) if not pa.types.is_dictionary(kind.value_type) else pa.ListArray.from_arrays(
+            column.offsets, column.values.dictionary_encode()
+        )  # fmt: skip
+        pq.write_table(pa.table({"question": ["a", "b"], "responses": column}), tmp_path / "in.parquet")
+        scored(small, tmp_path / "in.parquet", tmp_path / "out.jsonl", replace=True)
+        assert [row["n_steps"] for row in read(tmp_path / "out.jsonl")] == [[2, 0], [1]], kind
+    for column in (pa.array([b"nabe"]), pa.array([b"nabe"]).dictionary_encode()):
+        pq.write_table(pa.table({"text": column}), tmp_path / "in.parquet")
+        with pytest.raises(ValueError, match="column 'text' is binary, and no text; cast it to strings"):
+            scored(small, tmp_path / "in.parquet", tmp_path / "out.parquet")
+        pq.write_table(pa.table({"text": ["a"], "raw": column}), tmp_path / "in.parquet")
+        with pytest.raises(ValueError, match="column 'raw' is binary, which JSON cannot say"):
+            scored(small, tmp_path / "in.parquet", tmp_path / "out.jsonl", replace=True)
+
+
+# -- numbers that JSON has not -----------------------------------------------------------------------------------------
+
+
+def strict(line):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("given", ["in.jsonl", "in.parquet"])
+def test_json_comes_out_valid_whatever_numbers_go_in(small, tmp_path, given):  # noqa: F811
+    numbers = [math.inf, -math.inf, math.nan, 1.5, None]
+    records = [{"text": "nabe", "x": x, "deep": [{"y": [x, 2.0]}]} for x in numbers]
+    source = write(tmp_path / given, records)
+    if given == "in.jsonl":
+        text = source.read_text().replace("-Infinity", "-1e999").replace('"x": Infinity', '"x": 1e999')
+        assert "1e999" in text and "NaN" in text and "Infinity" in text
+        source.write_text(text)
+    for output in ("out.jsonl", "out.json"):
+        scored(small, source, tmp_path / output)
+    lines = [strict(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()]
+    assert lines == strict((tmp_path / "out.json").read_text())
+    assert [row["x"] for row in lines] == [None, None, None, 1.5, None]
+    assert [row["deep"][0]["y"] for row in lines] == [[x, 2.0] for x in (None, None, None, 1.5, None)]
+    scored(small, source, tmp_path / "out.parquet")  # which has them
+    assert str([row["x"] for row in read(tmp_path / "out.parquet")]) == str(numbers)
+    out = io.BytesIO()
+    batch.score_stream(lambda: small, [list(batch.open_file(source).records())], out)
+    assert [strict(line)["x"] for line in out.getvalue().splitlines()] == [None, None, None, 1.5, None]
+
+
+def test_half_a_surrogate_pair_in_bytes_is_that_rows_error(small, tmp_path):  # noqa: F811
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "nabe"}\n{"text": "\xed\xa0\x80"}\n')
+    (told,) = scored(small, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert told.startswith("line 2: UnicodeDecodeError") and read(tmp_path / "out.jsonl")[0]["n_steps"] == 1
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the files of Unix")
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet", "out.json.gz"])
+def test_a_link_is_written_through_and_a_device_refused(small, tmp_path, name):  # noqa: F811
+    source, place = write(tmp_path / "in.jsonl", rows(4)), tmp_path / "elsewhere" / f"target.{name}"
+    place.parent.mkdir()
+    link = tmp_path / name
+    link.symlink_to(place)
+    scored(small, source, link)  # it dangles
+    with pytest.raises(FileExistsError, match="is there already"):
+        scored(small, source, link)
+    scored(small, source, link, replace=True)
+    assert link.is_symlink() and not place.is_symlink()
+    assert [r.fields["id"] for r in batch.open_file(place).records()] == [row["id"] for row in rows(4)]
+    assert [p.name for p in place.parent.iterdir()] == [place.name]
+    link.unlink()
+    link.symlink_to("/dev/null")
+    for replace in (False, True):
+        with pytest.raises(OSError, match="a link to /dev/null, is a device; give the name of a file") as refused:
+            scored(small, source, link, replace=replace)
+        assert "--overwrite" not in str(refused.value)
+    link.unlink()
+    link.symlink_to(source)
+    with pytest.raises(ValueError, match="is the input"):
+        scored(small, source, link, replace=True)
+
+
+def test_two_runs_on_one_output_by_two_names(small, tmp_path):  # noqa: F811
+    source, output = write(tmp_path / "in.jsonl", rows(20)), tmp_path / "out.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(output)
+    with Journal(output, False), pytest.raises(OSError, match=r"out\.jsonl\.unfinished: another process is at work"):
+        scored(small, source, tmp_path / "link.jsonl")
+    with (
+        batch.replacing(output, keep=True),
+        pytest.raises(OSError, match="another process is at work on this output"),
+        batch.replacing(tmp_path / "link.jsonl", keep=True),
+    ):
+        pass
+    output.unlink()
+    unfinished(small, source, output)
+    again = Watched(small)
+    scored(again, source, tmp_path / "link.jsonl", batch_tokens=100)  # goes on, by whatever name
+    assert [row["id"] for row in read(output)] == [row["id"] for row in rows(20)]
+    assert 0 < sum(map(len, again.given)) < 25
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_a_full_disk_loses_nothing_that_is_done(small, tmp_path, name):  # noqa: F811
+    """Full, by a limit of the size of files, when the journal grows, and when the output is written."""
+    records = [{**record, "more": "x" * 2000 + str(i)} for i, record in enumerate(rows(40))]
+    source, output, journal = write(tmp_path / "in.jsonl", records), tmp_path / name, tmp_path / f"{name}.unfinished"
+    scored(small, source, tmp_path / f"whole.{name}", batch_tokens=200)
+    if name == "out.parquet":  # small, as what it holds is alike: a limit that the journal keeps to, and this does not
+        source = write(tmp_path / "in.jsonl", [{**r, "more": random.Random(i).randbytes(1000).hex()} for i, r in enumerate(rows(40))])
+        scored(small, source, tmp_path / f"whole.{name}", batch_tokens=200, replace=True)
+
+    def limited(size):
+        """The error of a run in a process whose files may have ``size`` bytes."""
+        reader, writer = os.pipe()
+        if (pid := os.fork()) == 0:
+            said = "nothing"
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+                batch.score_file(lambda: small, source, output, batch_tokens=200, report=lambda text: None)
+            except BaseException as error:  # noqa: BLE001
+                said = f"{type(error).__name__}: {error}"
+            os.write(writer, said.encode())
+            os._exit(0)
+        os.close(writer)
+        with open(reader) as told:
+            said = told.read()
+        os.waitpid(pid, 0)
+        return said
+
+    said = limited(20_000)
+    assert said.startswith(f"OSError: {journal} cannot be written: ") and "the same command goes on there" in said, said
+    with Journal(output, False) as kept:
+        done = kept.count()
+    assert 0 < done < 50 and not output.exists()
+    said = limited(50_000)
+    assert said.startswith(f"OSError: output: {output} cannot be written: File too large; what is done is kept in {journal}"), said
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["in.jsonl", journal.name, f"whole.{name}"])
+    again = Watched(small)
+    scored(again, source, output, batch_tokens=200)
+    assert not again.given and output.read_bytes() == (tmp_path / f"whole.{name}").read_bytes()
+
+
+def test_a_cell_of_a_million_characters_is_that_rows_error(small, tmp_path):  # noqa: F811
+    """Of a text as of a question, and of one of many responses; the rest is done, in memory that is bounded."""
+    long = "abcdefgh " * 111_112
+    source = write(tmp_path / "in.jsonl", [{"text": "nabe"}, {"text": long}, {"prompt": "Q", "responses": ["e", long]}, {"text": "zz"}])
+    Path("/proc/self/clear_refs").write_text("5") if sys.platform == "linux" else None
+    before = status("VmRSS") if sys.platform == "linux" else 0
+    told = scored(small, source, tmp_path / "out.jsonl")
+    assert [line.split(":")[0] for line in told] == ["line 2", "line 3, response 2"]
+    assert told[0].endswith("with its prompt 1,000,008 tokens, more than the model's 512 positions")
+    if sys.platform == "linux":
+        assert (status("VmHWM") - before) >> 20 < 1000, "MiB, of which the tokenizer takes the most"
+    assert [row["n_steps"] for row in read(tmp_path / "out.jsonl")] == [1, None, [0, None], 0]
+    assert read(tmp_path / "out.jsonl")[1]["text"] == long
+    source = write(tmp_path / "ask.jsonl", [{"question": "a?"}, {"question": long}, {"question": "b?"}])
+    told = answered(small, source, tmp_path / "answers.jsonl")
+    assert len(told) == 1 and told[0].startswith("line 2: the prompt has 1,000,0") and "the model's 512 positions" in told[0]
+    assert [row["text"] is None for row in read(tmp_path / "answers.jsonl")] == [False, True, False]
 
 
 def test_the_time_left_is_told_from_tokens():

@@ -16,6 +16,7 @@ import pytest
 from test_model import small  # noqa: F401 (a fixture)
 
 import reflective as rf
+from reflective import cli
 
 
 def run(*args, stdin=None, code=0, **env):
@@ -193,9 +194,70 @@ def test_a_head_of_one_s_own_on_the_default_model(default_model, tmp_path):
     assert "no file, nor a directory" in run("score", "--head", "/nowhere", stdin=line, code=2).stderr
 
 
-def test_outputs_that_cannot_be_written_fail_before_anything_is_loaded(tmp_path):
+def test_outputs_that_cannot_be_written_fail_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     assert "error:" in run("score", "--model", tmp_path, "-o", tmp_path, stdin="{}", code=2).stderr
     assert "is no directory" in run("generate", "--model", tmp_path / "none", "x", code=2).stderr
+    file, link = tmp_path / "file.jsonl", tmp_path / "link.png"
+    file.write_text('{"question": "x", "answer": 1, "candidates": []}\n')
+    link.symlink_to("/dev/null")
+    for args, message in (
+        (("generate", "--plot", tmp_path / "x.txt", "x"), "plot: .* is no format of pictures"),
+        (("demo", "--plot", link), "plot: .*a link to /dev/null, is a device; give the name of a file"),
+        (("eval", file, "--csv", tmp_path), "csv: .* is a directory; give the name of a file"),
+        (("eval", file, "--plot", tmp_path / "none" / "x.png"), "plot: .* cannot be written: there is no folder"),
+        (("bench", "--out", file), "out: .* is no directory"),
+        (("score", file, "-o", "/dev/null", "--overwrite"), "output: /dev/null is a device; give the name of a file"),
+        (("score", file, "-o", tmp_path / "x.csv"), r"output: .*\.csv is not written; give \.jsonl"),
+        (("score", tmp_path), "source: .* is a directory; give a file in it"),
+        (("generate", "--input", "/dev/null", "-o", tmp_path / "y.jsonl"), "source: /dev/null is no regular file"),
+    ):
+        more = ("--model", tmp_path / "none") if args[0] in ("score", "generate") else ()
+        monkeypatch.setattr(sys, "argv", ["reflective", *map(str, [*args, *more])])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr().err
+        assert left.value.code == 2
+        assert re.search(message, said.replace("\n", " ")), said
+        assert "--overwrite" not in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.jsonl", "link.png"]
+
+
+def test_what_a_pipe_has_brought_is_not_lost(checkpoint, tmp_path):
+    """Where the disk is full before all is written, and not overwritten by the next run."""
+    link, output = tmp_path / "link.jsonl", tmp_path / "out.jsonl"
+    link.symlink_to(output)
+    lines = "".join(json.dumps({"text": "nabe cod", "id": i}) + "\n" for i in range(30))
+    command = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); from reflective.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "score", "--model", checkpoint, "-o", link],
+        input=lines, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and f"output: {output} cannot be written: File too large" in done.stderr, done.stderr
+    assert f"what was scored until then is in {output}.partial" in done.stderr
+    kept = (tmp_path / "out.jsonl.partial").read_text().splitlines()
+    assert len(kept) > 5 and [json.loads(line)["id"] for line in kept[:-1]] == list(range(len(kept) - 1))
+    refused = run("score", "--model", checkpoint, "-o", link, stdin=lines, code=2).stderr
+    assert "out.jsonl.partial holds what an unfinished run has written; move it away" in refused
+    run("score", "--model", checkpoint, "-o", link, "--overwrite", stdin=lines)
+    assert link.is_symlink() and len(output.read_text().splitlines()) == 30
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.jsonl", "out.jsonl"]
+    assert "expected JSON lines in UTF-8, found JSON of values over several lines" in (
+        run("score", "--model", checkpoint, stdin="[\n{}\n]", code=2).stderr
+    )
+
+
+def test_json_on_stdout_is_valid_whatever_went_in(checkpoint, tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    (tmp_path / "in.jsonl").write_text('{"text": "nabe", "x": [1e999, -Infinity, NaN]}\n')
+    for done in (run("score", tmp_path / "in.jsonl", "--model", checkpoint), run("score", "--model", checkpoint, stdin=(tmp_path / "in.jsonl").read_text())):
+        assert json.loads(done.stdout, parse_constant=refuse)["x"] == [None] * 3
+    rows = '{"question": "q", "candidates": [{"text": "t", "score": 1e999, "ok": 1}]}\n' * 2
+    (tmp_path / "in.jsonl").write_text(rows)
+    shown = run("eval", tmp_path / "in.jsonl", "--outcome", "ok", "--json", "--csv", tmp_path / "out.csv").stdout
+    assert "metrics" in json.loads(shown, parse_constant=refuse)
+    assert (tmp_path / "out.csv").read_bytes().count(b"\r\n") > 2
 
 
 def test_demo(default_model, tmp_path):

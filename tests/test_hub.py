@@ -26,6 +26,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from test_checkpoints import XBAI, publish
+from transformers import AutoModelForCausalLM
 
 import reflective as rf
 from reflective import hub
@@ -369,6 +370,59 @@ def test_paths_are_no_names(server, tmp_path):
     assert found == "acme/whole"
     assert len(missing) == 7 and all("is no file, nor a directory, nor ORG/NAME" in said for said in missing)
     assert len(server.log) == requests
+
+
+def sharded(base, place):
+    """A copy of ``base`` with its weights in several files, and their index."""
+    shutil.copytree(base, place)
+    for file in place.glob("model*"):
+        file.unlink()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(place, max_shard_size="20KB")
+    file = place / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    return file, index
+
+
+def test_an_index_that_points_outside_its_directory_is_refused(base, tmp_path):
+    file, index = sharded(base, tmp_path / "model")
+    shard = min(index["weight_map"].values())
+    before = rf.ReflectiveModel.from_pretrained(tmp_path / "model").model.state_dict()
+    shutil.copytree(tmp_path / "model", tmp_path / "blobs")  # as in the Hub's cache, where files are links
+    (tmp_path / "model" / shard).unlink()
+    (tmp_path / "model" / shard).symlink_to(tmp_path / "blobs" / shard)
+    after = rf.ReflectiveModel.from_pretrained(tmp_path / "model").model.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    for name in (
+        f"../blobs/{shard}", str(tmp_path / "blobs" / shard), f"sub/../../blobs/{shard}", f"..\\blobs\\{shard}",
+        f"C:\\blobs\\{shard}", "",
+    ):  # fmt: skip
+        weights = {key: name if value == shard else value for key, value in index["weight_map"].items()}
+        file.write_text(json.dumps(index | {"weight_map": weights}))
+        with pytest.raises(ValueError, match=r"index\.json names .* which is outside its directory; refused"):
+            rf.ReflectiveModel.from_pretrained(tmp_path / "model")
+
+
+def test_an_index_whose_files_are_not_there(base, tmp_path):
+    file, index = sharded(base, tmp_path / "model")
+    first, second, *_ = sorted(set(index["weight_map"].values()))
+    (tmp_path / "model" / first).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"index\.json names \d+ files of weights, and {first} is not there"):
+        rf.ReflectiveModel.from_pretrained(tmp_path / "model")
+    (tmp_path / "model" / second).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{first}, {second} are not there; download the model anew"):
+        rf.ReflectiveModel.from_pretrained(tmp_path / "model")
+    for text, message in (
+        ("{", "is no JSON"), ("[]", "expected a JSON object, found list"), ("{}", "expected weight_map"),
+        ('{"weight_map": ["a"]}', "expected weight_map"), ('{"weight_map": {"a": 5}}', "expected weight_map"),
+    ):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            rf.ReflectiveModel.from_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "one")
+    shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / "model")
+    rf.ReflectiveModel.from_pretrained(tmp_path / "model")  # which transformers takes, and no index
 
 
 def test_progress_is_shown_on_a_terminal(server, tmp_path):

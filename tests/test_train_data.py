@@ -124,12 +124,15 @@ def test_a_bad_record_is_named_by_its_line(tokenizer, tmp_path, record, message)
 def test_bad_files(tokenizer, tmp_path):
     (tmp_path / "broken.jsonl").write_text("{]\n")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="line 1: not JSON"):
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 1: JSONDecodeError"):
         read_rollouts(tmp_path / "broken.jsonl", tokenizer)
     with pytest.raises(ValueError, match="no record"):
         read_rollouts(tmp_path / "empty.jsonl", tokenizer)
-    with pytest.raises(ValueError, match="expected jsonl or parquet"):
-        read_rollouts(tmp_path / "empty.csv", tokenizer)
+    (tmp_path / "table.csv").write_text("prompt,response\n")
+    with pytest.raises(ValueError, match=r"table\.csv holds no JSON"):
+        read_rollouts(tmp_path / "table.csv", tokenizer)
+    with pytest.raises(ValueError, match="format='csv'; expected jsonl or parquet"):
+        read_rollouts(tmp_path / "table.csv", tokenizer, format="csv")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

@@ -9,6 +9,7 @@ the same run is started, so that in the end the output is too, to the last bit.
 
 import dataclasses
 import itertools
+import math
 import random
 import secrets
 import warnings
@@ -18,23 +19,23 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
+from ..outputs import finite, replacing
 from .files import (
     PIECE_BYTES,
-    Jsonl,
+    Json,
+    Lines,
     Parquet,
     Record,
     arriving,
     check_unchanged,
     content_hash,
+    form_of,
     is_parquet,
-    json_line,
     open_file,
     pieces,
     pyarrow,
     read_lines,
-    replacing,
-    without_nan,
-    write_jsonl,
+    write_json,
     write_parquet,
 )
 from .journal import WHOLE_ROW, Journal, Result
@@ -51,8 +52,8 @@ Load = Callable[[], "ReflectiveModel"]
 Report = Callable[[str], None]
 
 __all__ = [
-    "arriving", "generate_file", "is_parquet", "open_file", "read_lines", "replacing", "score_file", "score_stream", "seed_of",
-    "windows",
+    "arriving", "form_of", "generate_file", "is_parquet", "open_file", "read_lines", "replacing", "score_file", "score_stream",
+    "seed_of", "windows",
 ]  # fmt: skip
 
 WINDOW_ROWS, WINDOW_TEXT = 4096, 4 << 20  # texts sorted by length at a time: rows, characters
@@ -75,7 +76,7 @@ def score_file(
     replace: bool = False,
     report: Report = print,
 ) -> int:
-    """Score every row of a JSONL or parquet file, and write it with ``SCORED`` into another.
+    """Score every row of a file of JSON or parquet, and write it with ``SCORED`` into another.
 
     A row has ``text``; or ``response`` and ``prompt`` or ``question`` (put into the model's prompt); or in place of
     ``response`` a list, ``responses``, and then gets lists. Null is the same as missing. ``error`` is the reason where
@@ -83,9 +84,10 @@ def score_file(
 
     Args:
         load: gives the model; called when input and output are known to be good.
-        source, output: parquet if they end so, else JSONL. All columns stay; those named as in ``SCORED`` are replaced. The
-            output has the input's order, and appears when it is complete. Where a parquet file has ``responses``, all its
-            rows get lists.
+        source: in any form that ``files`` reads.
+        output: in the form that its name says, see ``files.form_of``. All columns stay; those named as in ``SCORED`` are
+            replaced. It has the input's order, appears when it is complete, and is written through where it is a link. Where a
+            parquet file has ``responses``, all its rows get lists. JSON has null in place of NaN and infinity.
         batch_tokens: padded tokens a forward. A run that goes on may have another number.
         replace: an output that is there, and what a run of other settings has left unfinished.
         report: told of every response that could not be scored, by the number of its row.
@@ -118,17 +120,20 @@ def score_stream(
     batch_tokens: int = 16_384,
     row: str = "line",
     report: Report = print,
+    output: str | Path = "",
 ) -> int:
-    """``score_file`` of records that come some at a time: each is written as a line of JSON when those are scored."""
+    """``score_file`` of records that come some at a time: each is written into ``file`` when those are scored, as a line of JSON
+    or in what other form of it the name ``output`` says."""
     model, broken = load(), 0
     _check_head(model)
-    for window in arrivals:
-        found = sorted(itertools.chain.from_iterable(_score(model, window, batch_tokens)), key=itemgetter(0, 1))
-        for record, (_, results) in zip(window, itertools.groupby(found, itemgetter(0)), strict=True):
-            results = list(results)
-            broken += _tell(results, row, report)
-            file.write(json_line(record.fields | _joined(results)))
-        file.flush()
+    with Lines(file, output) as lines:
+        for window in arrivals:
+            found = sorted(itertools.chain.from_iterable(_score(model, window, batch_tokens)), key=itemgetter(0, 1))
+            for record, (_, results) in zip(window, itertools.groupby(found, itemgetter(0)), strict=True):
+                results = list(results)
+                broken += _tell(results, row, report)
+                lines.write(record.fields | _joined(results))
+            lines.flush()
     return broken
 
 
@@ -149,7 +154,7 @@ def generate_file(
     replace: bool = False,
     report: Report = print,
 ) -> int:
-    """Answer every question of a JSONL or parquet file, and write it with ``ANSWERED`` into another.
+    """Answer every question of a file of JSON or parquet, and write it with ``ANSWERED`` into another.
 
     A row has a ``question``, ``prompt`` or ``problem``: a text, or a conversation of one user message. ``candidates`` are all
     that there were, and ``best`` is the index of the chosen one among them.
@@ -192,7 +197,13 @@ def generate_file(
                 for record in window:
                     if (record.number, WHOLE_ROW) not in done:
                         try:
-                            asked.append((record.number, _question(record)))
+                            question = _question(record)
+                            if (length := model.encode(model.format(question)).shape[1]) >= _positions(model):
+                                raise ValueError(
+                                    f"the prompt has {length:,} tokens, which leaves no room in the model's "
+                                    f"{_positions(model):,} positions"
+                                )
+                            asked.append((record.number, question))
                         except ValueError as error:
                             results.append((record.number, WHOLE_ROW, _fault(error, ANSWERED)))
                 for (number, _), found in zip(asked, _in_halves(answer, asked), strict=True):
@@ -232,20 +243,20 @@ class _Work:
     """
 
     def __init__(
-        self, name: str, source: Jsonl | Parquet, journal: Journal, reads: tuple[str, ...], adds: tuple[str, ...]
+        self, name: str, source: Json | Parquet, journal: Journal, reads: tuple[str, ...], adds: tuple[str, ...]
     ) -> None:
         from .. import __version__
 
-        self.source, self.journal, output = source, journal, journal.output
-        if output.exists() and output.samefile(source.path):
-            raise ValueError(f"output: {output} is the input; give another file")
-        names = source.schema().names if isinstance(source, Parquet) else reads
-        if not set(names) & set(reads):
-            raise ValueError(f"{source.path}: expected one of the columns {', '.join(reads)}; found {', '.join(names)}")
+        self.source, self.journal = source, journal
+        if journal.output.exists() and journal.output.samefile(source.path):
+            raise ValueError(f"output: {journal.name} is the input; give another file")
+        if isinstance(source, Parquet):
+            source.check_columns(reads)
+        form, _ = form_of(journal.name)
         journal.agree({"command": name, "reflective": __version__, "input hash": content_hash(source)})
         self.schemas: tuple[pa.Schema, pa.Schema] | None = None
         self.lists = False
-        if is_parquet(output):
+        if form == "parquet":
             old = source.schema(without=adds)
             self.lists = "responses" in reads and "responses" in old.names
             self.schemas = old, _schema(adds, self.lists)
@@ -265,10 +276,10 @@ class _Work:
         check_unchanged(self.source)
         with self.journal.finished() as file:
             if self.schemas is None:
-                write_jsonl(self.source, file, added())
+                write_json(self.source, file, self.journal.name, added())
             else:
                 write_parquet(self.source, file, added(), *self.schemas)
-        meter.say(f"{self.journal.output}: {meter.summary()}")
+        meter.say(f"{self.journal.name}: {meter.summary()}")
         return broken
 
 
@@ -386,7 +397,9 @@ def _texts(model: "ReflectiveModel", record: Record) -> list[tuple[int, int, str
 
 
 def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]]) -> Iterator[_Item | Result]:
-    """Prompts and responses tokenized apart, as ``ReflectiveModel.score`` does; what has no tokens is a fault."""
+    """Prompts and responses tokenized apart, as ``ReflectiveModel.score`` does; a fault is what has no tokens, or more than the
+    model has positions: of millions one text would take hours, and its score mean nothing."""
+    most = _positions(model)
     prompts: dict[str, list[int] | ValueError] = {"": []}
     for prompt in {prompt for _, _, prompt, _ in texts} - {""}:
         try:
@@ -401,8 +414,11 @@ def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]])
             responses |= zip([key[:2] for key in some], ids, strict=True)
     for row, place, prompt, response in texts:
         before, ids = prompts[prompt], responses.get((row, place))
-        if isinstance(before, list) and ids:
+        if isinstance(before, list) and ids and len(before) + len(ids) <= most:
             yield _Item(row, place, before, ids)
+        elif isinstance(before, list) and ids:
+            wrong = f"with its prompt {len(before) + len(ids):,} tokens, more than the model's {most:,} positions"
+            yield row, place, _fault(wrong, SCORED)
         else:
             wrong = "the response is empty" if response == "" or ids == [] else f"expected a string, found {response!r}"
             yield row, place, _fault(wrong if isinstance(before, list) else before, SCORED)
@@ -451,7 +467,7 @@ def _question(record: Record) -> str:
 def _scored(found: "Candidate | Exception") -> dict[str, Any]:
     if isinstance(found, Exception):
         return _fault(found, SCORED)
-    return without_nan(
+    return finite(
         {
             "score": found.score, "n_steps": len(found.step_scores), "step_scores": found.step_scores,
             "step_spans": found.step_spans, "error": _reason(found),
@@ -462,7 +478,7 @@ def _scored(found: "Candidate | Exception") -> dict[str, Any]:
 def _answered(found: "Generation | Exception") -> dict[str, Any]:
     if isinstance(found, Exception):
         return _fault(found, ANSWERED)
-    return without_nan(
+    return finite(
         {
             "text": found.text, "score": found.score, "best": found.candidates.index(found.best),
             "candidates": [dataclasses.asdict(c) | {"error": _reason(c)} for c in found.candidates],
@@ -507,6 +523,11 @@ def _check_head(model: "ReflectiveModel") -> None:
     from ..scorer import check_parts
 
     check_parts(Backbone.of(model.model), model.head, model.steps)
+
+
+def _positions(model: "ReflectiveModel") -> float:
+    """Tokens of prompt and response together, as far as the model's configuration says."""
+    return getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
 
 def _check_settings(model: "ReflectiveModel", strategy: "Strategy", settings: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from typing_extensions import Self
 
-from .files import check_free, replacing
+from ..outputs import destination, replacing
 
 WHOLE_ROW = -1
 Result = tuple[int, int, dict[str, Any]]  # row number, place within the row (or WHOLE_ROW), what came of it
@@ -23,19 +23,24 @@ class Journal:
     One process at a time has it open.
 
     Args:
-        output: the file that the run is to make.
+        output: the file that the run is to make, or a link to it: it lies beside the file, so that runs meet in it by whatever
+            name they know that.
         replace: an output that is there, and what a run with other settings has left.
 
     Raises:
         FileExistsError: the output is there, and is not to be replaced.
-        OSError: the directory cannot be written, another process is at work, or the file is none of ours.
+        OSError: the directory cannot be written, another process is at work, or the file is none of ours; see ``destination``.
+
+    Attributes:
+        name: the output as it was given; output: the file, behind its links.
     """
 
     def __init__(self, output: Path, replace: bool) -> None:
-        self.output, self.replace = output, replace
-        self.file = output.with_name(output.name + ".unfinished")
+        self.name, self.output, self.replace = output, destination(output), replace
+        self.file = self.output.with_name(self.output.name + ".unfinished")
         self._settings: dict[str, str] = {}
-        check_free(output, replace or self.file.exists())
+        self._reading: sqlite3.Cursor | None = None
+        destination(output, replace or self.file.exists())
         with self._naming():
             self._db = sqlite3.connect(self.file, timeout=0)
             try:
@@ -47,7 +52,7 @@ class Journal:
                         "CREATE TABLE IF NOT EXISTS results"
                         " (row INTEGER, place INTEGER, result TEXT, PRIMARY KEY (row, place)) WITHOUT ROWID"
                     )
-                check_free(output, replace or "replaces" in self._stored())
+                destination(output, replace or "replaces" in self._stored())
             except BaseException:
                 self._db.close()
                 raise
@@ -59,7 +64,7 @@ class Journal:
         with self._naming():
             finished = not self.file.exists()
             empty = finished or not self.count()
-            self._db.close()
+            self._close()
         if empty:
             self.file.unlink(missing_ok=True)
 
@@ -103,26 +108,32 @@ class Journal:
 
     def keep(self, results: Iterable[Result]) -> None:
         """All of them or, if the process is killed meanwhile, none."""
-        lines = [(row, place, json.dumps(result)) for row, place, result in results]
+        lines = [(row, place, json.dumps(result, allow_nan=False)) for row, place, result in results]
         with self._naming(), self._db:
             self._db.executemany("INSERT INTO results VALUES (?, ?, ?)", lines)
 
     def rows(self) -> Iterator[list[tuple[int, int, dict[str, Any]]]]:
         """The results of each row, in order."""
-        found = self._db.execute("SELECT row, place, result FROM results ORDER BY row, place")
-        for _, results in groupby(found, itemgetter(0)):
+        self._reading = self._db.execute("SELECT row, place, result FROM results ORDER BY row, place")
+        for _, results in groupby(self._reading, itemgetter(0)):
             yield [(row, place, json.loads(result)) for row, place, result in results]
 
     @contextmanager
     def finished(self) -> Iterator[BinaryIO]:
-        """A file that becomes the output when it is complete; then the journal goes."""
-        with self._naming():
+        """A file that becomes the output when it is complete; then the journal goes. Where that fails, the journal stays."""
+        with self._naming(), self._comforting():
             with replacing(self.output) as file:
                 yield file
                 with self._db:  # killed before the journal is gone, the run may replace what it has made itself
                     self._db.execute("REPLACE INTO settings VALUES ('replaces', 'true')")
-            self._db.close()
+            self._close()
         self.file.unlink()
+
+    def _close(self) -> None:
+        if self._reading is not None:  # which an error that is looked at keeps, and with it the lock
+            self._reading.close()
+            self._reading = None
+        self._db.close()
 
     def _stored(self) -> dict[str, str]:
         return dict(self._db.execute("SELECT name, value FROM settings"))
@@ -134,4 +145,23 @@ class Journal:
         except sqlite3.Error as error:
             if "locked" in str(error):
                 raise OSError(f"{self.file}: another process is at work on this output; wait for it") from error
-            raise OSError(f"{self.file} cannot be written: {error}") from error
+            with self._comforting():
+                raise OSError(f"{self.file} cannot be written: {error}") from error
+
+    @contextmanager
+    def _comforting(self) -> Iterator[None]:
+        """Say of an error of the disk that what was done is kept, where something is."""
+        try:
+            yield
+        except OSError as error:
+            if not self._kept():
+                raise
+            raise type(error)(
+                f"{error}; what is done is kept in {self.file}, and the same command goes on there"
+            ) from error
+
+    def _kept(self) -> bool:
+        try:
+            return bool(self.count())
+        except (sqlite3.Error, AttributeError):  # closed, broken or never opened
+            return False

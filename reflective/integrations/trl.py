@@ -8,9 +8,7 @@ TRL asks for no base class, so this module does not import it. Written for trl 1
 """
 
 import itertools
-import json
 import math
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batch.files import Lines
 from ..finished import score
 from ..generation import end_tokens
 from ..model import ReflectiveModel
+from ..outputs import replacing
 from ..scores import aggregate
 from ..train.data import Rollouts
 
@@ -172,9 +172,8 @@ def from_stepwise(
         ValueError: a record that is not of this form, by its number; none that could be written.
     """
     path, written, strangers = Path(path), 0, []
-    unfinished = path.with_name(path.name + ".unfinished")
     between = model.tokenizer(separator, add_special_tokens=False).input_ids
-    with open(unfinished, "w", encoding="utf-8") as file:
+    with replacing(path, what="path") as file, Lines(file, path) as lines:
         for number, record in enumerate(records, 1):
             prompt, completions, labels = _stepwise(number, record)
             bos = model.tokenizer.bos_token
@@ -192,16 +191,14 @@ def from_stepwise(
                 "prompt_ids": prompt_ids,
                 "response_ids": response_ids,
             }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.write(line)
             written += 1
-    if strangers:
-        what = f"{len(strangers)} of {written + len(strangers)} records, the first of them number {strangers[0]},"
+        what = f"{len(strangers)} of {written + len(strangers)} records, the first of them number {[*strangers, 0][0]},"
         why = f"the steps of {what} are not those that end in {list(model.steps.delimiters) or 'a step-token'}"
-        if not written:
-            unfinished.unlink()
+        if strangers and not written:
             raise ValueError(f"separator={separator!r}: {why}; give the one by which the model knows its steps")
+    if strangers:
         warnings.warn(f"{why}; left out", stacklevel=2)
-    os.replace(unfinished, path)
     return written
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
+from ..outputs import json_text, write_text
 from ..scores import FLOOR, TrajectoryScores
 from . import KEEP, STOP, Step, Strategy
 
@@ -88,10 +89,18 @@ class Prune(Strategy):
         return cls(n=len(scored[0]), threshold=lags[rank - 1], min_steps=min_steps, risk=risk, questions=len(lags))
 
     def save(self, path: str | Path) -> None:
-        """Write the rule to a json file, or as ``prune.json`` into a directory."""
+        """Write the rule to a json file, or as ``prune.json`` into a directory.
+
+        Raises:
+            ValueError: a threshold that is no number. OSError: ``path`` cannot be written.
+        """
+        if not math.isfinite(self.threshold):  # as of questions whose step scores are missing
+            raise ValueError(
+                f"threshold={self.threshold}: {FILE} holds numbers alone; calibrate on questions with scores"
+            )
         path = Path(path) / FILE if Path(path).is_dir() else Path(path)
         rule = {k: getattr(self, k) for k in ("n", "threshold", "min_steps", "risk", "questions")}
-        path.write_text(json.dumps(rule, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json_text(rule, indent=2) + "\n", "path")
 
     @classmethod
     def load(cls, path: str | Path, **settings: Any) -> "Prune":

@@ -1,6 +1,5 @@
 """Way two: head and backbone, whole or by LoRA, from recorded outcomes. Also for a process reward model of its own."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +17,7 @@ from ..backbone import Backbone
 from ..finished import batches_by_length, read_positions
 from ..loss import sprm_loss_rows
 from ..model import CONFIG_NAME, ReflectiveModel
+from ..outputs import json_text, write_text
 from ..sprm import SPRM
 from .checkpoint import Checkpoint, fingerprint
 from .data import Rollouts
@@ -80,7 +80,7 @@ class Tuned:
         else:
             # "auto" would ask the hub whether the vocabulary was resized.
             self.adapter.save_pretrained(path, save_embedding_layers=False)
-            (path / CONFIG_NAME).write_text(json.dumps(asdict(self.model.config), indent=2) + "\n")
+            write_text(path / CONFIG_NAME, json_text(asdict(self.model.config), indent=2) + "\n")
         self.head.save_pretrained(path)
         if published:
             self.head.save_pretrained(path / "score_module.pt")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..outputs import folder, replacing
+
 
 class Checkpoint:
     """The newest state of one run, ``training_state.pt`` in a directory. It is replaced as a whole: whenever a run is killed, a
@@ -46,10 +48,9 @@ class Checkpoint:
         """Keep ``state``: tensors, numbers, strings, and lists and dicts of these."""
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_suffix(".unfinished")
-        torch.save({"settings": self.settings, "state": state}, unfinished)
-        unfinished.replace(self.file)
+        folder(self.file.parent, "directory")
+        with replacing(self.file, what="directory") as file:
+            torch.save({"settings": self.settings, "state": state}, file)
 
 
 def fingerprint(tensors: Iterable[Tensor | None]) -> str:

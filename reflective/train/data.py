@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..batch.files import Lines, form_of, open_file
+from ..outputs import partial, replacing
 from ..strategies.votes import classes
 from ..tasks import Question
 
@@ -82,9 +83,19 @@ class Rollouts:
         return Rollouts(**chosen)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
+        with replacing(path, what="path"):  # by its name: as bytes, features would be in memory twice
+            try:
+                safetensors.torch.save_file(
+                    {k: v.contiguous() for k, v in tensors.items() if v is not None}, partial(path)
+                )
+            except safetensors.SafetensorError as error:
+                raise OSError(f"path: {path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Rollouts":
@@ -160,7 +171,7 @@ def answer_numbers(questions: Sequence[Hashable], answers: Sequence[str | None])
 
 
 def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, format: Format | None = None) -> Rollouts:
-    """Trajectories from a JSONL or parquet file, one draw or ``count`` draws a record; equal ones are counted together.
+    """Trajectories from a file of JSON or parquet, one draw or ``count`` draws a record; equal ones are counted together.
 
     ====================  =====================================================================================
     ``prompt``            text, or a conversation ``[{"role", "content"}, ...]`` for the tokenizer's chat template
@@ -177,7 +188,7 @@ def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, forma
     special tokens unless a chat template made it or it begins with the beginning-of-sequence token.
 
     Args:
-        format: of the file; None goes by its suffix.
+        format: of the file; None goes by what it holds.
 
     Raises:
         ValueError: a record that is not of this form, or equal trajectories whose outcomes differ, by its line; no record.
@@ -213,15 +224,15 @@ def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, forma
 
 
 def write_rollouts(rollouts: Rollouts, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write what ``read_rollouts`` reads, features left out; JSONL or parquet by the suffix.
+    """Write what ``read_rollouts`` reads, features left out; JSON or parquet by the suffix, see ``batch.files.form_of``.
 
     Texts hold their special tokens, and the token ids lie beside them. The file appears when it is complete.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: a suffix of another form. OSError: ``path`` cannot be written.
     """
     path = Path(path)
-    form = _format(path, None)
+    form, _ = form_of(path)
     halves = [(ids[:k].tolist(), ids[k:].tolist()) for ids, k in zip(
         rollouts.tokens.split(rollouts.length.tolist()), rollouts.prompt_length.tolist(), strict=True
     )]  # fmt: skip
@@ -241,23 +252,22 @@ def write_rollouts(rollouts: Rollouts, path: str | Path, tokenizer: PreTrainedTo
         "prompt_ids": [h[0] for h in halves],
         "response_ids": [h[1] for h in halves],
     }
-    unfinished = path.with_name(path.name + ".unfinished")
-    if form == "parquet":
+    with replacing(path, what="path") as file:
+        if form != "parquet":
+            with Lines(file, path) as lines:
+                for values in zip(*columns.values(), strict=True):
+                    lines.write(dict(zip(columns, values, strict=True)))
+            return
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         whole, text = pa.int64(), pa.string()
         types = [whole, text, text, pa.int8(), whole, whole, pa.list_(pa.int32()), pa.list_(pa.int32())]
-        pq.write_table(pa.table(columns, schema=pa.schema(list(zip(columns, types, strict=True)))), unfinished)
-    else:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            records = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(unfinished, path)
+        pq.write_table(pa.table(columns, schema=pa.schema(list(zip(columns, types, strict=True)))), file)
 
 
 def read_questions(path: str | Path, *, format: Format | None = None) -> Iterator[Question]:
-    """Questions from a JSONL or parquet file with an ``answer`` and a ``question``, ``prompt`` or ``problem``: a text, or a
+    """Questions from a file of JSON or parquet with an ``answer`` and a ``question``, ``prompt`` or ``problem``: a text, or a
     conversation of one user message. Each keeps its record as ``entry``.
 
     Raises:
@@ -317,31 +327,12 @@ class _Record:
 
 def _records(path: str | Path, format: Format | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(its place, record)`` of every record; blank lines are none."""
-    if _format(path, format) == "parquet":
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(path) as file:
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
-            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
-        return
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.isspace():
-                where = f"{path}, line {number}"
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as e:
-                    raise ValueError(f"{where}: not JSON ({e})") from e
-                if not isinstance(record, dict):
-                    raise ValueError(f"{where}: expected an object, found {line.strip()[:80]}")
-                yield where, record
-
-
-def _format(path: str | Path, format: Format | None) -> Format:
-    named = format or {".jsonl": "jsonl", ".parquet": "parquet"}.get(Path(path).suffix)
-    if named not in ("jsonl", "parquet"):
-        raise ValueError(f"{path}: format={format!r}; expected jsonl or parquet, or a path that ends in one of these")
-    return named
+    file = open_file(path, "path", format)
+    for record in file.records():
+        where = f"{path}, {file.row} {record.number}"
+        if record.fault:
+            raise ValueError(f"{where}: {record.fault}")
+        yield where, record.fields
 
 
 def _ids(where: str, record: dict[str, Any], name: str) -> _Ids | None:

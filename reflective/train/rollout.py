@@ -1,6 +1,5 @@
 """Rollouts to learn from: many answers to each question, judged, with the features that the decoder had at hand."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..finished import read_positions
 from ..generation import end_tokens
 from ..model import ReflectiveModel
+from ..outputs import folder, json_text
 from ..scorer import At
 from ..steps import StepTokens
 from ..tasks import Question
@@ -174,8 +174,8 @@ def recorded(
     Raises:
         ValueError: ``path`` holds rollouts of other settings.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    stamp, text = path / "settings.json", json.dumps(settings, sort_keys=True, indent=2)
+    path = folder(path, "path")
+    stamp, text = path / "settings.json", json_text(settings, sort_keys=True, indent=2)
     if stamp.is_file() and stamp.read_text() != text:
         raise ValueError(f"{path} holds rollouts made with other settings; choose another directory or remove it")
     stamp.write_text(text)

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..model import CONFIG_NAME, ReflectiveModel
+from ..outputs import finite, folder, json_text, write_text
 from ..sprm import NAMES, SPRM
 from ..tasks import TASKS, Question, gym, split
 from . import extras
@@ -108,6 +109,8 @@ def is_main_process() -> bool:
 class _Run:
     def __init__(self, model: ReflectiveModel, settings: Settings, output: Path, bars: Progress | None) -> None:
         self.model, self.settings, self.output = model, settings, output
+        if is_main_process():
+            folder(output)  # before hours of work
         self.accelerator = _accelerator()
         self.processes = Processes(self.accelerator, model.model.device)
         self.bars = bars if bars is not None and self.processes.main else Progress(disable=True)
@@ -121,7 +124,7 @@ class _Run:
         }  # fmt: skip
         self.start = SPRM.from_pretrained(s.continue_head).float() if s.continue_head else None
         start = self.start and fingerprint(self.start.parameters())
-        self.run = json.loads(json.dumps(self.policy | asdict(s) | {"start": start}))
+        self.run = json.loads(json_text(self.policy | asdict(s) | {"start": start}))
         name = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()[:8]
         self.unfinished = output / f"unfinished-{name}"
 
@@ -295,7 +298,7 @@ class _Run:
         draws = torch.bincount(rollouts.question.unique(return_inverse=True)[1], rollouts.count)
         with self._stage("evaluate", None):
             found = evaluate(rollouts, head, n=sorted({2, 8, max(2, int(draws.min()))}))
-        return {name: _without_nan(asdict(metric)) for name, metric in found.items()}
+        return {name: finite(asdict(metric)) for name, metric in found.items()}
 
     # -- what they share -----------------------------------------------------------------------------------------------
 
@@ -310,9 +313,7 @@ class _Run:
     def _write(self, file: Path, content: dict[str, Any]) -> None:
         """As a whole, by the main process."""
         if self.processes.main:
-            unfinished = file.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(content, indent=2) + "\n")
-            unfinished.replace(file)
+            write_text(file, json_text(content, indent=2) + "\n")
 
     def _wait(self) -> None:
         if self.accelerator is not None:
@@ -333,7 +334,7 @@ class _Tell:
         self.bars.update(self.bar, completed=done, description=text if numbers else None)
         if numbers and self.log is not None:
             with open(self.log, "a", encoding="utf-8") as log:
-                log.write(json.dumps({"stage": self.name, "done": done, **_without_nan(numbers)}) + "\n")
+                log.write(json_text({"stage": self.name, "done": done, **numbers}) + "\n")
 
 
 def _accelerator() -> "Accelerator | None":
@@ -360,11 +361,6 @@ def _versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
-    """With None for NaN, which JSON does not have."""
-    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
 
 
 def _text(value: float | None) -> str:
