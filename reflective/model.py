@@ -6,7 +6,7 @@ import math
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .finished import score
 from .hub import ADAPTER, CONFIG_NAME, HEAD, base_model, directory, model_directory, save_head
+from .messages import brief, is_conversation, plain
 from .scorer import At, Schedule, StreamScorer
-from .search import Ask, Live, Question, Scored, Search, ask
+from .search import Ask, Live, Question, Scored, Search, ask, whole
 from .sprm import SPRM
 from .steps import StepTokens
 from .strategies import Strategy, by_name
@@ -28,6 +29,7 @@ from .strategies import Strategy, by_name
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Messages = Sequence[Mapping[str, Any]]
 EFFORT = {"low": 2, "medium": 8, "high": 32}  # candidates, paper section 4.1
 
 
@@ -109,6 +111,10 @@ class Generation:
         prompt: the text given to the model.
         candidates: all that there were, in order of creation.
         best: the one that the strategy chose.
+        chosen_by: what told it from the others: ``"score"``; ``"majority"``, it gives the answer that most give;
+            ``"likelihood"``, its tokens are the likeliest, on average; ``"strategy"``, a rule of the strategy's own;
+            ``"only"``, there are no others. Where no candidate has a step, all scores are 0, and it is the majority or, of
+            equally frequent answers, the likelihood that decides.
         strategy: its name.
         seed: with which the run can be repeated.
         tokens: decoded, by all candidates.
@@ -128,6 +134,7 @@ class Generation:
     seconds: float = 0.0
     scoring_seconds: float = 0.0
     interrupted: bool = False
+    chosen_by: str = "score"
 
     @property
     def text(self) -> str:
@@ -244,32 +251,58 @@ class ReflectiveModel:
         """Write the head, and the adapter that it came with, as a repository with a model card: ``hub.save_head``."""
         return save_head(self, path, **given)
 
-    def format(self, question: str) -> str:
-        """The prompt for ``question``."""
-        if self.config.prompt is not None:
-            return self.config.prompt.replace("{question}", question)
-        if self.tokenizer.chat_template is None:
-            return question
-        chat = [{"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of prompt and response together, as far as the model's configuration says."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def format(self, question: str | Messages) -> str:
+        """The prompt for ``question``, or after a conversation of ``{"role", "content"}``: by the tokenizer's chat template,
+        or where the checkpoint has a prompt of its own, or there is no template, by that, which has room for one question.
+
+        Raises:
+            ValueError: messages that are none, that hold more than text, or that are not what the prompt takes.
+        """
+        chat = [{"role": "user", "content": question}] if isinstance(question, str) else plain(question, "question")
+        if self.config.prompt is None and self.tokenizer.chat_template is not None:
+            from jinja2 import TemplateError
+
+            try:
+                return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            except (TemplateError, TypeError) as error:
+                raise ValueError(f"question: the tokenizer's chat template refuses it: {error}") from error
+        roles = [m["role"] for m in chat]
+        if roles != ["user"]:
+            raise ValueError(
+                f"question: the roles of its messages are {roles}, but the checkpoint's prompt takes one message, of the user"
+            )
+        text = chat[0]["content"]
+        return text if self.config.prompt is None else self.config.prompt.replace("{question}", text)
 
     def encode(self, text: str) -> Tensor:
-        """``text`` as ids [1, T]; a chat template has put its special tokens there already."""
+        """``text`` as ids [1, T]; a chat template has put its special tokens there already.
+
+        Raises:
+            ValueError: it is empty, or no text.
+        """
         templated = self.config.prompt is None and self.tokenizer.chat_template is not None
+        _check_text("question", text)
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not templated).input_ids
         if not ids.shape[1]:
             raise ValueError("question: the prompt is empty; give at least one character")
         return ids.to(self.model.device)
 
     @overload
-    def generate(self, question: str, effort: str | None = None, **settings: Any) -> Generation: ...
+    def generate(self, question: str | Messages, effort: str | None = None, **settings: Any) -> Generation: ...
 
     @overload
-    def generate(self, question: Sequence[str], effort: str | None = None, **settings: Any) -> list[Generation]: ...
+    def generate(
+        self, question: Sequence[str | Messages], effort: str | None = None, **settings: Any
+    ) -> list[Generation]: ...
 
     def generate(
         self,
-        question: str | Sequence[str],
+        question: str | Messages | Sequence[str | Messages],
         effort: str | None = None,
         *,
         strategy: Strategy | str | None = None,
@@ -278,7 +311,7 @@ class ReflectiveModel:
         temperature: float = 0.6,
         top_p: float = 0.95,
         seed: int | Sequence[int] | None = None,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = (),
         thinking_budget: int | None = None,
         batch_rows: int = 64,
         schedule: Schedule | None = None,
@@ -292,12 +325,13 @@ class ReflectiveModel:
         Each question's prompt is prefilled once. Ctrl-C ends the run with what was decoded and scored by then.
 
         Args:
-            question: put into the checkpoint's prompt; of several, all are decoded in one batch, and a list comes back.
+            question: put into the checkpoint's prompt: a text, or a conversation, see ``format``. Of several, all are decoded
+                in one batch, and a list comes back.
             effort: ``"low"``, ``"medium"``, ``"high"``: 2, 8, 32 candidates. ``n`` overrides it, and without either the
                 strategy's own ``n`` counts, 8 if it says nothing else.
             strategy: by name (``reflective.strategies.NAMES``) or as an object; None: best of n.
-            max_new_tokens: of a candidate.
-            temperature, top_p: 0.6 and 0.95 as published; temperature 0 decodes greedily. Of the model's
+            max_new_tokens: of a candidate, which ends sooner where the model has no further position.
+            temperature, top_p: 0.6 and 0.95 as published; temperature 0 decodes greedily, all candidates the same. Of the model's
                 ``generation_config`` only the end-of-sequence tokens count.
             seed: makes the run repeatable; None draws one. Of a list every question has its own, and is answered as it
                 would be alone. Ranks of a ``process_group`` need the same one.
@@ -310,41 +344,65 @@ class ReflectiveModel:
             on_step: called after every forward with the candidates, ended ones too, of each question under way.
 
         Raises:
-            ValueError: empty question, unknown effort or strategy, ``n`` below 1, a head that does not fit, a model
-                whose cache cannot be taken apart, a ``thinking_budget`` with nothing that ends thinking.
+            ValueError: an empty question, or one that leaves the model no position; unknown effort or strategy, a number out
+                of its range, a head that does not fit, a model whose cache cannot be taken apart, a ``thinking_budget`` with
+                nothing that ends thinking.
             RuntimeError: the strategy failed; it names it.
         """
-        questions = [question] if isinstance(question, str) else list(question)
+        questions, single = _questions(question)
         strategy = self.strategy(strategy, effort, n)
-        if not all(q.strip() for q in questions):
-            raise ValueError("question: it is empty")
-        if batch_rows < 1:
-            raise ValueError(f"batch_rows={batch_rows} must be at least 1")
+        whole("batch_rows", batch_rows, 1)
+        if on_step is not None and not callable(on_step):
+            raise ValueError(f"on_step={brief(on_step)}: expected a function of the candidates of each question")
         if seed is None:
             if process_group is not None:
                 raise ValueError("seed: ranks of a process_group need the same one; give it")
             seed = secrets.randbits(32)
         # With a seed of its own a question is answered as it would be alone.
-        seeds = [(seed, i) for i in range(len(questions))] if isinstance(seed, Integral) else [(s, 0) for s in seed]
+        if isinstance(seed, Integral):
+            seeds = [(seed, i) for i in range(len(questions))]
+        elif isinstance(seed, Iterable) and not isinstance(seed, str | bytes):
+            seeds = [(s, 0) for s in seed]
+        else:
+            raise ValueError(f"seed={seed!r}: expected an integer, or a list of one for each question")  # noqa: TRY004
         if len(seeds) != len(questions):
             raise ValueError(f"seed: {len(seeds)} seeds for {len(questions)} questions; give one, or one each")
         prompts = [self.format(q) for q in questions]
         asks = [
-            Ask(
-                self.encode(prompt)[0].tolist(), strategy, max_new_tokens=max_new_tokens, temperature=temperature,
-                top_p=top_p, seed=own, number=number, thinking_budget=thinking_budget, stop=stop,
+            self._within(
+                Ask(
+                    self.encode(prompt)[0].tolist(), strategy, max_new_tokens=max_new_tokens, temperature=temperature,
+                    top_p=top_p, seed=own, number=number, thinking_budget=thinking_budget, stop=() if stop is None else stop,
+                ),
+                "question" if single else f"question[{i}]",
             )
-            for prompt, (own, number) in zip(prompts, seeds, strict=True)
+            for i, (prompt, (own, number)) in enumerate(zip(prompts, seeds, strict=True))
         ]  # fmt: skip
         looked_at = on_step is not None or type(strategy).observe is not Strategy.observe
         scorer = StreamScorer(
             self.model, self.head, self.steps, schedule or ("immediate" if looked_at else "deferred"), self.config.at,
-            max_steps=max_new_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
+            max_steps=max((a.max_new_tokens for a in asks), default=1), backend=backend, w1_dtype=w1_dtype, process_group=process_group,
         )  # fmt: skip
         done = Search(self, scorer, batch_rows=batch_rows, on_step=on_step).run(asks)
         share = scorer.host_seconds / max(1, sum(q.tokens for q in done))
         found = [self.generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
-        return found[0] if isinstance(question, str) else found
+        return found[0] if single else found
+
+    def _within(self, ask: Ask, name: str) -> Ask:
+        """``ask`` with no more tokens than the model has positions for.
+
+        Raises:
+            ValueError: the prompt takes them all.
+        """
+        if self.max_length is None:
+            return ask
+        room = self.max_length - len(ask.prompt)
+        if room < 1:
+            raise ValueError(
+                f"{name}: its prompt has {len(ask.prompt)} tokens and the model {self.max_length} positions, which leaves "
+                "none to decode at; shorten it"
+            )
+        return dataclasses.replace(ask, max_new_tokens=min(ask.max_new_tokens, room))
 
     def strategy(
         self, strategy: Strategy | str | None = None, effort: str | None = None, n: int | None = None
@@ -354,7 +412,7 @@ class ReflectiveModel:
         Raises:
             ValueError: unknown effort or strategy, ``n`` below 1.
         """
-        if effort is not None and effort not in EFFORT:
+        if effort is not None and (not isinstance(effort, str) or effort not in EFFORT):
             raise ValueError(f"effort={effort!r}; expected one of {', '.join(EFFORT)}")
         n = EFFORT.get(effort) if n is None else n
         given = {} if n is None else {"n": n}
@@ -366,11 +424,15 @@ class ReflectiveModel:
         """What a search has made of a question."""
         candidates = [self._ended(c) for c in question.candidates]
         chosen = ask(question.strategy, "choose", candidates)
+        if not isinstance(chosen, Integral) or not 0 <= chosen < len(candidates):
+            name = type(question.strategy).__name__
+            raise RuntimeError(f"strategy {name}: choose gave {chosen!r}, no index of its {len(candidates)} candidates")
         return Generation(
             prompt, candidates, candidates[chosen],
             strategy=question.strategy.name, seed=question.ask.seed, tokens=question.tokens, alive=question.alive,
             seconds=question.seconds, scoring_seconds=scoring_seconds,
             interrupted=any(c.status == "interrupted" for c in candidates),
+            chosen_by=question.strategy.chosen_by if len(candidates) > 1 else "only",
         )  # fmt: skip
 
     def _ended(self, live: Live) -> Candidate:
@@ -400,9 +462,11 @@ class ReflectiveModel:
             backend, w1_dtype, process_group: as for ``StreamScorer``.
 
         Raises:
-            ValueError: no response, or an empty one; as many prompts as there are no responses.
+            ValueError: no response, an empty one, or one that the model has no room for; as many prompts as there are no
+                responses.
         """
-        prompts = [prompt] * len(responses) if isinstance(prompt, str) else list(prompt)
+        responses = _texts("responses", responses)
+        prompts = [prompt] * len(responses) if isinstance(prompt, str) else _texts("prompt", prompt, empty=True)
         if len(prompts) != len(responses):
             raise ValueError(f"prompt: {len(prompts)} prompts for {len(responses)} responses; give one, or one each")
         known = {p: self.encode(p)[0].tolist() if p else [] for p in set(prompts)}
@@ -428,10 +492,17 @@ class ReflectiveModel:
         """``score`` of token ids, as many prompts as responses: what was decoded is scored without tokenizing it again.
 
         Raises:
-            ValueError: no response, or an empty one.
+            ValueError: no response, an empty one, or one that the model has no room for.
         """
         if not responses or not all(map(len, responses)):
             raise ValueError("responses: expected at least one, each with at least one token")
+        if len(prompts) != len(responses):
+            raise ValueError(f"prompts: {len(prompts)} for {len(responses)} responses; give one each")
+        for i, length in enumerate(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)):
+            if self.max_length is not None and length > self.max_length:
+                raise ValueError(
+                    f"responses[{i}]: with its prompt {length} tokens, more than the model's {self.max_length} positions"
+                )
         rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
         # Behind an empty prompt the whole text counts, as it does where rf.score is told of no prompts.
         scores = score(
@@ -491,6 +562,54 @@ class ReflectiveModel:
     def decode(self, tokens: list[int], *, special: bool = False) -> str:
         """The text of ``tokens``; ``special``: with that of special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+
+def _questions(question: Any) -> tuple[list[str | Messages], bool]:
+    """The questions, and whether it is a single one.
+
+    Raises:
+        ValueError: anything else, or an empty one.
+    """
+    single = isinstance(question, str) or is_conversation(question)
+    if not single and (isinstance(question, bytes | Mapping) or not isinstance(question, Iterable)):
+        raise ValueError(f"question={brief(question)}: expected a text, a list of messages, or a list of these")
+    questions = [question] if single else list(question)
+    for i, q in enumerate(questions):
+        name = "question" if single else f"question[{i}]"
+        if not isinstance(q, str) and not is_conversation(q):
+            raise ValueError(f"{name}={brief(q)}: expected a text or a list of messages, each with role and content")
+        if not (q if isinstance(q, str) else "".join(m["content"] for m in plain(q, name))).strip():
+            raise ValueError(f"{name}: it is empty")
+    return questions, single
+
+
+def _texts(name: str, given: Any, *, empty: bool = False) -> list[str]:
+    """``given``, a list of texts.
+
+    Raises:
+        ValueError: none, or one of them is no text or, unless they may be, ``empty``.
+    """
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"{name}={brief(given)}: expected a list of texts")  # noqa: TRY004
+    texts = list(given)
+    for i, text in enumerate(texts):
+        _check_text(f"{name}[{i}]", text)
+        if not text and not empty:
+            raise ValueError(f"{name}[{i}]: it is empty; expected at least one character")
+    return texts
+
+
+def _check_text(name: str, text: Any) -> None:
+    """ValueError unless tokenizers take it."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name}={brief(text)}: expected a text")  # noqa: TRY004
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: character {error.start} is {text[error.start]!r}, half of a surrogate pair, which no tokenizer knows; "
+            "read the text as UTF-8, or replace it"
+        ) from error
 
 
 def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
