@@ -12,6 +12,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -361,10 +362,10 @@ class ReflectiveModel:
         # With a seed of its own a question is answered as it would be alone.
         if isinstance(seed, Integral):
             seeds = [(seed, i) for i in range(len(questions))]
-        elif isinstance(seed, Iterable) and not isinstance(seed, str | bytes):
+        elif not isinstance(seed, str | bytes) and getattr(seed, "ndim", 1) and isinstance(seed, Iterable):
             seeds = [(s, 0) for s in seed]
         else:
-            raise ValueError(f"seed={seed!r}: expected an integer, or a list of one for each question")  # noqa: TRY004
+            raise ValueError(f"seed={seed!r}: expected an integer, or a list of one for each question")
         if len(seeds) != len(questions):
             raise ValueError(f"seed: {len(seeds)} seeds for {len(questions)} questions; give one, or one each")
         prompts = [self.format(q) for q in questions]
@@ -466,9 +467,11 @@ class ReflectiveModel:
                 responses.
         """
         responses = _texts("responses", responses)
-        prompts = [prompt] * len(responses) if isinstance(prompt, str) else _texts("prompt", prompt, empty=True)
+        prompts = _texts("prompt", [prompt] * len(responses) if isinstance(prompt, str) else prompt, empty=True)
         if len(prompts) != len(responses):
             raise ValueError(f"prompt: {len(prompts)} prompts for {len(responses)} responses; give one, or one each")
+        if not responses:
+            raise ValueError("responses: expected at least one")
         known = {p: self.encode(p)[0].tolist() if p else [] for p in set(prompts)}
         return self.score_tokens(
             [known[p] for p in prompts],
@@ -494,14 +497,18 @@ class ReflectiveModel:
         Raises:
             ValueError: no response, an empty one, or one that the model has no room for.
         """
-        if not responses or not all(map(len, responses)):
-            raise ValueError("responses: expected at least one, each with at least one token")
+        prompts, responses = self._ids("prompts", prompts), self._ids("responses", responses)
+        whole("batch_tokens", batch_tokens, 1)
+        if not responses:
+            raise ValueError("responses: expected at least one")
         if len(prompts) != len(responses):
             raise ValueError(f"prompts: {len(prompts)} for {len(responses)} responses; give one each")
-        for i, length in enumerate(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)):
-            if self.max_length is not None and length > self.max_length:
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+            if not r:
+                raise ValueError(f"responses[{i}]: it is empty; expected at least one token")
+            if self.max_length is not None and len(p) + len(r) > self.max_length:
                 raise ValueError(
-                    f"responses[{i}]: with its prompt {length} tokens, more than the model's {self.max_length} positions"
+                    f"responses[{i}]: with its prompt {len(p) + len(r)} tokens, more than the model's {self.max_length} positions"
                 )
         rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
         # Behind an empty prompt the whole text counts, as it does where rf.score is told of no prompts.
@@ -510,9 +517,27 @@ class ReflectiveModel:
             batch_tokens=batch_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
         )  # fmt: skip
         return [
-            self._candidate(list(r), scores.step_scores[i].tolist(), Scored.of(scores, i, len(p)))
+            self._candidate(r, scores.step_scores[i].tolist(), Scored.of(scores, i, len(p)))
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
+
+    def _ids(self, name: str, given: Any) -> list[list[int]]:
+        """``given``, lists of token ids.
+
+        Raises:
+            ValueError: it is something else, or one of them is no token of the model.
+        """
+        size, found = self.model.get_input_embeddings().num_embeddings, []
+        for i, row in enumerate(given if isinstance(given, Iterable) else [given]):
+            row = row.tolist() if isinstance(row, Tensor | np.ndarray) else row
+            if isinstance(row, str | bytes) or not isinstance(row, Iterable):
+                raise ValueError(f"{name}[{i}]={brief(row)}: expected a list of token ids")  # noqa: TRY004
+            found.append(list(row))
+            if wrong := [
+                t for t in found[-1] if isinstance(t, bool) or not isinstance(t, Integral) or not 0 <= t < size
+            ]:
+                raise ValueError(f"{name}[{i}]: {wrong[0]!r} is no token; ids are integers from 0 to {size - 1}")
+        return found
 
     def _candidate(self, tokens: list[int], step_scores: list[float], scored: Scored) -> Candidate:
         text, ends = self.decode(tokens), self._ends(tokens, scored.positions)

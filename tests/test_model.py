@@ -1,10 +1,12 @@
 """ReflectiveModel: best of N on a tiny byte-level model, and on the embedded default."""
 
 import math
+import re
 import shutil
 import string
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -195,17 +197,160 @@ def test_adapters_that_cannot_be_merged(small, adapted, tmp_path, monkeypatch):
         rf.ReflectiveModel.from_pretrained(tmp_path / "base", head=tmp_path / "tuned")
 
 
+def told(message):
+    return pytest.raises(ValueError, match=re.escape(message))
+
+
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("given", "message"),
     [
+        ({"question": ""}, "question: it is empty"),
+        ({"question": " \n"}, "question: it is empty"),
+        ({"question": ["a", ""]}, "question[1]: it is empty"),
+        ({"question": None}, "question=None: expected a text, a list of messages, or a list of these"),
+        ({"question": b"x"}, "question=b'x': expected a text"),
+        ({"question": 5}, "question=5: expected a text"),
+        ({"question": {"role": "user"}}, "question={'role': 'user'}: expected a text"),
+        ({"question": ["a", None]}, "question[1]=None: expected a text or a list of messages"),
+        ({"question": "\ud800"}, "question: character 3 is '\\ud800', half of a surrogate pair"),
+        ({"question": "a" * 600}, "question: its prompt has 604 tokens and the model 512 positions"),
+        ({"question": ["a", "b" * 508]}, "question[1]: its prompt has 512 tokens and the model 512 positions"),
         ({"n": 0}, "n=0: at least one candidate"),
+        ({"n": 2.5}, "n=2.5: expected a number of candidates, an integer"),
+        ({"n": "3"}, "n='3': expected a number of candidates"),
+        ({"n": 10**9}, "n=1000000000: more than 65536 candidates"),
         ({"effort": "extreme"}, "effort='extreme'; expected one of low, medium, high"),
-        ({"question": " "}, "question: it is empty"),
+        ({"effort": ["low"]}, "effort=['low']; expected one of low, medium, high"),
+        ({"strategy": "best"}, "strategy='best'; expected one of best_of_n"),
+        ({"strategy": ["best_of_n"]}, "strategy=['best_of_n']; expected one of best_of_n"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": None}, "max_new_tokens=None: expected an integer"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0: expected an integer"),
+        ({"temperature": -1}, "temperature=-1 must be finite, and not negative"),
+        ({"temperature": None}, "temperature=None must be finite"),
+        ({"temperature": math.nan}, "temperature=nan must be finite"),
+        ({"top_p": 1.1}, "top_p=1.1 must lie in [0, 1]"),
+        ({"top_p": "1"}, "top_p='1' must lie in [0, 1]"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
+        ({"seed": [-1]}, "seed=-1 must not be negative"),
+        ({"seed": 1.5}, "seed=1.5: expected an integer, or a list of one for each question"),
+        ({"seed": "1"}, "seed='1': expected an integer, or a list"),
+        ({"seed": torch.tensor(1)}, "seed=tensor(1): expected an integer, or a list"),
+        ({"seed": [1, 2]}, "seed: 2 seeds for 1 questions"),
+        ({"stop": ""}, "stop='': expected a list of texts, none of them empty"),
+        ({"stop": [""]}, "stop=['']: expected a list of texts, none of them empty"),
+        ({"stop": 5}, "stop=5: expected a list of texts"),
+        ({"stop": iter(["a"])}, ": expected a list of texts"),  # which would be empty when it is looked at again
+        ({"thinking_budget": -1}, "thinking_budget=-1 must not be negative"),
+        ({"thinking_budget": 1.5}, "thinking_budget=1.5: expected an integer"),
+        ({"batch_rows": 0}, "batch_rows=0 must be at least 1"),
+        ({"batch_rows": None}, "batch_rows=None: expected an integer"),
+        ({"schedule": "now"}, "schedule='now'"),
+        ({"on_step": 5}, "on_step=5: expected a function"),
     ],
 )
-def test_bad_input(small, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        small.generate(**{"question": "x", **kwargs})
+def test_bad_input(small, monkeypatch, given, message):
+    monkeypatch.setattr(small.model, "forward", lambda *args, **kwargs: pytest.fail("generation has started"))
+    with told(message):
+        small.generate(**{"question": "x", **given})
+
+
+def test_odd_but_good_input(small):
+    same = {"n": 2, "max_new_tokens": 4, "seed": 0}
+    assert small.generate([], **same) == []
+    one = small.generate("x", **same)
+    assert small.generate("x", **same, stop=None).candidates == one.candidates
+    assert (
+        small.generate(np.array(["x"]), **{**same, "n": np.int64(2), "seed": np.int64(0)})[0].candidates
+        == one.candidates
+    )
+    greedy = small.generate("x", n=3, max_new_tokens=4, temperature=0, seed=0)
+    assert len({tuple(c.token_ids) for c in greedy.candidates}) == 1 and greedy.best is greedy.candidates[0]
+    (long,) = small.generate("b" * 500, n=1, max_new_tokens=64, seed=0).candidates
+    assert (len(long.token_ids), long.status) == (8, "length"), "504 of 512 positions are the prompt's"
+
+
+def test_a_conversation_is_a_question(small):
+    def ask(question):
+        found = small.generate(question, n=2, max_new_tokens=4, seed=0)
+        return [g.prompt for g in found] if isinstance(found, list) else found.prompt
+
+    user = {"role": "user", "content": "x"}
+    parts = {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}
+    assert ask([user]) == "Q: x\n" and ask([[user], "z", [parts]]) == ["Q: x\n", "Q: z\n", "Q: xy\n"]
+    image = {"role": "user", "content": [parts["content"][0], {"type": "image_url", "image_url": {"url": "x"}}]}
+    for question, message in (
+        ([image], "question[0].content[1] is of type 'image_url'; text alone is read"),
+        (["z", [image]], "question[1][0].content[1] is of type 'image_url'"),
+        ([{"role": "user", "content": None}], "question: it is empty"),
+        ([{"role": "user", "content": 5}], "question[0].content: expected a text or a list of text parts, not int"),
+        ([{"role": "user"}], "question[0] has no content"),
+        ([{"content": "x"}], "question[0]: role=None; expected"),
+        (
+            [user, user],
+            "question: the roles of its messages are ['user', 'user'], but the checkpoint's prompt takes one",
+        ),
+    ):
+        with told(message):
+            ask(question)
+
+    core = Tokenizer.from_str(small.tokenizer.backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ m.role + ':' + m.content + ';' }}{% endfor %}"
+    )
+    model = rf.ReflectiveModel(small.model, tokenizer, small.head, Config(rule="text", delimiter=DELIMITERS))
+    called = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    assert model.format([user, called, parts]) == "user:x;assistant:;user:xy;" and model.format("x") == "user:x;"
+    with told("question: the tokenizer's chat template refuses it: no tools"):
+        model.generate([user, {"role": "tool", "content": "7"}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "responses", "message"),
+    [
+        ("p", [], "responses: expected at least one"),
+        ("p", "abc", "responses='abc': expected a list of texts"),
+        ("p", None, "responses=None: expected a list of texts"),
+        ("p", ["a", ""], "responses[1]: it is empty"),
+        ("p", ["a", None], "responses[1]=None: expected a text"),
+        ("p", ["\udc00"], "responses[0]: character 0 is '\\udc00', half of a surrogate pair"),
+        (None, ["a"], "prompt=None: expected a list of texts"),
+        (["p", 7], ["a", "b"], "prompt[1]=7: expected a text"),
+        (["p"], ["a", "b"], "prompt: 1 prompts for 2 responses"),
+        ("p", ["a", "a" * 512], "responses[1]: with its prompt 513 tokens, more than the model's 512 positions"),
+        ("", ["a" * 513], "responses[0]: with its prompt 513 tokens"),
+    ],
+)
+def test_texts_that_cannot_be_scored(small, prompt, responses, message):
+    with told(message):
+        small.score(prompt, responses)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "message"),
+    [
+        ([[1]], [[2], [3]], "prompts: 1 for 2 responses"),
+        ([[1], [1]], [[2], []], "responses[1]: it is empty"),
+        ([1], [2], "prompts[0]=1: expected a list of token ids"),
+        ([[1]], [[2, 258]], "responses[0]: 258 is no token; ids are integers from 0 to 257"),
+        ([[-1]], [[2]], "prompts[0]: -1 is no token"),
+        ([[1]], [[2.0]], "responses[0]: 2.0 is no token"),
+        ([[1]], ["ab"], "responses[0]='ab': expected a list of token ids"),
+    ],
+)
+def test_ids_that_cannot_be_scored(small, prompts, responses, message):
+    with told(message):
+        small.score_tokens(prompts, responses)
+
+
+def test_ids_in_other_forms(small):
+    one = small.score_tokens([[5]], [[66, 67]])
+    for form in (torch.tensor, np.array):
+        assert small.score_tokens(form([[5]]), form([[66, 67]])) == one
+    with told("batch_tokens=0 must be at least 1"):
+        small.score_tokens([[5]], [[66]], batch_tokens=0)
 
 
 def test_the_default_model_scores_its_steps(default_model):
