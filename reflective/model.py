@@ -232,7 +232,9 @@ class ReflectiveModel:
             model = _merged(model, adapter)
         if sprm is None:
             sprm = SPRM(model.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).eval()
-        return cls(model, AutoTokenizer.from_pretrained(files), sprm.to(model.dtype), config, beside)
+        sprm = sprm.to(model.dtype)
+        sprm.check_finite()
+        return cls(model, AutoTokenizer.from_pretrained(files), sprm, config, beside)
 
     @classmethod
     def default(cls, *, head: str | Path | None = None, fetch: bool = False) -> "ReflectiveModel":

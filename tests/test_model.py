@@ -26,6 +26,10 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 
 
+def told(message):
+    return pytest.raises(ValueError, match=re.escape(message))
+
+
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
@@ -119,6 +123,16 @@ def test_save_and_load(small, tmp_path):
         rf.ReflectiveModel.from_pretrained(tmp_path)
 
 
+def test_a_head_with_no_room_in_the_models_dtype(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    head = tiny.head()
+    head[0].weight[0, 0] = 1e5
+    head.save_pretrained(tmp_path)
+    assert rf.ReflectiveModel.from_pretrained(tmp_path, dtype=torch.bfloat16).head.dtype == torch.bfloat16
+    with told("head: 0.weight has no room in torch.float16"):
+        rf.ReflectiveModel.from_pretrained(tmp_path, dtype=torch.float16)
+
+
 @pytest.fixture
 def adapted(small, tmp_path):
     """The small model with an adapter; ``base`` and ``tuned`` hold the one and, with a head of its own, the other."""
@@ -195,10 +209,6 @@ def test_adapters_that_cannot_be_merged(small, adapted, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
         rf.ReflectiveModel.from_pretrained(tmp_path / "base", head=tmp_path / "tuned")
-
-
-def told(message):
-    return pytest.raises(ValueError, match=re.escape(message))
 
 
 @pytest.mark.parametrize(
