@@ -499,7 +499,7 @@ class ReflectiveModel:
         Raises:
             ValueError: no response, an empty one, or one that the model has no room for.
         """
-        prompts, responses = self._ids("prompts", prompts), self._ids("responses", responses)
+        prompts, responses = self.token_ids("prompts", prompts), self.token_ids("responses", responses)
         whole("batch_tokens", batch_tokens, 1)
         if not responses:
             raise ValueError("responses: expected at least one")
@@ -523,8 +523,8 @@ class ReflectiveModel:
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
 
-    def _ids(self, name: str, given: Any) -> list[list[int]]:
-        """``given``, lists of token ids.
+    def token_ids(self, name: str, given: Any) -> list[list[int]]:
+        """``given``, lists or tensors of token ids, as lists; ``name``: by which it is refused.
 
         Raises:
             ValueError: it is something else, or one of them is no token of the model.
