@@ -50,3 +50,16 @@ def brief(value: Any) -> str:
     """``value`` for an error message."""
     said = repr(value)
     return said if len(said) <= 80 else f"{said[:76]} ..."
+
+
+def check_text(name: str, text: Any) -> None:
+    """ValueError unless tokenizers take it."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name}={brief(text)}: expected a text")  # noqa: TRY004
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: character {error.start} is {text[error.start]!r}, half of a surrogate pair, which no tokenizer knows; "
+            "read the text as UTF-8, or replace it"
+        ) from error

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .finished import score
 from .hub import ADAPTER, CONFIG_NAME, HEAD, base_model, directory, model_directory, save_head
-from .messages import brief, is_conversation, plain
+from .messages import brief, check_text, is_conversation, plain
 from .scorer import At, Schedule, StreamScorer
 from .search import Ask, Live, Question, Scored, Search, ask, whole
 from .sprm import SPRM
@@ -259,25 +259,26 @@ class ReflectiveModel:
         """Tokens of prompt and response together, as far as the model's configuration says."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
-    def format(self, question: str | Messages) -> str:
+    def format(self, question: str | Messages, name: str = "question") -> str:
         """The prompt for ``question``, or after a conversation of ``{"role", "content"}``: by the tokenizer's chat template,
         or where the checkpoint has a prompt of its own, or there is no template, by that, which has room for one question.
+        ``name``: by which it is refused.
 
         Raises:
             ValueError: messages that are none, that hold more than text, or that are not what the prompt takes.
         """
-        chat = [{"role": "user", "content": question}] if isinstance(question, str) else plain(question, "question")
+        chat = [{"role": "user", "content": question}] if isinstance(question, str) else plain(question, name)
         if self.config.prompt is None and self.tokenizer.chat_template is not None:
             from jinja2 import TemplateError
 
             try:
                 return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             except (TemplateError, TypeError) as error:
-                raise ValueError(f"question: the tokenizer's chat template refuses it: {error}") from error
+                raise ValueError(f"{name}: the tokenizer's chat template refuses it: {error}") from error
         roles = [m["role"] for m in chat]
         if roles != ["user"]:
             raise ValueError(
-                f"question: the roles of its messages are {roles}, but the checkpoint's prompt takes one message, of the user"
+                f"{name}: the roles of its messages are {roles}, but the checkpoint's prompt takes one message, of the user"
             )
         text = chat[0]["content"]
         return text if self.config.prompt is None else self.config.prompt.replace("{question}", text)
@@ -289,7 +290,7 @@ class ReflectiveModel:
             ValueError: it is empty, or no text.
         """
         templated = self.config.prompt is None and self.tokenizer.chat_template is not None
-        _check_text("question", text)
+        check_text("question", text)
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not templated).input_ids
         if not ids.shape[1]:
             raise ValueError("question: the prompt is empty; give at least one character")
@@ -370,16 +371,17 @@ class ReflectiveModel:
             raise ValueError(f"seed={seed!r}: expected an integer, or a list of one for each question")
         if len(seeds) != len(questions):
             raise ValueError(f"seed: {len(seeds)} seeds for {len(questions)} questions; give one, or one each")
-        prompts = [self.format(q) for q in questions]
+        names = ["question"] if single else [f"question[{i}]" for i in range(len(questions))]
+        prompts = [self.format(q, name) for q, name in zip(questions, names, strict=True)]
         asks = [
             self._within(
                 Ask(
                     self.encode(prompt)[0].tolist(), strategy, max_new_tokens=max_new_tokens, temperature=temperature,
                     top_p=top_p, seed=own, number=number, thinking_budget=thinking_budget, stop=() if stop is None else stop,
                 ),
-                "question" if single else f"question[{i}]",
+                name,
             )
-            for i, (prompt, (own, number)) in enumerate(zip(prompts, seeds, strict=True))
+            for name, prompt, (own, number) in zip(names, prompts, seeds, strict=True)
         ]  # fmt: skip
         looked_at = on_step is not None or type(strategy).observe is not Strategy.observe
         scorer = StreamScorer(
@@ -620,23 +622,10 @@ def _texts(name: str, given: Any, *, empty: bool = False) -> list[str]:
         raise ValueError(f"{name}={brief(given)}: expected a list of texts")  # noqa: TRY004
     texts = list(given)
     for i, text in enumerate(texts):
-        _check_text(f"{name}[{i}]", text)
+        check_text(f"{name}[{i}]", text)
         if not text and not empty:
             raise ValueError(f"{name}[{i}]: it is empty; expected at least one character")
     return texts
-
-
-def _check_text(name: str, text: Any) -> None:
-    """ValueError unless tokenizers take it."""
-    if not isinstance(text, str):
-        raise ValueError(f"{name}={brief(text)}: expected a text")  # noqa: TRY004
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name}: character {error.start} is {text[error.start]!r}, half of a surrogate pair, which no tokenizer knows; "
-            "read the text as UTF-8, or replace it"
-        ) from error
 
 
 def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

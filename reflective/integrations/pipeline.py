@@ -7,6 +7,7 @@ pipe = pipeline(
 pipe("How many primes are below 100?", best_of=8)  # [{"generated_text": ..., "score": ..., "step_scores": [...]}]
 """
 
+import collections
 import math
 from typing import Any
 
@@ -31,8 +32,9 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
     Args:
         head, steps: as for ``StreamScorer``; those of a ``ReflectiveModel`` for instance.
         at, schedule, backend: as for ``StreamScorer``.
-        best_of: sample so many responses to a prompt and give the one with the highest score, in a list of one. Here, or in a
-            call.
+        best_of: sample so many responses to a prompt and give the one with the highest score, in a list of one. Where none has
+            a step, it is the text that comes most often, and of equally frequent ones the first; ``"chosen_by"`` in its record
+            is ``"score"``, ``"majority"`` or ``"first"``. Here, or in a call.
         aggregation: of step scores to ``"score"``, see ``reflective.scores.aggregate``. Here, or in a call.
         *args, **kwargs: as for ``TextGenerationPipeline``.
 
@@ -93,4 +95,20 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
             record |= {"score": score[i], "step_scores": steps[i][: n_steps[i]]}
         if not best:
             return records
-        return [max(records, key=lambda record: -1.0 if math.isnan(record["score"]) else record["score"])]
+        return [_best(records)]
+
+
+def _best(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record to choose. One without a step never beats one that has some; one without a score comes last."""
+
+    def standing(record: dict[str, Any]) -> tuple[int, float]:
+        return (0, 0.0) if math.isnan(record["score"]) else (1 + bool(record["step_scores"]), record["score"])
+
+    first = max(records, key=standing)
+    level = [record for record in records if standing(record)[0] == standing(first)[0]]
+    if first["step_scores"] and not math.isnan(first["score"]) or len(level) == 1:
+        return {**first, "chosen_by": "score"}
+    said = [repr([record[key] for key in record if key.startswith("generated_")]) for record in level]
+    votes = collections.Counter(said).most_common()  # of equally frequent ones the first comes first
+    alone = len(votes) == 1 or votes[0][1] > votes[1][1]
+    return {**level[said.index(votes[0][0])], "chosen_by": "majority" if alone else "first"}
