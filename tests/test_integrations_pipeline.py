@@ -181,7 +181,8 @@ def test_refusals_leave_the_model_as_it_was(parts):
     before = [(type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()]
     pipe = scored(parts)
     for settings, message in (
-        ({"best_of": 0}, "best_of=0"),
+        ({"best_of": 0}, "best_of=0 must be at least 1"),
+        ({"best_of": 2.5}, "best_of=2.5: expected an integer"),
         ({"best_of": 2, "num_return_sequences": 4}, "best_of=2"),
         ({"aggregation": "best"}, "aggregation='best'"),
         ({"use_cache": False}, "KV cache"),
@@ -190,5 +191,14 @@ def test_refusals_leave_the_model_as_it_was(parts):
             run(pipe, PROMPTS[0], **settings)
     with pytest.raises(ValueError, match="head"):
         scored((*parts[:2], tiny.head(hidden=32), parts[3]))
+    for inputs, message in (
+        (None, "text_inputs=None: expected a text"),
+        (5, "text_inputs=5: expected a text"),
+        (["a", None], r"text_inputs\[1\]=None: expected a text"),
+        ("\ud800", "text_inputs: character 0 is .* half of a surrogate pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(pipe, inputs)
+    assert run(pipe, []) == [], "nothing comes of nothing"
     assert [(type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()] == before
     assert run(pipe, PROMPTS[0])[0]["score"] >= 0

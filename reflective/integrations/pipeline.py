@@ -15,8 +15,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TextGenerationPipeline
 
+from ..messages import check_text
 from ..scorer import At, Schedule, StreamScorer
 from ..scores import aggregate
+from ..search import whole
 from ..sprm import SPRM
 from ..steps import StepTokens
 
@@ -61,9 +63,10 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         one = {"best": best_of is not None} if best_of is not None or "num_return_sequences" in kwargs else {}
         if best_of is not None:
-            if best_of < 1 or "num_return_sequences" in kwargs:
+            whole("best_of", best_of, 1)
+            if "num_return_sequences" in kwargs:
                 raise ValueError(
-                    f"best_of={best_of}: expected at least 1, and not beside num_return_sequences, which gives every response"
+                    f"best_of={best_of}: not beside num_return_sequences, which gives every response; leave one of them out"
                 )
             kwargs["num_return_sequences"] = best_of
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -71,6 +74,18 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
             aggregate([], aggregation)
             forward["aggregation"] = aggregation
         return preprocess, forward, postprocess | one
+
+    def __call__(self, text_inputs: Any, **kwargs: Any) -> list:
+        """As the pipeline's own; nothing comes of no texts, and what is no text is refused."""
+        if isinstance(text_inputs, list | tuple):
+            if not text_inputs:
+                return []
+            for i, text in enumerate(text_inputs):
+                if not isinstance(text, list | tuple | dict):  # of messages, or one of them
+                    check_text(f"text_inputs[{i}]", text)
+        elif text_inputs is None or isinstance(text_inputs, str | bytes | dict | int | float):
+            check_text("text_inputs", text_inputs)
+        return super().__call__(text_inputs, **kwargs)
 
     def _forward(
         self, model_inputs: dict[str, Any], aggregation: str = "geometric_mean", **generate_kwargs: Any
