@@ -1,6 +1,7 @@
 """ReflectiveModel: a backbone, its tokenizer, its head and its step-tokens in one."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -258,6 +259,15 @@ class ReflectiveModel:
     def max_length(self) -> int | None:
         """Tokens of prompt and response together, as far as the model's configuration says."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @functools.cached_property
+    def _learned(self) -> int | None:
+        """How many positions the model has a learned embedding for; None: for any, as rotary ones go on."""
+        tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding)]
+        tokens, most = self.model.get_input_embeddings(), self.max_length
+        # Some tables begin with rows for padding.
+        found = any(t is not tokens and 0 <= t.num_embeddings - most <= 2 for t in tables) if most else False
+        return most if found else None
 
     def format(self, question: str | Messages, name: str = "question") -> str:
         """The prompt for ``question``, or after a conversation of ``{"role", "content"}``: by the tokenizer's chat template,
@@ -510,9 +520,9 @@ class ReflectiveModel:
         for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
             if not r:
                 raise ValueError(f"responses[{i}]: it is empty; expected at least one token")
-            if self.max_length is not None and len(p) + len(r) > self.max_length:
+            if self._learned is not None and len(p) + len(r) > self._learned:
                 raise ValueError(
-                    f"responses[{i}]: with its prompt {len(p) + len(r)} tokens, more than the model's {self.max_length} positions"
+                    f"responses[{i}]: with its prompt {len(p) + len(r)} tokens, and the model has {self._learned} positions"
                 )
         rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
         # Behind an empty prompt the whole text counts, as it does where rf.score is told of no prompts.

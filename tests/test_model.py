@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
 
 import reflective as rf
 from reflective.model import Config
@@ -329,13 +329,41 @@ def test_a_conversation_is_a_question(small):
         (None, ["a"], "prompt=None: expected a list of texts"),
         (["p", 7], ["a", "b"], "prompt[1]=7: expected a text"),
         (["p"], ["a", "b"], "prompt: 1 prompts for 2 responses"),
-        ("p", ["a", "a" * 512], "responses[1]: with its prompt 513 tokens, more than the model's 512 positions"),
-        ("", ["a" * 513], "responses[0]: with its prompt 513 tokens"),
     ],
 )
 def test_texts_that_cannot_be_scored(small, prompt, responses, message):
     with told(message):
         small.score(prompt, responses)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=64, n_layer=3, n_head=4),
+        OPTConfig(hidden_size=64, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=64),
+    ],
+    ids=["gpt2", "opt"],
+)
+def test_learned_positions_have_an_end(small, config):
+    config.vocab_size, config.max_position_embeddings = len(small.tokenizer), 32
+    model = rf.ReflectiveModel(
+        AutoModelForCausalLM.from_config(config).eval(), small.tokenizer, small.head, small.config
+    )
+    (last,) = model.score("p", ["na" * 15 + "n"])
+    assert last.step_scores
+    for prompt, responses, message in (
+        ("p", ["a", "a" * 32], "responses[1]: with its prompt 33 tokens, and the model has 32 positions"),
+        ("", ["a" * 33], "responses[0]: with its prompt 33 tokens"),
+    ):
+        with told(message):
+            model.score(prompt, responses)
+    assert len(model.generate("x" * 20, n=1, seed=0).candidates[0].token_ids) <= 8  # behind 24
+
+
+def test_rotary_positions_go_on(small):
+    """What was decoded up to the last one may be more tokens when it is read again."""
+    (found,) = small.score("p", ["a" * 600])
+    assert found.error is None and len(found.token_ids) == 600
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Strategies against a scripted world: decisions checked by hand, guarantees by simulation."""
 
 import dataclasses
+import itertools
 import json
 import math
 import string
@@ -24,6 +25,8 @@ from reflective.strategies.prune import Prune
 from reflective.strategies.rpc import RPC, fit_mixture, unlikely
 from reflective.strategies.votes import classes, same_answer
 
+_OTHERS = itertools.count(2)
+
 
 @dataclass
 class Fake:
@@ -35,7 +38,7 @@ class Fake:
     parent: int | None = None
     answer: str | None = None
     status: str = "stop"
-    token_ids: list[int] = field(default_factory=lambda: [1, 2])
+    token_ids: list[int] = field(default_factory=lambda: [1, next(_OTHERS)])
     log_prob: float = -1.0
     text: str = ""
 
@@ -208,6 +211,9 @@ def test_without_a_step_the_majority_decides_and_then_the_likeliest(name):
     assert chosen(best, Fake(token_ids=[]), says("b", 0.1)) == (1, "majority"), "the other ended at once"
     stopped = Fake([0.9], status="stopped")
     assert chosen(best, stopped, *texts[:3]) == (3, "majority")
+    for more in ({"log_prob": -0.7 + 1e-9}, {"log_prob": -0.7, "step_scores": [0.5 + 1e-9]}):
+        same = Fake([0.5] if "step_scores" in more else [], text="a", token_ids=[7], log_prob=-0.7)
+        assert chosen(best, same, dataclasses.replace(same, **more))[0] == 0, "of the same tokens the first"
 
 
 @pytest.mark.parametrize("name", [name for name in SCORING if name != "prune"])  # which knows one aggregation
@@ -226,7 +232,7 @@ def test_votes_without_a_step():
         vote = by_name(name)
         few = [says("", 0.2, "3"), says("", 0.3, "3"), says("", 0.9, "5")]
         assert chosen(vote, *few) == (1, "majority"), "the likelier of two with one answer"
-        assert chosen(vote, *few[1:]) == (1, "likelihood"), "one vote each"
+        assert chosen(vote, *few[:2]) == (1, "majority") and chosen(vote, *few[1:]) == (1, "likelihood")
         assert chosen(vote, says("b", 0.2), says("a", 0.1), says("a", 0.15)) == (2, "majority"), "no answer at all"
         assert chosen(vote, *few[:2], Fake([0.1], answer="5")) == (1 if name == "majority" else 2, alone)
         assert chosen(vote, Fake([0.2], answer="1"), Fake([0.3], answer="2")) == (1, "score"), "one vote each"

@@ -112,7 +112,7 @@ class Strategy:
         frequent ones the likeliest response.
         """
         there = eligible(candidates)
-        standings = [self.standing(candidates[i]) for i in there]
+        standings = self.standings([candidates[i] for i in there])
         best = max(standings)
         level = [i for i, (rank, _) in zip(there, standings, strict=True) if rank == best[0]]
         if best[0] == SCORED or len(level) == 1:
@@ -120,7 +120,8 @@ class Strategy:
             return there[standings.index(best)]
         from .votes import likeliest_of_most
 
-        index, self.chosen_by = likeliest_of_most([candidates[i] for i in level])
+        p = [p for rank, p in standings if rank == best[0]]
+        index, self.chosen_by = likeliest_of_most([candidates[i] for i in level], p)
         return level[index]
 
     def standing(self, candidate: "Candidate | Live") -> tuple[int, float]:
@@ -128,6 +129,11 @@ class Strategy:
         if any(map(math.isnan, candidate.step_scores)):
             return WITHOUT_SCORE, likelihood(candidate)
         return (SCORED, self.value(candidate)) if candidate.step_scores else (WITHOUT_STEP, likelihood(candidate))
+
+    def standings(self, candidates: "Sequence[Candidate]") -> list[tuple[int, float]]:
+        """``standing`` of each; of responses of the same tokens that of the first, for in another company the last bits differ."""
+        first: dict[tuple[int, ...], tuple[int, float]] = {}
+        return [first.setdefault(tuple(c.token_ids), self.standing(c)) for c in candidates]
 
     def value(self, candidate: "Candidate | Live") -> float:
         """The candidate's score under ``aggregation``; 0 without a step, -1 where a step has none."""

@@ -61,7 +61,9 @@ class AStar(Strategy):
 
     def choose(self, candidates: "Sequence[Candidate]") -> int:
         """The finished candidate with the least f; one without a step only where none has any."""
-        best = min(eligible(candidates), key=lambda i: (*self._order(candidates[i]), i))
+        first: dict[tuple[int, ...], tuple[int, float]] = {}  # as in ``standings``
+        orders = [first.setdefault(tuple(c.token_ids), self._order(c)) for c in candidates]
+        best = min(eligible(candidates), key=orders.__getitem__)
         if self.standing(candidates[best])[0] != SCORED:
             return super().choose(candidates)
         self.chosen_by = "score"

@@ -44,7 +44,7 @@ class Majority(Strategy):
                 ("likelihood", lambda group: max(likelihood(voters[v]) for v in group)),
             ],
         )
-        return there[max(winner, key=lambda v: self.standing(voters[v]))]
+        return there[max(winner, key=self.standings(voters).__getitem__)]
 
     def weights(self, voters: "Sequence[Candidate]") -> list[float]:
         """Weight of each one's vote."""
@@ -66,8 +66,8 @@ class WeightedVote(Majority):
         return [max(self.value(c), 0.0) for c in voters]
 
 
-def likeliest_of_most(candidates: "Sequence[Candidate]") -> tuple[int, str]:
-    """The choice among candidates without scores: index of the likeliest response that gives the most frequent answer, of
+def likeliest_of_most(candidates: "Sequence[Candidate]", p: Sequence[float]) -> tuple[int, str]:
+    """The choice among candidates without scores, of likelihoods ``p``: index of the likeliest response that gives the most frequent answer, of
     equally frequent ones and of equals the first, and whether ``"majority"`` or ``"likelihood"`` told it from the others.
 
     Where nobody has an answer, a response's text behind its ``</think>`` is its answer. An empty one does not vote.
@@ -82,7 +82,6 @@ def likeliest_of_most(candidates: "Sequence[Candidate]") -> tuple[int, str]:
             if text := c.text.rpartition("</think>")[2].strip():
                 same.setdefault(text, []).append(i)
         groups = list(same.values()) or [[i] for i in range(len(candidates))]
-    p = [likelihood(c) for c in candidates]
     winner, by = _elected(groups, [("majority", len), ("likelihood", lambda group: max(p[i] for i in group))])
     return max(winner, key=p.__getitem__), by
 
