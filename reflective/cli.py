@@ -28,7 +28,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 Item = TypeVar("Item")
-_COSTS = ("strategy", "seed", "tokens", "seconds", "scoring_seconds", "alive", "interrupted")
+_COSTS = ("strategy", "chosen_by", "seed", "tokens", "seconds", "scoring_seconds", "alive", "interrupted")
 ModelOption = Annotated[
     str, typer.Option(help="Directory, or ORG/NAME on the Hub, of model, tokenizer and head; 'default': SmolLM2-135M.")
 ]
@@ -543,9 +543,11 @@ def _interruptible() -> Iterator[None]:
 
 
 def _costs(result: "Generation") -> str:
+    from .demo import chosen_by
+
     stopped = sum(c.status == "stopped" for c in result.candidates)
     return (
-        f"{result.strategy}: {result.tokens} tokens, {len(result.candidates)} candidates, {stopped} of them stopped, "
+        f"{result.strategy}{chosen_by(result)}: {result.tokens} tokens, {len(result.candidates)} candidates, {stopped} of them stopped, "
         f"{result.seconds:.1f} s, {1e3 * result.scoring_seconds:.1f} ms of it scoring"
     )
 

@@ -88,7 +88,13 @@ def report(console: Console, generation: Generation, costs: Costs) -> None:
             str(i), " ".join(c.text.split()), sparkline(c.step_scores), f"{c.score:.3f}", c.answer or "", style=style
         )
     console.print(table)
-    console.print(Panel(generation.best.text.strip(), title=f"best of {len(generation.candidates)}", expand=False))
+    console.print(
+        Panel(
+            generation.best.text.strip(),
+            title=f"best of {len(generation.candidates)}{chosen_by(generation)}",
+            expand=False,
+        )
+    )
     share = costs.scoring / costs.decoding
     console.print(
         f"scoring added [bold]{1e3 * costs.scoring:.1f} ms[/] to {costs.decoding:.2f} s of decoding ({share:.2%})\n"
@@ -96,3 +102,11 @@ def report(console: Console, generation: Generation, costs: Costs) -> None:
         f"({costs.second_pass / costs.decoding:.0%} of decoding, {costs.second_pass / costs.scoring:,.0f} times as long)",
         highlight=False,
     )
+
+
+def chosen_by(generation: Generation) -> str:
+    """For people: how the answer was chosen, unless by its score."""
+    if generation.chosen_by not in ("majority", "likelihood"):
+        return ""
+    none = not any(c.step_scores for c in generation.candidates if c.status != "stopped")
+    return f" (chosen by {generation.chosen_by}{', as no candidate has a step' if none else ''})"

@@ -1,27 +1,30 @@
 """ReflectiveModel: a backbone, its tokenizer, its head and its step-tokens in one."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .finished import score
 from .hub import ADAPTER, CONFIG_NAME, HEAD, base_model, directory, model_directory, save_head
+from .messages import brief, check_text, is_conversation, plain
 from .outputs import folder, json_text, write_text
 from .scorer import At, Schedule, StreamScorer
-from .search import Ask, Live, Question, Scored, Search, ask
+from .search import Ask, Live, Question, Scored, Search, ask, whole
 from .sprm import SPRM
 from .steps import StepTokens
 from .strategies import Strategy, by_name
@@ -29,6 +32,7 @@ from .strategies import Strategy, by_name
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Messages = Sequence[Mapping[str, Any]]
 EFFORT = {"low": 2, "medium": 8, "high": 32}  # candidates, paper section 4.1
 
 
@@ -110,6 +114,10 @@ class Generation:
         prompt: the text given to the model.
         candidates: all that there were, in order of creation.
         best: the one that the strategy chose.
+        chosen_by: what told it from the others: ``"score"``; ``"majority"``, it gives the answer that most give;
+            ``"likelihood"``, its tokens are the likeliest, on average; ``"strategy"``, a rule of the strategy's own;
+            ``"only"``, there are no others. Where no candidate has a step, all scores are 0, and it is the majority or, of
+            equally frequent answers, the likelihood that decides.
         strategy: its name.
         seed: with which the run can be repeated.
         tokens: decoded, by all candidates.
@@ -129,6 +137,7 @@ class Generation:
     seconds: float = 0.0
     scoring_seconds: float = 0.0
     interrupted: bool = False
+    chosen_by: str = "score"
 
     @property
     def text(self) -> str:
@@ -225,7 +234,9 @@ class ReflectiveModel:
             model = _merged(model, adapter)
         if sprm is None:
             sprm = SPRM(model.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).eval()
-        return cls(model, AutoTokenizer.from_pretrained(files), sprm.to(model.dtype), config, beside)
+        sprm = sprm.to(model.dtype)
+        sprm.check_finite()
+        return cls(model, AutoTokenizer.from_pretrained(files), sprm, config, beside)
 
     @classmethod
     def default(cls, *, head: str | Path | None = None, fetch: bool = False) -> "ReflectiveModel":
@@ -246,32 +257,68 @@ class ReflectiveModel:
         """Write the head, and the adapter that it came with, as a repository with a model card: ``hub.save_head``."""
         return save_head(self, path, **given)
 
-    def format(self, question: str) -> str:
-        """The prompt for ``question``."""
-        if self.config.prompt is not None:
-            return self.config.prompt.replace("{question}", question)
-        if self.tokenizer.chat_template is None:
-            return question
-        chat = [{"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of prompt and response together, as far as the model's configuration says."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @functools.cached_property
+    def _learned(self) -> int | None:
+        """How many positions the model has a learned embedding for; None: for any, as rotary ones go on."""
+        tables = [m for m in self.model.modules() if isinstance(m, nn.Embedding)]
+        tokens, most = self.model.get_input_embeddings(), self.max_length
+        # Some tables begin with rows for padding.
+        found = any(t is not tokens and 0 <= t.num_embeddings - most <= 2 for t in tables) if most else False
+        return most if found else None
+
+    def format(self, question: str | Messages, name: str = "question") -> str:
+        """The prompt for ``question``, or after a conversation of ``{"role", "content"}``: by the tokenizer's chat template,
+        or where the checkpoint has a prompt of its own, or there is no template, by that, which has room for one question.
+        ``name``: by which it is refused.
+
+        Raises:
+            ValueError: messages that are none, that hold more than text, or that are not what the prompt takes.
+        """
+        chat = [{"role": "user", "content": question}] if isinstance(question, str) else plain(question, name)
+        if self.config.prompt is None and self.tokenizer.chat_template is not None:
+            from jinja2 import TemplateError
+
+            try:
+                return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            except (TemplateError, TypeError) as error:
+                raise ValueError(f"{name}: the tokenizer's chat template refuses it: {error}") from error
+        roles = [m["role"] for m in chat]
+        if roles != ["user"]:
+            raise ValueError(
+                f"{name}: the roles of its messages are {roles}, but the checkpoint's prompt takes one message, of the user"
+            )
+        text = chat[0]["content"]
+        return text if self.config.prompt is None else self.config.prompt.replace("{question}", text)
 
     def encode(self, text: str) -> Tensor:
-        """``text`` as ids [1, T]; a chat template has put its special tokens there already."""
+        """``text`` as ids [1, T]; a chat template has put its special tokens there already.
+
+        Raises:
+            ValueError: it is empty, or no text.
+        """
         templated = self.config.prompt is None and self.tokenizer.chat_template is not None
+        check_text("question", text)
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not templated).input_ids
         if not ids.shape[1]:
             raise ValueError("question: the prompt is empty; give at least one character")
         return ids.to(self.model.device)
 
     @overload
-    def generate(self, question: str, effort: str | None = None, **settings: Any) -> Generation: ...
+    def generate(self, question: str | Messages, effort: str | None = None, **settings: Any) -> Generation: ...
 
     @overload
-    def generate(self, question: Sequence[str], effort: str | None = None, **settings: Any) -> list[Generation]: ...
+    def generate(
+        self, question: Sequence[str | Messages], effort: str | None = None, **settings: Any
+    ) -> list[Generation]: ...
 
     def generate(
         self,
-        question: str | Sequence[str],
+        question: str | Messages | Sequence[str | Messages],
         effort: str | None = None,
         *,
         strategy: Strategy | str | None = None,
@@ -280,7 +327,7 @@ class ReflectiveModel:
         temperature: float = 0.6,
         top_p: float = 0.95,
         seed: int | Sequence[int] | None = None,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = (),
         thinking_budget: int | None = None,
         batch_rows: int = 64,
         schedule: Schedule | None = None,
@@ -294,12 +341,13 @@ class ReflectiveModel:
         Each question's prompt is prefilled once. Ctrl-C ends the run with what was decoded and scored by then.
 
         Args:
-            question: put into the checkpoint's prompt; of several, all are decoded in one batch, and a list comes back.
+            question: put into the checkpoint's prompt: a text, or a conversation, see ``format``. Of several, all are decoded
+                in one batch, and a list comes back.
             effort: ``"low"``, ``"medium"``, ``"high"``: 2, 8, 32 candidates. ``n`` overrides it, and without either the
                 strategy's own ``n`` counts, 8 if it says nothing else.
             strategy: by name (``reflective.strategies.NAMES``) or as an object; None: best of n.
-            max_new_tokens: of a candidate.
-            temperature, top_p: 0.6 and 0.95 as published; temperature 0 decodes greedily. Of the model's
+            max_new_tokens: of a candidate, which ends sooner where the model has no further position.
+            temperature, top_p: 0.6 and 0.95 as published; temperature 0 decodes greedily, all candidates the same. Of the model's
                 ``generation_config`` only the end-of-sequence tokens count.
             seed: makes the run repeatable; None draws one. Of a list every question has its own, and is answered as it
                 would be alone. Ranks of a ``process_group`` need the same one.
@@ -312,41 +360,66 @@ class ReflectiveModel:
             on_step: called after every forward with the candidates, ended ones too, of each question under way.
 
         Raises:
-            ValueError: empty question, unknown effort or strategy, ``n`` below 1, a head that does not fit, a model
-                whose cache cannot be taken apart, a ``thinking_budget`` with nothing that ends thinking.
+            ValueError: an empty question, or one that leaves the model no position; unknown effort or strategy, a number out
+                of its range, a head that does not fit, a model whose cache cannot be taken apart, a ``thinking_budget`` with
+                nothing that ends thinking.
             RuntimeError: the strategy failed; it names it.
         """
-        questions = [question] if isinstance(question, str) else list(question)
+        questions, single = _questions(question)
         strategy = self.strategy(strategy, effort, n)
-        if not all(q.strip() for q in questions):
-            raise ValueError("question: it is empty")
-        if batch_rows < 1:
-            raise ValueError(f"batch_rows={batch_rows} must be at least 1")
+        whole("batch_rows", batch_rows, 1)
+        if on_step is not None and not callable(on_step):
+            raise ValueError(f"on_step={brief(on_step)}: expected a function of the candidates of each question")
         if seed is None:
             if process_group is not None:
                 raise ValueError("seed: ranks of a process_group need the same one; give it")
             seed = secrets.randbits(32)
         # With a seed of its own a question is answered as it would be alone.
-        seeds = [(seed, i) for i in range(len(questions))] if isinstance(seed, Integral) else [(s, 0) for s in seed]
+        if isinstance(seed, Integral):
+            seeds = [(seed, i) for i in range(len(questions))]
+        elif not isinstance(seed, str | bytes) and getattr(seed, "ndim", 1) and isinstance(seed, Iterable):
+            seeds = [(s, 0) for s in seed]
+        else:
+            raise ValueError(f"seed={seed!r}: expected an integer, or a list of one for each question")
         if len(seeds) != len(questions):
             raise ValueError(f"seed: {len(seeds)} seeds for {len(questions)} questions; give one, or one each")
-        prompts = [self.format(q) for q in questions]
+        names = ["question"] if single else [f"question[{i}]" for i in range(len(questions))]
+        prompts = [self.format(q, name) for q, name in zip(questions, names, strict=True)]
         asks = [
-            Ask(
-                self.encode(prompt)[0].tolist(), strategy, max_new_tokens=max_new_tokens, temperature=temperature,
-                top_p=top_p, seed=own, number=number, thinking_budget=thinking_budget, stop=stop,
+            self._within(
+                Ask(
+                    self.encode(prompt)[0].tolist(), strategy, max_new_tokens=max_new_tokens, temperature=temperature,
+                    top_p=top_p, seed=own, number=number, thinking_budget=thinking_budget, stop=() if stop is None else stop,
+                ),
+                name,
             )
-            for prompt, (own, number) in zip(prompts, seeds, strict=True)
+            for name, prompt, (own, number) in zip(names, prompts, seeds, strict=True)
         ]  # fmt: skip
         looked_at = on_step is not None or type(strategy).observe is not Strategy.observe
         scorer = StreamScorer(
             self.model, self.head, self.steps, schedule or ("immediate" if looked_at else "deferred"), self.config.at,
-            max_steps=max_new_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
+            max_steps=max((a.max_new_tokens for a in asks), default=1), backend=backend, w1_dtype=w1_dtype, process_group=process_group,
         )  # fmt: skip
         done = Search(self, scorer, batch_rows=batch_rows, on_step=on_step).run(asks)
         share = scorer.host_seconds / max(1, sum(q.tokens for q in done))
         found = [self.generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
-        return found[0] if isinstance(question, str) else found
+        return found[0] if single else found
+
+    def _within(self, ask: Ask, name: str) -> Ask:
+        """``ask`` with no more tokens than the model has positions for.
+
+        Raises:
+            ValueError: the prompt takes them all.
+        """
+        if self.max_length is None:
+            return ask
+        room = self.max_length - len(ask.prompt)
+        if room < 1:
+            raise ValueError(
+                f"{name}: its prompt has {len(ask.prompt)} tokens and the model {self.max_length} positions, which leaves "
+                "none to decode at; shorten it"
+            )
+        return dataclasses.replace(ask, max_new_tokens=min(ask.max_new_tokens, room))
 
     def strategy(
         self, strategy: Strategy | str | None = None, effort: str | None = None, n: int | None = None
@@ -356,7 +429,7 @@ class ReflectiveModel:
         Raises:
             ValueError: unknown effort or strategy, ``n`` below 1.
         """
-        if effort is not None and effort not in EFFORT:
+        if effort is not None and (not isinstance(effort, str) or effort not in EFFORT):
             raise ValueError(f"effort={effort!r}; expected one of {', '.join(EFFORT)}")
         n = EFFORT.get(effort) if n is None else n
         given = {} if n is None else {"n": n}
@@ -368,11 +441,15 @@ class ReflectiveModel:
         """What a search has made of a question."""
         candidates = [self._ended(c) for c in question.candidates]
         chosen = ask(question.strategy, "choose", candidates)
+        if not isinstance(chosen, Integral) or not 0 <= chosen < len(candidates):
+            name = type(question.strategy).__name__
+            raise RuntimeError(f"strategy {name}: choose gave {chosen!r}, no index of its {len(candidates)} candidates")
         return Generation(
             prompt, candidates, candidates[chosen],
             strategy=question.strategy.name, seed=question.ask.seed, tokens=question.tokens, alive=question.alive,
             seconds=question.seconds, scoring_seconds=scoring_seconds,
             interrupted=any(c.status == "interrupted" for c in candidates),
+            chosen_by=question.strategy.chosen_by if len(candidates) > 1 else "only",
         )  # fmt: skip
 
     def _ended(self, live: Live) -> Candidate:
@@ -402,11 +479,15 @@ class ReflectiveModel:
             backend, w1_dtype, process_group: as for ``StreamScorer``.
 
         Raises:
-            ValueError: no response, or an empty one; as many prompts as there are no responses.
+            ValueError: no response, an empty one, or one that the model has no room for; as many prompts as there are no
+                responses.
         """
-        prompts = [prompt] * len(responses) if isinstance(prompt, str) else list(prompt)
+        responses = _texts("responses", responses)
+        prompts = _texts("prompt", [prompt] * len(responses) if isinstance(prompt, str) else prompt, empty=True)
         if len(prompts) != len(responses):
             raise ValueError(f"prompt: {len(prompts)} prompts for {len(responses)} responses; give one, or one each")
+        if not responses:
+            raise ValueError("responses: expected at least one")
         known = {p: self.encode(p)[0].tolist() if p else [] for p in set(prompts)}
         return self.score_tokens(
             [known[p] for p in prompts],
@@ -430,10 +511,21 @@ class ReflectiveModel:
         """``score`` of token ids, as many prompts as responses: what was decoded is scored without tokenizing it again.
 
         Raises:
-            ValueError: no response, or an empty one.
+            ValueError: no response, an empty one, or one that the model has no room for.
         """
-        if not responses or not all(map(len, responses)):
-            raise ValueError("responses: expected at least one, each with at least one token")
+        prompts, responses = self.token_ids("prompts", prompts), self.token_ids("responses", responses)
+        whole("batch_tokens", batch_tokens, 1)
+        if not responses:
+            raise ValueError("responses: expected at least one")
+        if len(prompts) != len(responses):
+            raise ValueError(f"prompts: {len(prompts)} for {len(responses)} responses; give one each")
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+            if not r:
+                raise ValueError(f"responses[{i}]: it is empty; expected at least one token")
+            if self._learned is not None and len(p) + len(r) > self._learned:
+                raise ValueError(
+                    f"responses[{i}]: with its prompt {len(p) + len(r)} tokens, and the model has {self._learned} positions"
+                )
         rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
         # Behind an empty prompt the whole text counts, as it does where rf.score is told of no prompts.
         scores = score(
@@ -441,9 +533,27 @@ class ReflectiveModel:
             batch_tokens=batch_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
         )  # fmt: skip
         return [
-            self._candidate(list(r), scores.step_scores[i].tolist(), Scored.of(scores, i, len(p)))
+            self._candidate(r, scores.step_scores[i].tolist(), Scored.of(scores, i, len(p)))
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
+
+    def token_ids(self, name: str, given: Any) -> list[list[int]]:
+        """``given``, lists or tensors of token ids, as lists; ``name``: by which it is refused.
+
+        Raises:
+            ValueError: it is something else, or one of them is no token of the model.
+        """
+        size, found = self.model.get_input_embeddings().num_embeddings, []
+        for i, row in enumerate(given if isinstance(given, Iterable) else [given]):
+            row = row.tolist() if isinstance(row, Tensor | np.ndarray) else row
+            if isinstance(row, str | bytes) or not isinstance(row, Iterable):
+                raise ValueError(f"{name}[{i}]={brief(row)}: expected a list of token ids")  # noqa: TRY004
+            found.append(list(row))
+            if wrong := [
+                t for t in found[-1] if isinstance(t, bool) or not isinstance(t, Integral) or not 0 <= t < size
+            ]:
+                raise ValueError(f"{name}[{i}]: {wrong[0]!r} is no token; ids are integers from 0 to {size - 1}")
+        return found
 
     def _candidate(self, tokens: list[int], step_scores: list[float], scored: Scored) -> Candidate:
         text, ends = self.decode(tokens), self._ends(tokens, scored.positions)
@@ -493,6 +603,41 @@ class ReflectiveModel:
     def decode(self, tokens: list[int], *, special: bool = False) -> str:
         """The text of ``tokens``; ``special``: with that of special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+
+def _questions(question: Any) -> tuple[list[str | Messages], bool]:
+    """The questions, and whether it is a single one.
+
+    Raises:
+        ValueError: anything else, or an empty one.
+    """
+    single = isinstance(question, str) or is_conversation(question)
+    if not single and (isinstance(question, bytes | Mapping) or not isinstance(question, Iterable)):
+        raise ValueError(f"question={brief(question)}: expected a text, a list of messages, or a list of these")
+    questions = [question] if single else list(question)
+    for i, q in enumerate(questions):
+        name = "question" if single else f"question[{i}]"
+        if not isinstance(q, str) and not is_conversation(q):
+            raise ValueError(f"{name}={brief(q)}: expected a text or a list of messages, each with role and content")
+        if not (q if isinstance(q, str) else "".join(m["content"] for m in plain(q, name))).strip():
+            raise ValueError(f"{name}: it is empty")
+    return questions, single
+
+
+def _texts(name: str, given: Any, *, empty: bool = False) -> list[str]:
+    """``given``, a list of texts.
+
+    Raises:
+        ValueError: none, or one of them is no text or, unless they may be, ``empty``.
+    """
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"{name}={brief(given)}: expected a list of texts")  # noqa: TRY004
+    texts = list(given)
+    for i, text in enumerate(texts):
+        check_text(f"{name}[{i}]", text)
+        if not text and not empty:
+            raise ValueError(f"{name}[{i}]: it is empty; expected at least one character")
+    return texts
 
 
 def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

@@ -12,8 +12,9 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,16 +143,16 @@ class Ask:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        for name, value in (("thinking_budget", self.thinking_budget), ("seed", self.seed)):
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value} must not be negative")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be finite, and not negative")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in [0, 1]")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        whole("max_new_tokens", self.max_new_tokens, 1)
+        whole("seed", self.seed, 0)
+        if self.thinking_budget is not None:
+            whole("thinking_budget", self.thinking_budget, 0)
+        if not _real(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r} must be finite, and not negative")
+        if not _real(self.top_p) or not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r} must lie in [0, 1]")
+        listed = isinstance(self.stop, Collection) and not isinstance(self.stop, str | bytes)
+        if not listed or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop={self.stop!r}: expected a list of texts, none of them empty")
 
 
@@ -554,6 +555,20 @@ def ask(strategy: Strategy, method: str, argument: Any) -> Any:
         return getattr(strategy, method)(argument)
     except Exception as error:
         raise RuntimeError(f"strategy {_name(strategy)}: {method} failed: {error!r}") from error
+
+
+def whole(name: str, value: Any, least: int) -> None:
+    """ValueError unless ``value`` is an integer, ``least`` or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}={value!r}: expected an integer")  # noqa: TRY004
+    if value < least:
+        raise ValueError(
+            f"{name}={value} must be at least {least}" if least else f"{name}={value} must not be negative"
+        )
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _name(strategy: Strategy) -> str:

@@ -2,6 +2,8 @@
 
 import math
 import pickle
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -14,6 +16,9 @@ from .outputs import folder, replacing
 
 NAMES = ("score_module.safetensors", "score_module.pt")
 _KEYS = ("0.weight", "0.bias", "3.weight", "3.bias")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in files; widened when they are read
+_QUANTISED = re.compile("scale|zero|absmax|quant|qweight|packed|SCB")  # in what quantisers call their tensors
 
 
 class SPRM(nn.Sequential):
@@ -86,13 +91,20 @@ class SPRM(nn.Sequential):
 
         Args:
             path: file, directory or, where there is none of that name, ``ORG/NAME`` on the Hub.
-            dtype: None: that of the first weights.
+            dtype: None: that of the first weights; float32 for those of 8 bits, which it holds exactly.
             revision, cache_dir, local_files_only: see ``hub.directory``.
 
         Raises:
             FileNotFoundError: no such file or repository, or one without either; others: see ``hub.directory``.
-            ValueError: the file is not a head: unreadable, other keys, shapes that do not fit together.
+            ValueError: the file is not a head: unreadable, other keys, shapes that do not fit together, quantised weights or
+                others that are no floats, NaN or infinite ones; a ``dtype`` that no head computes in, or that has no room
+                for a weight.
         """
+        if dtype is not None and dtype not in _FLOATS:
+            raise ValueError(
+                f"dtype={dtype!r}: a head computes in one of {', '.join(map(str, _FLOATS))}; for first weights of 8 bits give "
+                "what scores w1_dtype=torch.float8_e4m3fn"
+            )
         where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         file = cls.found(directory(path, SCORE_MODULE, **where))
         if file is None:
@@ -116,7 +128,12 @@ class SPRM(nn.Sequential):
         tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
         if not tensors or set(state) != set(_KEYS):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"{file} is not an SPRM head: expected tensors under {list(_KEYS)}, found {keys}")
+            message = f"{file} is not an SPRM head: expected tensors under {list(_KEYS)}, found {keys}"
+            if isinstance(state, dict) and any(map(_QUANTISED.search, map(str, state))):
+                message += "; it looks quantised, so give the head as it was trained"
+            raise ValueError(message)
+        for key in _KEYS:
+            check_dtype(state[key], f"{file}: {key}", (*_FLOATS, *_FLOAT8))
         w1 = state["0.weight"]
         expected = [tuple(w1.shape), w1.shape[:1], (1, w1.shape[0]), (1,)] if w1.dim() == 2 else None
         if expected is None or [tuple(state[k].shape) for k in _KEYS] != [tuple(s) for s in expected]:
@@ -126,9 +143,22 @@ class SPRM(nn.Sequential):
         with torch.device("meta"):
             head = cls(hidden_size, width)
         # Copied: what safetensors reads is mapped from the file, which may be written anew while the head is in use.
-        state = {key: value.to(dtype or w1.dtype, copy=True) for key, value in state.items()}
-        head.load_state_dict(state, assign=True)
+        dtype = dtype or (torch.float32 if w1.dtype in _FLOAT8 else w1.dtype)
+        loaded = {key: value.detach().to(dtype, copy=True) for key, value in state.items()}
+        head.load_state_dict(loaded, assign=True)
+        for key, value in state.items():
+            if not value.to(torch.promote_types(torch.float32, loaded[key].dtype)).isfinite().all():
+                raise ValueError(
+                    f"{file}: {key} holds NaN or infinity, and every score would be NaN; train the head anew"
+                )
+        head.check_finite(str(file))
         return head.requires_grad_(False).eval()
+
+    def check_finite(self, name: str = "head") -> None:
+        """Raise ValueError if a weight is too large for its dtype: every score would be NaN, and hidden states blamed."""
+        for key, value in self.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"{name}: {key} has no room in {self.dtype}; use torch.bfloat16 or torch.float32")
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write the head: to a ``.pt`` or ``.safetensors`` file, or as ``score_module.safetensors`` into a directory.
@@ -153,6 +183,10 @@ class SPRM(nn.Sequential):
 
     def check_model(self, hidden_size: int, dtype: torch.dtype, name: str = "model") -> None:
         """Raise ValueError unless this head fits a backbone of ``hidden_size`` and ``dtype``."""
+        for key, value in self.state_dict().items():
+            check_dtype(value, f"head: {key}", _FLOATS)
+            if value.dtype != self.dtype:
+                raise ValueError(f"head: {key} is {value.dtype} and 0.weight {self.dtype}; use head.to({dtype})")
         if self.hidden_size != hidden_size:
             raise ValueError(
                 f"head: hidden size {self.hidden_size} differs from the {hidden_size} of {name}; "
@@ -160,6 +194,21 @@ class SPRM(nn.Sequential):
             )
         if self.dtype != dtype:
             raise ValueError(f"head: dtype {self.dtype} differs from the {dtype} of {name}; use head.to({dtype})")
+
+
+def check_dtype(weight: Tensor, name: str, expected: Sequence[torch.dtype]) -> None:
+    """Raise ValueError unless ``weight`` is a plain tensor of one of the ``expected`` dtypes."""
+    kind = type(weight).__name__
+    if hasattr(type(weight), "__tensor_flatten__"):  # torchao's, DTensor: what their memory holds is their own affair
+        raise ValueError(
+            f"{name} is a {kind}, no plain tensor; leave the head out of what quantises or shards the model"
+        )
+    if weight.dtype not in expected or weight.layout != torch.strided:
+        odd = weight.dtype if weight.dtype not in expected else weight.layout
+        raise ValueError(
+            f"{name} is {odd}, no plain float: the head was quantised or cast, and its scales are not known here; give the "
+            "head as it was trained, and leave it out when the model is quantised"
+        )
 
 
 def quantize(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it: in a process of its own, piped."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -13,10 +14,13 @@ import urllib.error
 import urllib.request
 
 import pytest
+from rich.console import Console
 from test_model import small  # noqa: F401 (a fixture)
 
 import reflective as rf
 from reflective import cli
+from reflective.cli import _costs
+from reflective.demo import Costs, report
 
 
 def run(*args, stdin=None, code=0, **env):
@@ -55,6 +59,8 @@ def test_generate(checkpoint):
     for args, message in (
         (("-n", 0), "n=0: at least one candidate"),
         (("--effort", "extreme"), "effort='extreme'"),
+        (("--seed", -1), "seed=-1 must not be negative"),
+        (("a" * 600,), "question[0]: its prompt has 604 tokens and the model 512 positions"),
     ):
         assert message in run("generate", "--model", checkpoint, *args, "x", code=2).stderr
     assert (
@@ -62,10 +68,27 @@ def test_generate(checkpoint):
     )
 
 
+def test_generate_tells_how_the_answer_was_chosen_where_nothing_has_a_step(small, tmp_path):  # noqa: F811
+    config = dataclasses.replace(small.config, delimiter="\u2603")
+    silent = rf.ReflectiveModel(small.model, small.tokenizer, small.head, config)
+    silent.save_pretrained(tmp_path)
+    done = run("generate", "--model", tmp_path, "--json", "-n", 4, "--max-new-tokens", 3, "--seed", 0, "one")
+    record = json.loads(done.stdout)
+    expected = silent.generate(["one"], n=4, max_new_tokens=3, seed=0)[0]
+    assert record["chosen_by"] == expected.chosen_by in ("majority", "likelihood") and record["score"] == 0
+    assert f"best_of_n (chosen by {expected.chosen_by}, as no candidate has a step): " in _costs(expected)
+    scored = small.generate("one", n=4, max_new_tokens=40, temperature=1.0, seed=0)
+    assert _costs(scored).startswith("best_of_n: ")
+    screen = Console(record=True, width=100, file=io.StringIO())
+    report(screen, expected, Costs(1.0, 0.1, 0.1))
+    assert f"best of 4 (chosen by {expected.chosen_by}, as no candidate has a step)" in screen.export_text()
+
+
 def test_generate_with_a_strategy(checkpoint, tmp_path):
     args = ("generate", "--model", checkpoint, "--max-new-tokens", 30, "--seed", 1, "-n", 4, "one", "two")
     done = run(*args, "--strategy", "step_beam", "--json", "--plot", tmp_path / "plot.png")
     for record in map(json.loads, done.stdout.splitlines()):
+        assert record["chosen_by"] == "score"
         assert record["strategy"] == "step_beam" and record["seed"] == 1 and not record["interrupted"]
         assert record["tokens"] == sum(c["tokens"] for c in record["candidates"]) > 30
         assert record["alive"][-1][1] == 0 and record["seconds"] > record["scoring_seconds"] > 0

@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_search import QUESTIONS, STEPS, reflective_model
 
-from reflective.integrations import aggregation
+from reflective.integrations import aggregation, prompt_of
 from reflective.integrations.search_and_learn import ReflectivePRM
 from reflective.model import Candidate
 from reflective.scores import AGGREGATIONS, NonFiniteWarning, aggregate
@@ -138,8 +138,30 @@ def test_sal_loads_the_checkpoint_that_its_config_names(model, engine, tmp_path)
 
 
 def test_sal_bad_input(engine):
-    with pytest.raises(ValueError, match="outputs: 1 lists of answers for 2 questions"):
-        ReflectivePRM(sal_config(), engine).score(["A", "B"], [["F"]])
+    prm = ReflectivePRM(sal_config(), engine)
+    assert prm.score([], []) == [] and prm.score(["A"], [[]]) == [[]]
+    for questions, outputs, message in (
+        (["A", "B"], [["F"]], "outputs: 1 lists of answers for 2 questions"),
+        (["A"], ["F"], r"outputs\[0\]='F': expected the list of the answers"),
+        (["A", "B"], [["F"], None], r"outputs\[1\]=None: expected the list"),
+        (["A"], [["F", None]], r"outputs\[0\]\[1\]=None: expected a text"),
+        (["A"], [["F\ud800"]], r"outputs\[0\]\[0\]: character 1 is .* half of a surrogate pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prm.score(questions, outputs)
+
+
+def test_messages_without_content_and_in_parts(model):
+    parts = {"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}
+    assert prompt_of(model, [parts]) == "AB"
+    for messages, message in (
+        ([], r"messages: expected a list of messages, each with role and content, not \[\]"),
+        ("AB", "messages: expected a list of messages, each with role and content, not 'AB'"),
+        ([{**parts, "content": [{"type": "image_url"}]}], r"messages\[0\].content\[0\] is of type 'image_url'"),
+        ([{**parts, "content": ["A"]}], r"messages\[0\].content\[0\] is of type 'str'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prompt_of(model, messages)
 
 
 # -- reward_hub ----------------------------------------------------------------------------------------------------------
@@ -155,6 +177,9 @@ def reward_hub_prm(hub, engine):
     from reflective.integrations.reward_hub import ReflectiveProcessRewardModel
 
     return ReflectiveProcessRewardModel(engine)
+
+
+IMAGE = [{"type": "text", "text": "AB"}, {"type": "image_url", "image_url": {"url": "x"}}]
 
 
 def conversation(question, answer):
@@ -213,9 +238,18 @@ def test_reward_hub_progress_and_errors(reward_hub_prm, capsys):
         ({"step_sep": ""}, "step_sep"),
         ({"aggregation_method": "best"}, "aggregation='best'"),
         ({"messages": [{"role": "system", "content": "A"}, *conversation("A", "F")]}, r"\['system', 'user'\]"),
+        ({"messages": conversation("A", None)}, r"messages\[0\]: expected the last message to be text"),
+        ({"messages": [conversation("A", "F"), []]}, r"messages\[1\]: expected a list of messages"),
+        ({"messages": "A"}, r"messages\[0\]: expected a list of messages.* not 'A'"),
+        ({"messages": [conversation("A", IMAGE)]}, r"messages\[0\]\[1\].content\[1\] is of type 'image_url'"),
+        ({"messages": [conversation(IMAGE, "F")]}, r"messages\[0\]\[0\].content\[1\] is of type 'image_url'"),
     ):
         with pytest.raises(ValueError, match=wrong):
             reward_hub_prm.score(**{"messages": conversation("A", "F"), **given})
+    assert reward_hub_prm.score([]) == []
+    (expected,) = reward_hub_prm.score(conversation("AB", "CF"))
+    in_parts = conversation(IMAGE[:1], [{"type": "text", "text": "C"}, {"type": "text", "text": "F"}])
+    assert reward_hub_prm.score([in_parts]) == [expected]
 
 
 def test_reward_hub_prompts_by_the_chat_template(hub, engine):
@@ -282,6 +316,17 @@ def test_its_hub_outcome_reward_model(its, engine, model):
     assert orm.score(its.ChatMessages(talk(TEXTS[0]))) == mean(model, "AB", TEXTS[0])
     with pytest.raises(ValueError, match="the last one to be the assistant's"):
         orm.score(talk("F")[:1])
+    with pytest.raises(ValueError, match="the last one to be the assistant's"):
+        orm.score([talk("F"), talk(None)])
+    with pytest.raises(ValueError, match=r"content of the user's message\[1\] is of type 'image_url'"):
+        orm.score([its.ChatMessage(role="user", content=IMAGE), *talk("F")[1:]])
+    with pytest.raises(ValueError, match="messages: expected a list of messages"):
+        orm.score(talk("F")[1:])
+    assert orm.score([talk([{"type": "text", "text": TEXTS[0]}])]) == [mean(model, "AB", TEXTS[0])]
+    prm = its.ReflectiveProcessRewardModel(engine)
+    for wrong in (None, ["F", None]):
+        with pytest.raises(ValueError, match="response_or_responses=None: expected a text"):
+            prm.score("AB", wrong)
 
 
 def test_its_hub_event_loop_goes_on_while_the_model_is_busy(its, engine, lm, model):
@@ -360,6 +405,14 @@ def test_its_hub_language_model(its, engine, lm, model):
     assert len(asyncio.run(lm.agenerate([*user, full], temperature=0.0))["content"]) <= 9
     full.content = "A" * 509
     assert asyncio.run(lm.agenerate([*user, full]))["content"] == ""
+    assert asyncio.run(lm.agenerate(user, "", temperature=0.0))["content"] == greedy.text
+    for messages, given, wrong in (
+        (user, {"max_completion_tokens": 0}, "max_completion_tokens=0 must be at least 1"),
+        ([user, user], {"temperature": [1.0]}, "temperature: 1 for 2 conversations"),
+        ([its.ChatMessage(role="user", content=IMAGE)], {}, "is of type 'image_url'"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            asyncio.run(lm.agenerate(messages, **given))
     with pytest.raises(ValueError, match="tools"):
         asyncio.run(lm.agenerate(user, tools=[{"type": "function"}]))
 

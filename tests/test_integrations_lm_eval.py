@@ -201,6 +201,18 @@ def test_what_was_answered_before_ctrl_c_is_in_the_cache(bare, tmp_path):
     assert asks == [1]
 
 
+def test_refusals_of_requests(bare):
+    lm = ReflectiveLM(bare, n=2)
+    assert lm.generate_until([]) == []
+    for given, message in (
+        ({"max_gen_toks": 0}, "max_gen_toks=0 must be at least 1"),
+        ({"max_gen_toks": 512}, "max_gen_toks=512 leaves no room for a context in the model's 512 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lm.generate_until([asked("a"), asked("b", **given)])
+    assert len(lm.generate_until([asked("a"), asked("")])) == 2, "an empty context is the beginning of a text"
+
+
 def test_refusals(place):
     path = str(place / "model")
     for settings, message in (

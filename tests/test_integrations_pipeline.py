@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, pipeline
 
 import reflective as rf
-from reflective.integrations.pipeline import ScoredTextGenerationPipeline
+from reflective.integrations.pipeline import ScoredTextGenerationPipeline, _best
 
 PROMPTS = ["ab", "a longer prompt 1 2", "why?"]
 CHAT = [{"role": "user", "content": "a 1 b"}]
@@ -108,8 +108,8 @@ def test_batches_are_taken_apart_with_their_scores(parts):
 def test_best_of_is_the_record_with_the_highest_score(parts):
     pipe = scored(parts)
     several = run(pipe, PROMPTS, num_return_sequences=5)
-    best = [[max(records, key=lambda r: r["score"])] for records in several]
-    assert any(b != records[0] for (b,), records in zip(best, several, strict=True))
+    best = [[max(records, key=lambda r: r["score"]) | {"chosen_by": "score"}] for records in several]
+    assert any(b["score"] > records[0]["score"] for (b,), records in zip(best, several, strict=True))
     assert run(pipe, PROMPTS, best_of=5) == best
     always = scored(parts, best_of=5)
     assert run(always, PROMPTS) == best
@@ -133,7 +133,37 @@ def test_a_response_without_a_score_is_never_the_best(parts):
     (best,) = run(pipe, PROMPTS[0], best_of=8, **settings)
     valid = [r for r in several if not math.isnan(r["score"])]
     assert math.isnan(several[0]["score"]) and 0 < len(valid) < 8
-    assert best == max(valid, key=lambda r: r["score"])
+    assert best == max(valid, key=lambda r: r["score"]) | {"chosen_by": "score"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"return_tensors": True}])
+@pytest.mark.parametrize("inputs", [PROMPTS[0], CHAT], ids=["text", "chat"])
+def test_without_a_step_the_best_is_what_is_said_most(parts, inputs, settings):
+    """One token each, of a few that are likely; the scorer knows no token that would end a step."""
+    silent = rf.StepTokens.from_tokenizer(parts[1], rule="text", delimiter="\u2603")
+    pipe = scored((*parts[:3], silent))
+    settings = {"max_new_tokens": 1, "top_k": 4, **settings}
+    several = run(pipe, inputs, num_return_sequences=24, **settings)
+    (best,) = run(pipe, inputs, best_of=24, **settings)
+    (key,) = {key for key in several[0] if key.startswith("generated_")}
+    said = [repr(record[key]) for record in several]
+    most = max(map(said.count, said))
+    assert 1 < len(set(said)) < 24 and (best["score"], best["step_scores"]) == (0, [])
+    assert repr(best[key]) == max(said, key=said.count)
+    assert best["chosen_by"] == (
+        "majority" if len({text for text in said if said.count(text) == most}) == 1 else "first"
+    )
+
+
+def test_best_record():
+    def record(text, score=0.0, steps=()):
+        return {"generated_text": text, "score": score, "step_scores": list(steps)}
+
+    a, b, worst = record("a"), record("b"), record("w", math.nan, [math.nan])
+    assert _best([a, b, b, worst]) == {**b, "chosen_by": "majority"}
+    assert _best([worst, a, b]) == {**a, "chosen_by": "first"} and _best([worst, a]) == {**a, "chosen_by": "score"}
+    low = record("low", 0.0, [0.0])
+    assert _best([a, a, low]) == {**low, "chosen_by": "score"}, "a step, if of score 0"
 
 
 def test_beams_and_static_caches_are_scored_too(parts):
@@ -151,7 +181,8 @@ def test_refusals_leave_the_model_as_it_was(parts):
     before = [(type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()]
     pipe = scored(parts)
     for settings, message in (
-        ({"best_of": 0}, "best_of=0"),
+        ({"best_of": 0}, "best_of=0 must be at least 1"),
+        ({"best_of": 2.5}, "best_of=2.5: expected an integer"),
         ({"best_of": 2, "num_return_sequences": 4}, "best_of=2"),
         ({"aggregation": "best"}, "aggregation='best'"),
         ({"use_cache": False}, "KV cache"),
@@ -160,5 +191,14 @@ def test_refusals_leave_the_model_as_it_was(parts):
             run(pipe, PROMPTS[0], **settings)
     with pytest.raises(ValueError, match="head"):
         scored((*parts[:2], tiny.head(hidden=32), parts[3]))
+    for inputs, message in (
+        (None, "text_inputs=None: expected a text"),
+        (5, "text_inputs=5: expected a text"),
+        (["a", None], r"text_inputs\[1\]=None: expected a text"),
+        ("\ud800", "text_inputs: character 0 is .* half of a surrogate pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(pipe, inputs)
+    assert run(pipe, []) == [], "nothing comes of nothing"
     assert [(type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()] == before
     assert run(pipe, PROMPTS[0])[0]["score"] >= 0

@@ -119,7 +119,7 @@ def test_reward_leaves_the_policy_as_it_was_after_a_failure():
     reward = SPRMReward(model)
     assert all(0 < r < 1 for r in reward(["p", "q"], ["a 1 b 2", "c 3 d"], ids))
     assert modes(model.model) == before
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(ValueError, match="1000000 is no token"):
         reward(["p"], [[]], [[10**6]])
     assert modes(model.model) == before
     reward.model = rf.ReflectiveModel(model.model, model.tokenizer, tiny.head(torch.bfloat16), model.config)
@@ -149,6 +149,68 @@ def test_reward_refuses_what_it_cannot_score():
         SPRMReward(model)(["p"], ["abc"])
     with pytest.raises(ValueError, match="reads them as 'abc', the trainer's as 'xyz'"):
         SPRMReward(model)(["p"], ["xyz"], model.tokenizer(["abc"]).input_ids)
+
+
+def test_reward_of_nothing():
+    reward = SPRMReward(reflective())
+    assert reward([], [], []) == []
+    ids = reward.model.tokenizer(["a 1 b 2"]).input_ids
+    assert reward(["p", ""], ["", ""], [[], []]) == [0.0, 0.0] and reward([""], [""], [[]]) == [0.0]
+    none, some, bare = reward(["", "p", ""], ["", "a 1 b 2", "a 1 b 2"], [[], *ids, *ids])
+    assert none == 0.0 and [some] == reward(["p"], ["a 1 b 2"], ids) and 0 < bare < 1
+    with pytest.raises(ValueError, match="reads them as 'a 1 b 2', the trainer's as 'x'"):
+        reward(["p"] * 2, ["", "x"], [[], *ids])
+
+
+CALLED = [CHATS[0][1], {"role": "assistant", "content": None, "tool_calls": []}, CHATS[1][1]]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+IMAGE = [CHATS[0][0], {"role": "user", "content": [{"type": "image", "image": object()}, *PARTS[0]["content"]]}]
+
+
+def test_reward_behind_messages_without_content_and_in_parts():
+    model = reflective()
+    model.model.eval()
+    ids = model.tokenizer(["a 1 b 2"]).input_ids
+    said = [[{"role": "assistant", "content": None}]]
+
+    def same(prompt, text):
+        (expected,) = model.score_tokens([model.tokenizer(text).input_ids], ids)
+        assert SPRMReward(model)([prompt], said, ids) == pytest.approx([expected.score], rel=1e-5)
+
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + ';' }}{% endfor %}"
+    same(CALLED, "user:ab;assistant:;user:a longer prompt;")
+    same(PARTS, "user:ab;")
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% elif m.content is defined %}"
+        "{% for p in m.content %}<{{ p.text }}>{% endfor %}{% else %}-{% endif %}{% endfor %}"
+    )
+    same(CALLED, "ab-a longer prompt")  # a template that knows of these is the trainer's, and gets them as they are
+    same(PARTS, "<a><b>")
+    model.tokenizer.chat_template = "{{ raise_exception('no tools') }}"
+    with pytest.raises(ValueError, match="prompts: the tokenizer's chat template refuses them: no tools"):
+        SPRMReward(model)([CALLED], said, ids)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "given", "message"),
+    [
+        (["p", IMAGE], {}, r"prompts\[0\]='p': expected texts, or conversations of role and content, all of one kind"),
+        ([None, CHATS[0]], {}, r"prompts\[0\]=None: expected texts"),
+        ([CHATS[0], []], {}, r"prompts\[1\]=\[\]: expected texts"),
+        ([CHATS[0], IMAGE], {}, r"prompts\[1\]\[1\].content holds a part of type 'image': SPRMReward reads text alone"),
+        ([CHATS[0], CHATS[1]], {"images": [None, [object()]]}, "images: SPRMReward reads text alone"),
+        ([CHATS[0], CHATS[1]], {"image": [object(), None]}, "image: SPRMReward reads text alone"),
+        (TEXTS[:2], {"completion_ids": [[5], None]}, r"completion_ids\[1\]=None: expected a list of token ids"),
+        (TEXTS[:2], {"completion_ids": [[5]]}, "completion_ids: 1 for 2 prompts"),
+        (TEXTS[:2], {"completions": []}, "completions: 0 for 2 prompts"),
+    ],
+)
+def test_reward_refuses_prompts_by_name(prompts, given, message):
+    given = {"completions": [[{"role": "assistant", "content": "x"}]] * 2, "completion_ids": [[5], [6]], **given}
+    with pytest.raises(ValueError, match=message):
+        SPRMReward(reflective())(prompts, **given)
+    columns = {"images": [None, []], "image": None}
+    assert len(SPRMReward(reflective())(TEXTS[:2], [[]] * 2, [[5], [6]], **columns)) == 2, "columns without one"
 
 
 # -- stepwise supervision ----------------------------------------------------------------------------------------------

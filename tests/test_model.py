@@ -1,15 +1,17 @@
 """ReflectiveModel: best of N on a tiny byte-level model, and on the embedded default."""
 
 import math
+import re
 import shutil
 import string
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
 
 import reflective as rf
 from reflective.model import Config
@@ -22,6 +24,10 @@ def byte_tokenizer():
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<pad>", "<eos>", *alphabet])}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+
+def told(message):
+    return pytest.raises(ValueError, match=re.escape(message))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +123,16 @@ def test_save_and_load(small, tmp_path):
         rf.ReflectiveModel.from_pretrained(tmp_path)
 
 
+def test_a_head_with_no_room_in_the_models_dtype(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    head = tiny.head()
+    head[0].weight[0, 0] = 1e5
+    head.save_pretrained(tmp_path)
+    assert rf.ReflectiveModel.from_pretrained(tmp_path, dtype=torch.bfloat16).head.dtype == torch.bfloat16
+    with told("head: 0.weight has no room in torch.float16"):
+        rf.ReflectiveModel.from_pretrained(tmp_path, dtype=torch.float16)
+
+
 @pytest.fixture
 def adapted(small, tmp_path):
     """The small model with an adapter; ``base`` and ``tuned`` hold the one and, with a head of its own, the other."""
@@ -196,16 +212,183 @@ def test_adapters_that_cannot_be_merged(small, adapted, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("given", "message"),
     [
+        ({"question": ""}, "question: it is empty"),
+        ({"question": " \n"}, "question: it is empty"),
+        ({"question": ["a", ""]}, "question[1]: it is empty"),
+        ({"question": None}, "question=None: expected a text, a list of messages, or a list of these"),
+        ({"question": b"x"}, "question=b'x': expected a text"),
+        ({"question": 5}, "question=5: expected a text"),
+        ({"question": {"role": "user"}}, "question={'role': 'user'}: expected a text"),
+        ({"question": ["a", None]}, "question[1]=None: expected a text or a list of messages"),
+        ({"question": "\ud800"}, "question: character 3 is '\\ud800', half of a surrogate pair"),
+        ({"question": "a" * 600}, "question: its prompt has 604 tokens and the model 512 positions"),
+        ({"question": ["a", "b" * 508]}, "question[1]: its prompt has 512 tokens and the model 512 positions"),
         ({"n": 0}, "n=0: at least one candidate"),
+        ({"n": 2.5}, "n=2.5: expected a number of candidates, an integer"),
+        ({"n": "3"}, "n='3': expected a number of candidates"),
+        ({"n": 10**9}, "n=1000000000: more than 65536 candidates"),
         ({"effort": "extreme"}, "effort='extreme'; expected one of low, medium, high"),
-        ({"question": " "}, "question: it is empty"),
+        ({"effort": ["low"]}, "effort=['low']; expected one of low, medium, high"),
+        ({"strategy": "best"}, "strategy='best'; expected one of best_of_n"),
+        ({"strategy": ["best_of_n"]}, "strategy=['best_of_n']; expected one of best_of_n"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": None}, "max_new_tokens=None: expected an integer"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0: expected an integer"),
+        ({"temperature": -1}, "temperature=-1 must be finite, and not negative"),
+        ({"temperature": None}, "temperature=None must be finite"),
+        ({"temperature": math.nan}, "temperature=nan must be finite"),
+        ({"top_p": 1.1}, "top_p=1.1 must lie in [0, 1]"),
+        ({"top_p": "1"}, "top_p='1' must lie in [0, 1]"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
+        ({"seed": [-1]}, "seed=-1 must not be negative"),
+        ({"seed": 1.5}, "seed=1.5: expected an integer, or a list of one for each question"),
+        ({"seed": "1"}, "seed='1': expected an integer, or a list"),
+        ({"seed": torch.tensor(1)}, "seed=tensor(1): expected an integer, or a list"),
+        ({"seed": [1, 2]}, "seed: 2 seeds for 1 questions"),
+        ({"stop": ""}, "stop='': expected a list of texts, none of them empty"),
+        ({"stop": [""]}, "stop=['']: expected a list of texts, none of them empty"),
+        ({"stop": 5}, "stop=5: expected a list of texts"),
+        ({"stop": iter(["a"])}, ": expected a list of texts"),  # which would be empty when it is looked at again
+        ({"thinking_budget": -1}, "thinking_budget=-1 must not be negative"),
+        ({"thinking_budget": 1.5}, "thinking_budget=1.5: expected an integer"),
+        ({"batch_rows": 0}, "batch_rows=0 must be at least 1"),
+        ({"batch_rows": None}, "batch_rows=None: expected an integer"),
+        ({"schedule": "now"}, "schedule='now'"),
+        ({"on_step": 5}, "on_step=5: expected a function"),
     ],
 )
-def test_bad_input(small, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        small.generate(**{"question": "x", **kwargs})
+def test_bad_input(small, monkeypatch, given, message):
+    monkeypatch.setattr(small.model, "forward", lambda *args, **kwargs: pytest.fail("generation has started"))
+    with told(message):
+        small.generate(**{"question": "x", **given})
+
+
+def test_odd_but_good_input(small):
+    same = {"n": 2, "max_new_tokens": 4, "seed": 0}
+    assert small.generate([], **same) == []
+    one = small.generate("x", **same)
+    assert small.generate("x", **same, stop=None).candidates == one.candidates
+    assert (
+        small.generate(np.array(["x"]), **{**same, "n": np.int64(2), "seed": np.int64(0)})[0].candidates
+        == one.candidates
+    )
+    greedy = small.generate("x", n=3, max_new_tokens=4, temperature=0, seed=0)
+    assert len({tuple(c.token_ids) for c in greedy.candidates}) == 1 and greedy.best is greedy.candidates[0]
+    (long,) = small.generate("b" * 500, n=1, max_new_tokens=64, seed=0).candidates
+    assert (len(long.token_ids), long.status) == (8, "length"), "504 of 512 positions are the prompt's"
+
+
+def test_a_conversation_is_a_question(small):
+    def ask(question):
+        found = small.generate(question, n=2, max_new_tokens=4, seed=0)
+        return [g.prompt for g in found] if isinstance(found, list) else found.prompt
+
+    user = {"role": "user", "content": "x"}
+    parts = {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]}
+    assert ask([user]) == "Q: x\n" and ask([[user], "z", [parts]]) == ["Q: x\n", "Q: z\n", "Q: xy\n"]
+    image = {"role": "user", "content": [parts["content"][0], {"type": "image_url", "image_url": {"url": "x"}}]}
+    for question, message in (
+        ([image], "question[0].content[1] is of type 'image_url'; text alone is read"),
+        (["z", [image]], "question[1][0].content[1] is of type 'image_url'"),
+        ([{"role": "user", "content": None}], "question: it is empty"),
+        ([{"role": "user", "content": 5}], "question[0].content: expected a text or a list of text parts, not int"),
+        ([{"role": "user"}], "question[0] has no content"),
+        ([{"content": "x"}], "question[0]: role=None; expected"),
+        (
+            [user, user],
+            "question: the roles of its messages are ['user', 'user'], but the checkpoint's prompt takes one",
+        ),
+    ):
+        with told(message):
+            ask(question)
+
+    core = Tokenizer.from_str(small.tokenizer.backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+        "{{ m.role + ':' + m.content + ';' }}{% endfor %}"
+    )
+    model = rf.ReflectiveModel(small.model, tokenizer, small.head, Config(rule="text", delimiter=DELIMITERS))
+    called = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    assert model.format([user, called, parts]) == "user:x;assistant:;user:xy;" and model.format("x") == "user:x;"
+    with told("question: the tokenizer's chat template refuses it: no tools"):
+        model.generate([user, {"role": "tool", "content": "7"}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "responses", "message"),
+    [
+        ("p", [], "responses: expected at least one"),
+        ("p", "abc", "responses='abc': expected a list of texts"),
+        ("p", None, "responses=None: expected a list of texts"),
+        ("p", ["a", ""], "responses[1]: it is empty"),
+        ("p", ["a", None], "responses[1]=None: expected a text"),
+        ("p", ["\udc00"], "responses[0]: character 0 is '\\udc00', half of a surrogate pair"),
+        (None, ["a"], "prompt=None: expected a list of texts"),
+        (["p", 7], ["a", "b"], "prompt[1]=7: expected a text"),
+        (["p"], ["a", "b"], "prompt: 1 prompts for 2 responses"),
+    ],
+)
+def test_texts_that_cannot_be_scored(small, prompt, responses, message):
+    with told(message):
+        small.score(prompt, responses)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=64, n_layer=3, n_head=4),
+        OPTConfig(hidden_size=64, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=64),
+    ],
+    ids=["gpt2", "opt"],
+)
+def test_learned_positions_have_an_end(small, config):
+    config.vocab_size, config.max_position_embeddings = len(small.tokenizer), 32
+    model = rf.ReflectiveModel(
+        AutoModelForCausalLM.from_config(config).eval(), small.tokenizer, small.head, small.config
+    )
+    (last,) = model.score("p", ["na" * 15 + "n"])
+    assert last.step_scores
+    for prompt, responses, message in (
+        ("p", ["a", "a" * 32], "responses[1]: with its prompt 33 tokens, and the model has 32 positions"),
+        ("", ["a" * 33], "responses[0]: with its prompt 33 tokens"),
+    ):
+        with told(message):
+            model.score(prompt, responses)
+    assert len(model.generate("x" * 20, n=1, seed=0).candidates[0].token_ids) <= 8  # behind 24
+
+
+def test_rotary_positions_go_on(small):
+    """What was decoded up to the last one may be more tokens when it is read again."""
+    (found,) = small.score("p", ["a" * 600])
+    assert found.error is None and len(found.token_ids) == 600
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "message"),
+    [
+        ([[1]], [[2], [3]], "prompts: 1 for 2 responses"),
+        ([[1], [1]], [[2], []], "responses[1]: it is empty"),
+        ([1], [2], "prompts[0]=1: expected a list of token ids"),
+        ([[1]], [[2, 258]], "responses[0]: 258 is no token; ids are integers from 0 to 257"),
+        ([[-1]], [[2]], "prompts[0]: -1 is no token"),
+        ([[1]], [[2.0]], "responses[0]: 2.0 is no token"),
+        ([[1]], ["ab"], "responses[0]='ab': expected a list of token ids"),
+    ],
+)
+def test_ids_that_cannot_be_scored(small, prompts, responses, message):
+    with told(message):
+        small.score_tokens(prompts, responses)
+
+
+def test_ids_in_other_forms(small):
+    one = small.score_tokens([[5]], [[66, 67]])
+    for form in (torch.tensor, np.array):
+        assert small.score_tokens(form([[5]]), form([[66, 67]])) == one
+    with told("batch_tokens=0 must be at least 1"):
+        small.score_tokens([[5]], [[66]], batch_tokens=0)
 
 
 def test_the_default_model_scores_its_steps(default_model):

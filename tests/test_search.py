@@ -445,7 +445,7 @@ def test_settings_that_cannot_be(model):
         ({"batch_rows": 0}, "batch_rows=0"),
         ({"thinking_budget": -1}, "thinking_budget=-1 must not be negative"),
         ({"seed": -1}, "seed=-1"),
-        ({"question": ["A", " "]}, "question: it is empty"),
+        ({"question": ["A", " "]}, r"question\[1\]: it is empty"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(**{"question": "A", **settings})

@@ -275,7 +275,7 @@ def test_published_generation(metastone):
         ("/score", {"txt": "x"}, 422, None),
         ("/score", {"text": 5}, 422, None),
         ("/score", b"{", 422, None),
-        ("/score", b'{"text": "\\ud800"}', 200, "TextInput"),
+        ("/score", b'{"text": "\\ud800"}', 200, "half of a surrogate pair"),
         ("/generate", {}, 422, None),
         ("/generate", b'{"prefix_prompt": "x", "temperature": NaN}', 422, None),
         ("/generate", {"prefix_prompt": ""}, 200, "empty"),

@@ -65,6 +65,84 @@ def test_files_that_are_no_heads(tmp_path):
         rf.SPRM.from_pretrained(tmp_path / "shapes.safetensors")
 
 
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_of_any_float_type(tmp_path, suffix):
+    file = tmp_path / f"score_module.{suffix}"
+    save = torch.save if suffix == "pt" else save_file
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        state = {key: value.to(dtype) for key, value in tiny.head().state_dict().items()}
+        save(state, file)
+        for asked in (None, torch.float32):
+            head = rf.SPRM.from_pretrained(file, dtype=asked)
+            assert head.dtype == (asked or dtype)
+            assert all(torch.equal(head.state_dict()[key], value.to(head.dtype)) for key, value in state.items())
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        eight = {key: value.to(dtype if key == "0.weight" else torch.float32) for key, value in state.items()}
+        save(eight, file)
+        head = rf.SPRM.from_pretrained(file)
+        assert head.dtype == torch.float32, "and the scales folded into the others are kept"
+        assert all(torch.equal(head.state_dict()[key], value.float()) for key, value in eight.items())
+        assert rf.SPRM.from_pretrained(file, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("key", ["0.weight", "3.bias"])
+def test_weights_that_are_no_floats(tmp_path, dtype, key):
+    state = tiny.head().state_dict()
+    torch.save({**state, key: (state[key] * 100).to(dtype)}, tmp_path / "score_module.pt")
+    with pytest.raises(ValueError, match=rf"score_module.pt: {key} is {dtype}, no plain float: .* as it was trained"):
+        rf.SPRM.from_pretrained(tmp_path, dtype=torch.float32)
+
+
+def test_quantised_heads(tmp_path):
+    file, state = tmp_path / "score_module.pt", tiny.head().state_dict()
+    torch.save({**state, "0.weight": state["0.weight"].to_sparse()}, file)
+    with pytest.raises(ValueError, match=r"0.weight is torch.sparse_coo, no plain float"):
+        rf.SPRM.from_pretrained(file)
+    for scale in ("0.weight_scale", "0.SCB", "0.weight.absmax"):
+        torch.save({**state, scale: torch.ones(1)}, file)
+        with pytest.raises(ValueError, match=rf"found \[.*'{scale}'.*it looks quantised"):
+            rf.SPRM.from_pretrained(file)
+    for dtype in (torch.int8, torch.float8_e4m3fn, "bfloat16"):
+        with pytest.raises(ValueError, match=f"dtype={dtype!r}: a head computes in one of torch.float32, .*w1_dtype"):
+            rf.SPRM.from_pretrained(file, dtype=dtype)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    """Their scores would be NaN, and the hidden states get the blame."""
+    head = tiny.head()
+    head[3].weight[0, 3] = value
+    with pytest.raises(ValueError, match=r"score_module.safetensors: 3.weight holds NaN or infinity"):
+        rf.SPRM.from_pretrained(head.save_pretrained(tmp_path))
+    head[3].weight[0, 3] = 1e5
+    file = head.save_pretrained(tmp_path)
+    assert rf.SPRM.from_pretrained(file, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"3.weight has no room in torch.float16; use torch.bfloat16"):
+        rf.SPRM.from_pretrained(file, dtype=torch.float16)
+
+
+def test_heads_in_memory_that_do_not_compute():
+    def refused(head, message):
+        with pytest.raises(ValueError, match=message):
+            rf.StreamScorer(tiny.model(), head, tiny.steps())
+
+    head = tiny.head()
+    head[0].weight = torch.nn.Parameter((head[0].weight * 100).to(torch.int8), requires_grad=False)
+    refused(head, r"head: 0.weight is torch.int8, no plain float: .*leave it out when the model is quantised")
+    head = tiny.head()
+    head[3].half()
+    refused(head, r"head: 3.weight is torch.float16 and 0.weight torch.float32; use head.to\(torch.float32\)")
+
+    class Packed(torch.Tensor):  # as torchao's and DTensor are
+        def __tensor_flatten__(self):
+            raise AssertionError("not asked for")
+
+    head = tiny.head()
+    head[0].weight = torch.nn.Parameter(head[0].weight.detach().as_subclass(Packed), requires_grad=False)
+    refused(head, r"head: 0.weight is a Packed, no plain tensor; leave the head out of what quantises")
+
+
 # -- float8 -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Strategies against a scripted world: decisions checked by hand, guarantees by simulation."""
 
 import dataclasses
+import itertools
 import json
 import math
 import string
@@ -17,12 +18,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import reflective as rf
 from reflective.model import Config
-from reflective.scores import TrajectoryScores, aggregate
+from reflective.scores import AGGREGATIONS, TrajectoryScores, aggregate
 from reflective.strategies import HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
 from reflective.strategies.particles import systematic
 from reflective.strategies.prune import Prune
 from reflective.strategies.rpc import RPC, fit_mixture, unlikely
 from reflective.strategies.votes import classes, same_answer, same_text
+
+_OTHERS = itertools.count(2)
 
 
 @dataclass
@@ -35,8 +38,9 @@ class Fake:
     parent: int | None = None
     answer: str | None = None
     status: str = "stop"
-    token_ids: list[int] = field(default_factory=lambda: [1, 2])
+    token_ids: list[int] = field(default_factory=lambda: [1, next(_OTHERS)])
     log_prob: float = -1.0
+    text: str = ""
 
     @property
     def score(self) -> float:
@@ -178,6 +182,116 @@ def test_votes():
     assert by_name("majority").choose([found[1], found[4]]) == 0, "no answer, no vote"
     assert by_name("majority").choose([found[4], Fake([0.995])]) == 1, "no answer at all: the highest score"
     assert by_name("weighted_vote").choose([Fake([math.nan], answer="1"), Fake([0.1], answer="2")]) == 1
+
+
+def says(text: str, p: float, answer: str | None = None, **given) -> Fake:
+    """A response without a step, of two tokens, each of probability ``p``."""
+    return Fake(text=text, answer=answer, log_prob=2 * math.log(p), **given)
+
+
+def chosen(strategy: Strategy, *found: Fake) -> tuple[int, str]:
+    return strategy.choose(found), strategy.chosen_by
+
+
+SCORING = ["best_of_n", "prune", "step_beam", "dvts", "particles", "astar"]
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_without_a_step_the_majority_decides_and_then_the_likeliest(name):
+    best = by_name(name, **settings(name))
+    empty = "<think>\n\n</think>\n\n"
+    texts = [says(empty + t, p) for t, p in (("Lyon.", 0.9), ("Paris.", 0.2), ("Paris. ", 0.4), ("", 0.99), ("", 0.99))]
+    assert chosen(best, *texts) == (2, "majority"), "the likelier of two that say the same; an empty one does not vote"
+    assert chosen(best, *texts[:2]) == (0, "likelihood")
+    assert chosen(best, *texts[1:2], *texts[:1]) == (1, "likelihood")
+    answers = [says("x", 0.9, "1/2"), says("y", 0.3, "0.5"), says("z", 0.8, "7"), says("w", 0.99), says("w", 0.99)]
+    assert chosen(best, *answers) == (0, "majority"), "answers vote where there are any, and equal ones together"
+    assert chosen(best, *answers[1:3]) == (1, "likelihood")
+    assert chosen(best, says("a", 0.3), says("b", 0.3)) == (0, "likelihood"), "of equals the first"
+    assert chosen(best, says("", 0.3), says("", 0.4)) == (1, "likelihood")
+    assert chosen(best, says("a", math.nan), says("b", 0.1)) == (1, "likelihood")
+    assert chosen(best, Fake(token_ids=[]), says("b", 0.1)) == (1, "majority"), "the other ended at once"
+    stopped = Fake([0.9], status="stopped")
+    assert chosen(best, stopped, *texts[:3]) == (3, "majority")
+    for more in ({"log_prob": -0.7 + 1e-9}, {"log_prob": -0.7, "step_scores": [0.5 + 1e-9]}):
+        same = Fake([0.5] if "step_scores" in more else [], text="a", token_ids=[7], log_prob=-0.7)
+        assert chosen(best, same, dataclasses.replace(same, **more))[0] == 0, "of the same tokens the first"
+
+
+@pytest.mark.parametrize("name", [name for name in SCORING if name != "prune"])  # which knows one aggregation
+@pytest.mark.parametrize("aggregation", sorted(AGGREGATIONS))
+def test_a_candidate_without_a_step_never_beats_one_that_has_some(name, aggregation):
+    best = by_name(name, aggregation=aggregation, **settings(name))
+    for scores in ([0.3], [0.0], [0.9, 0.1, 0.9, 0.0], [1e-9] * 40):
+        assert chosen(best, says("a", 0.9), Fake(scores), says("a", 0.9)) == (1, "score")
+    assert chosen(best, Fake([0.5]), says("a", 0.9), Fake([0.5])) == (0, "score"), "of equals the first"
+    assert chosen(best, Fake([math.nan, 0.9]), says("a", 0.9)) == (1, "score"), "but a step without a score is worse"
+    assert chosen(best, Fake([math.nan]), Fake([0.9, math.nan], log_prob=-0.5)) == (1, "likelihood")
+
+
+def test_votes_without_a_step():
+    for name, alone in (("majority", "majority"), ("weighted_vote", "score")):
+        vote = by_name(name)
+        few = [says("", 0.2, "3"), says("", 0.3, "3"), says("", 0.9, "5")]
+        assert chosen(vote, *few) == (1, "majority"), "the likelier of two with one answer"
+        assert chosen(vote, *few[:2]) == (1, "majority") and chosen(vote, *few[1:]) == (1, "likelihood")
+        assert chosen(vote, says("b", 0.2), says("a", 0.1), says("a", 0.15)) == (2, "majority"), "no answer at all"
+        assert chosen(vote, *few[:2], Fake([0.1], answer="5")) == (1 if name == "majority" else 2, alone)
+        assert chosen(vote, Fake([0.2], answer="1"), Fake([0.3], answer="2")) == (1, "score"), "one vote each"
+        assert chosen(vote, says("", 0.9, "1"), Fake([0.3], answer="1"))[0] == 1, "of one answer that with a step"
+    assert chosen(by_name("rpc"), Fake(answer="1", log_prob=-0.5), Fake(answer="2", log_prob=-4.0)) == (0, "strategy")
+    assert by_name("rpc").choose([Fake(answer="1", token_ids=[])]) == 0, "ended at once"
+    assert chosen(by_name("first_finish"), says("", 0.2), says("", 0.4)) == (1, "strategy")
+
+
+def test_searches_keep_what_finished_without_a_step():
+    done = [says("a", 0.2, finished="stop"), says("b", 0.9, finished="stop")]
+    assert decide(by_name("dvts", n=2, width=2), *done) == [KEEP, KEEP], "nothing tells which of them to stop"
+    assert decide(by_name("dvts", n=2, width=2), done[0], Fake([0.0])) == [STOP, 2]
+    star = by_name("astar", branch=2, expansions=1)
+    falls = Fake([0.9, 0.1, 0.9, 0.1])  # f = 2.5, and of one without a step 1
+    assert decide(star, done[0], falls) == [KEEP, 2]
+    assert decide(star, done[0], falls) == [KEEP, KEEP], "the expansions are spent: it is decoded to its end"
+    assert decide(by_name("astar"), *done) == [KEEP, KEEP]
+
+
+@dataclass
+class Last(Strategy):
+    pick: object = None
+
+    def choose(self, candidates):
+        return len(candidates) - 1 if self.pick is None else self.pick
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_says_how_its_answer_was_chosen(model, name):
+    """Nothing ends a step, and a random digit is the answer."""
+    model = rf.ReflectiveModel(
+        model.model, model.tokenizer, model.head, dataclasses.replace(model.config, delimiter="\u2603\u2603")
+    )
+    strategy = by_name(name, n=6, **settings(name))
+    run = model.generate("why?", strategy=strategy, max_new_tokens=60, temperature=1.0, top_p=1.0, seed=2)
+    assert all(c.step_scores == [] and c.score == 0 for c in run.candidates) and run.score == 0
+    there = [c for c in run.candidates if c.status != "stopped"]
+    votes = [sum(c.answer == other.answer for other in there) for c in there if c.answer is not None]
+    assert 1 < len(votes), "some answer"
+    if name in ("rpc", "first_finish"):
+        assert run.chosen_by == "strategy"
+        return
+    assert run.chosen_by == ("majority" if votes.count(max(votes)) == max(votes) else "likelihood")
+    assert sum(c.answer == run.best.answer for c in there) == max(votes)
+    rivals = [c for c in there if c.answer and sum(c.answer == d.answer for d in there) == max(votes)]
+    assert run.best.log_prob / len(run.best.token_ids) == max(c.log_prob / len(c.token_ids) for c in rivals)
+
+
+def test_what_else_may_choose(model):
+    assert model.generate("why?", n=1, max_new_tokens=4).chosen_by == "only"
+    assert model.generate("why?", n=4, max_new_tokens=40, temperature=1.0, top_p=1.0, seed=3).chosen_by == "score"
+    run = model.generate("why?", strategy=Last(n=3), max_new_tokens=4)
+    assert run.chosen_by == "strategy" and run.best is run.candidates[2]
+    for wrong in (3, -1, "best"):
+        with pytest.raises(RuntimeError, match=f"strategy Last: choose gave {wrong!r}, no index of its 3 candidates"):
+            model.generate("why?", strategy=Last(n=3, pick=wrong), max_new_tokens=2)
 
 
 def test_first_finish():

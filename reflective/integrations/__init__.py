@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..messages import check_text, plain
+
 if TYPE_CHECKING:
     from ..model import Candidate, ReflectiveModel
     from ..serve.engine import Engine
@@ -36,21 +38,13 @@ def aggregation(how: Any) -> str:
     return _OTHER_NAMES.get(name, name)
 
 
-def prompt_of(model: "ReflectiveModel", messages: Sequence[Mapping[str, Any]]) -> str:
-    """The prompt with which the model answers a conversation of ``{"role", "content"}``: by the tokenizer's chat template;
-    where the checkpoint has a prompt of its own, or there is no template, by ``ReflectiveModel.format``.
+def prompt_of(model: "ReflectiveModel", messages: Sequence[Mapping[str, Any]], name: str = "messages") -> str:
+    """The prompt with which the model answers a conversation of ``{"role", "content"}``: ``ReflectiveModel.format``.
 
     Raises:
-        ValueError: more than one question for a prompt that has room for one.
+        ValueError: no conversation, or more than text or than one question for a prompt that has room for one.
     """
-    if model.config.prompt is None and model.tokenizer.chat_template is not None:
-        return model.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    roles = [m["role"] for m in messages]
-    if roles != ["user"]:
-        raise ValueError(
-            f"messages: their roles are {roles}, but the checkpoint's prompt takes one message, of the user"
-        )
-    return model.format(messages[0]["content"])
+    return model.format(plain(messages, name), name)
 
 
 def scored(
@@ -62,10 +56,13 @@ def scored(
     Callers sort, clip and exponentiate scores, and NaN would win there or break it.
 
     Raises:
-        ValueError: a text that the model has no room for.
+        ValueError: a text that the model has no room for, or that is none.
     """
     from ..model import Candidate
 
+    for i, r in enumerate(responses):
+        if isinstance(r, str) or not isinstance(r, Sequence):
+            check_text(f"response {i + 1}", r)
     there = [i for i, r in enumerate(responses) if len(r)]
     found = [Candidate("", 0.0, [], [], []) for _ in responses]
     if there:

@@ -23,8 +23,10 @@ from its_hub.api import (
     GenerationUsage,
 )
 
+from ..messages import brief, check_text, text_of
 from ..model import Candidate
 from ..scores import aggregate
+from ..search import whole
 from ..serve.engine import Engine, QueueFull
 from . import RETRY_S, aggregation, prompt_of, scored
 
@@ -82,6 +84,10 @@ class ReflectiveLanguageModel(AbstractLanguageModel):
         if messages and not isinstance(messages[0], list):
             return await self.agenerate_single(messages, stop, temperature=temperature, **settings)
         temperatures = temperature if isinstance(temperature, list) else [temperature] * len(messages)
+        if len(temperatures) != len(messages):
+            raise ValueError(
+                f"temperature: {len(temperatures)} for {len(messages)} conversations; give one, or one each"
+            )
         return await asyncio.gather(
             *(
                 self.agenerate_single(conversation, stop, temperature=t, **settings)
@@ -117,11 +123,12 @@ class ReflectiveLanguageModel(AbstractLanguageModel):
         if begun:
             ids += self.engine.model.tokenizer(begun, add_special_tokens=False).input_ids
         limit = self.max_completion_tokens if max_completion_tokens is None else max_completion_tokens
+        whole("max_completion_tokens", limit, 1)
         if self.engine.max_length is not None:
             limit = min(limit, self.engine.max_length - len(ids))
             if limit < 1:
                 return {"role": "assistant", "content": ""}
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        stops = [stop] if isinstance(stop, str) and stop else list(stop or ())
         settings = {
             "max_new_tokens": limit,
             "temperature": self.temperature if temperature is None else temperature,
@@ -189,7 +196,7 @@ class ReflectiveOutcomeRewardModel(_RewardModel, AbstractOutcomeRewardModel):
         several = bool(messages) and isinstance(messages[0], list)
         prompts, responses = [], []
         for conversation in messages if several else [messages]:
-            if not conversation or conversation[-1].role != "assistant":
+            if not conversation or conversation[-1].role != "assistant" or conversation[-1].content is None:
                 raise ValueError("messages: expected the last one to be the assistant's, which is scored")
             before, response = _split(conversation)
             prompts.append(prompt_of(self.engine.model, before))
@@ -238,6 +245,12 @@ class ReflectiveProcessRewardModel(_RewardModel, AbstractProcessRewardModel):
         conversation = ChatMessages.from_prompt_or_messages(prompt_or_messages).to_chat_messages()
         prompt = prompt_of(self.engine.model, [_plain(m) for m in conversation])
         single = isinstance(response_or_responses, str)
+        if not single and not isinstance(response_or_responses, Sequence):
+            raise ValueError(
+                f"response_or_responses={brief(response_or_responses)}: expected a text, or a list of texts"
+            )
+        for r in [] if single else response_or_responses:
+            check_text("response_or_responses", r)
         responses = [self._closed(r) for r in ([response_or_responses] if single else response_or_responses)]
         found = self._score([prompt] * len(responses), responses)
         return found[0] if single else found
@@ -253,7 +266,7 @@ class ReflectiveProcessRewardModel(_RewardModel, AbstractProcessRewardModel):
 
 
 def _plain(message: ChatMessage) -> dict[str, str]:
-    return {"role": message.role, "content": message.extract_text_content()}
+    return {"role": message.role, "content": text_of(message.content, f"content of the {message.role}'s message")}
 
 
 def _split(messages: Sequence[ChatMessage]) -> tuple[list[dict[str, str]], str]:

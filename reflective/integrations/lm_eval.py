@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..model import Generation, ReflectiveModel
 from ..scorer import StreamScorer
-from ..search import Ask, Question, Search
+from ..search import Ask, Question, Search, whole
 from ..strategies import Strategy
 
 _LOADING = (
@@ -139,6 +139,7 @@ class ReflectiveLM(HFLM):
 
     def _ask(self, context: str, given: dict[str, Any], repeat: int) -> Ask:
         given = normalize_gen_kwargs(given, self.max_gen_toks)
+        whole("max_gen_toks", given["max_gen_toks"], 1)
         room = self.max_length - given["max_gen_toks"]
         if room < 1:
             raise ValueError(

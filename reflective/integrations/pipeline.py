@@ -7,6 +7,7 @@ pipe = pipeline(
 pipe("How many primes are below 100?", best_of=8)  # [{"generated_text": ..., "score": ..., "step_scores": [...]}]
 """
 
+import collections
 import math
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TextGenerationPipeline
 
+from ..messages import check_text
 from ..scorer import At, Schedule, StreamScorer
 from ..scores import aggregate
+from ..search import whole
 from ..sprm import SPRM
 from ..steps import StepTokens
 
@@ -31,8 +34,9 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
     Args:
         head, steps: as for ``StreamScorer``; those of a ``ReflectiveModel`` for instance.
         at, schedule, backend: as for ``StreamScorer``.
-        best_of: sample so many responses to a prompt and give the one with the highest score, in a list of one. Here, or in a
-            call.
+        best_of: sample so many responses to a prompt and give the one with the highest score, in a list of one. Where none has
+            a step, it is the text that comes most often, and of equally frequent ones the first; ``"chosen_by"`` in its record
+            is ``"score"``, ``"majority"`` or ``"first"``. Here, or in a call.
         aggregation: of step scores to ``"score"``, see ``reflective.scores.aggregate``. Here, or in a call.
         *args, **kwargs: as for ``TextGenerationPipeline``.
 
@@ -59,9 +63,10 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         one = {"best": best_of is not None} if best_of is not None or "num_return_sequences" in kwargs else {}
         if best_of is not None:
-            if best_of < 1 or "num_return_sequences" in kwargs:
+            whole("best_of", best_of, 1)
+            if "num_return_sequences" in kwargs:
                 raise ValueError(
-                    f"best_of={best_of}: expected at least 1, and not beside num_return_sequences, which gives every response"
+                    f"best_of={best_of}: not beside num_return_sequences, which gives every response; leave one of them out"
                 )
             kwargs["num_return_sequences"] = best_of
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -69,6 +74,18 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
             aggregate([], aggregation)
             forward["aggregation"] = aggregation
         return preprocess, forward, postprocess | one
+
+    def __call__(self, text_inputs: Any, **kwargs: Any) -> list:
+        """As the pipeline's own; nothing comes of no texts, and what is no text is refused."""
+        if isinstance(text_inputs, list | tuple):
+            if not text_inputs:
+                return []
+            for i, text in enumerate(text_inputs):
+                if not isinstance(text, list | tuple | dict):  # of messages, or one of them
+                    check_text(f"text_inputs[{i}]", text)
+        elif text_inputs is None or isinstance(text_inputs, str | bytes | dict | int | float):
+            check_text("text_inputs", text_inputs)
+        return super().__call__(text_inputs, **kwargs)
 
     def _forward(
         self, model_inputs: dict[str, Any], aggregation: str = "geometric_mean", **generate_kwargs: Any
@@ -93,4 +110,20 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
             record |= {"score": score[i], "step_scores": steps[i][: n_steps[i]]}
         if not best:
             return records
-        return [max(records, key=lambda record: -1.0 if math.isnan(record["score"]) else record["score"])]
+        return [_best(records)]
+
+
+def _best(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record to choose. One without a step never beats one that has some; one without a score comes last."""
+
+    def standing(record: dict[str, Any]) -> tuple[int, float]:
+        return (0, 0.0) if math.isnan(record["score"]) else (1 + bool(record["step_scores"]), record["score"])
+
+    first = max(records, key=standing)
+    level = [record for record in records if standing(record)[0] == standing(first)[0]]
+    if first["step_scores"] and not math.isnan(first["score"]) or len(level) == 1:
+        return {**first, "chosen_by": "score"}
+    said = [repr([record[key] for key in record if key.startswith("generated_")]) for record in level]
+    votes = collections.Counter(said).most_common()  # of equally frequent ones the first comes first
+    alone = len(votes) == 1 or votes[0][1] > votes[1][1]
+    return {**level[said.index(votes[0][0])], "chosen_by": "majority" if alone else "first"}

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from reward_hub.base import AbstractProcessRewardModel, AggregationMethod, PRMResult
 from tqdm import tqdm
 
+from ..messages import is_conversation, plain
 from ..scores import aggregate
 from ..serve.engine import Engine
 from . import aggregation, prompt_of, scored
@@ -65,9 +66,10 @@ class ReflectiveProcessRewardModel(AbstractProcessRewardModel):
         how = aggregation(aggregation_method)
         if not step_sep:
             raise ValueError("step_sep: it is empty; give the text that separates steps")
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        for i, c in enumerate(conversations):
-            if not c or c[-1]["role"] != "assistant" or not isinstance(c[-1]["content"], str):
+        conversations = []
+        for i, given in enumerate([messages] if is_conversation(messages) else messages):
+            conversations.append(plain(given, f"messages[{i}]"))
+            if given[-1]["role"] != "assistant" or given[-1].get("content") is None:
                 raise ValueError(
                     f"messages[{i}]: expected the last message to be text of the assistant's, which is scored"
                 )

@@ -8,8 +8,10 @@
 base class; hence this module does not import it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+from ..messages import brief, check_text
 from ..model import ReflectiveModel
 from ..serve.engine import Engine
 from . import scored
@@ -44,10 +46,15 @@ class ReflectivePRM:
         would pick a NaN.
 
         Raises:
-            ValueError: not as many lists of answers as questions; a text that the model has no room for.
+            ValueError: not as many lists of answers as questions; an answer that is no text, or that the model has no room for.
         """
         if len(questions) != len(outputs):
             raise ValueError(f"outputs: {len(outputs)} lists of answers for {len(questions)} questions; give one each")
+        for i, answers in enumerate(outputs):
+            if isinstance(answers, str) or not isinstance(answers, Sequence):
+                raise ValueError(f"outputs[{i}]={brief(answers)}: expected the list of the answers to a question")  # noqa: TRY004
+            for j, answer in enumerate(answers):
+                check_text(f"outputs[{i}][{j}]", answer)
         prompts = [self.prompt(q) for q, answers in zip(questions, outputs, strict=True) for _ in answers]
         found = iter(scored(self.engine, prompts, [a for answers in outputs for a in answers]))
         return [[next(found).step_scores or [0.0] for _ in answers] for answers in outputs]

@@ -22,10 +22,15 @@ from torch import nn
 from ..batch.files import Lines
 from ..finished import score
 from ..generation import end_tokens
+from ..messages import brief, is_conversation, plain
 from ..model import ReflectiveModel
 from ..outputs import replacing
 from ..scores import aggregate
 from ..train.data import Rollouts
+
+_NO_IMAGES = (
+    "SPRMReward reads text alone, and would score as if there were none; leave it out of the rewards of such a run"
+)
 
 # -- the reward --------------------------------------------------------------------------------------------------------
 
@@ -35,7 +40,8 @@ class SPRMReward:
     """``reward_i = aggregate(step scores of completion i)``, in [0, 1]; None where a hidden state was not finite.
 
     Scored are the ids that were sampled, behind the prompt's ids as the trainer makes them, by one forward of the truncated
-    backbone, without gradient or dropout. What tools wrote into a completion counts as the policy's own.
+    backbone, without gradient or dropout. What tools wrote into a completion counts as the policy's own. Text alone is scored:
+    what follows an image cannot be.
 
     Args:
         model: the scorer. Made of the module that the trainer is given as ``model``, it scores by the policy of the moment:
@@ -47,8 +53,8 @@ class SPRMReward:
         batch_tokens: padded tokens a forward.
 
     Raises:
-        ValueError: unknown aggregation. When called: no ``completion_ids``; completions of another tokenizer; a head that
-            does not fit.
+        ValueError: unknown aggregation. When called: no ``completion_ids``; completions of another tokenizer; prompts that
+            are neither texts nor conversations, or with images; a head that does not fit.
     """
 
     model: ReflectiveModel
@@ -69,34 +75,76 @@ class SPRMReward:
         prompts: Sequence[Any],
         completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]] | None = None,
-        **_: Any,
+        **columns: Any,
     ) -> list[float | None]:
-        if completion_ids is None or len(completion_ids) != len(prompts):
-            given = "none" if completion_ids is None else len(completion_ids)
-            raise ValueError(f"completion_ids: {given} for {len(prompts)} prompts; TRL passes one list of ids each")
-        self._check_tokenizer(completions, completion_ids)
+        for name, given in (("completions", completions), ("completion_ids", completion_ids)):
+            if given is None or len(given) != len(prompts):
+                count = "none" if given is None else len(given)
+                raise ValueError(f"{name}: {count} for {len(prompts)} prompts; TRL passes one each, of ids a list")
+        for name in ("image", "images"):
+            if any(image is not None and image != [] for image in columns.get(name) or ()):
+                raise ValueError(f"{name}: {_NO_IMAGES}")
+        if not len(prompts):
+            return []
+        responses = self.model.token_ids("completion_ids", completion_ids)
+        self._check_tokenizer(completions, responses)
         known = self._prompt_ids(prompts)
-        rows = [torch.tensor([*p, *c]) for p, c in zip(known, completion_ids, strict=True)]
+        rewards: list[float | None] = [0.0] * len(prompts)
+        there = [i for i, (p, r) in enumerate(zip(known, responses, strict=True)) if p or r]  # else there is no step
+        if not there:
+            return rewards
         with evaluating(self.model.model):
             scores = score(
-                self.model.model, self.model.head, self.model.steps, rows, at=self.model.config.at,
-                prompt_lengths=[len(p) for p in known], batch_tokens=self.batch_tokens,
+                self.model.model, self.model.head, self.model.steps,
+                [torch.tensor([*known[i], *responses[i]]) for i in there], at=self.model.config.at,
+                prompt_lengths=[len(known[i]) for i in there], batch_tokens=self.batch_tokens,
             )  # fmt: skip
-        return [None if math.isnan(s) else s for s in scores.aggregate(self.aggregation).tolist()]
+        for i, reward in zip(there, scores.aggregate(self.aggregation).tolist(), strict=True):
+            rewards[i] = None if math.isnan(reward) else reward
+        return rewards
 
     def _prompt_ids(self, prompts: Sequence[Any]) -> list[list[int]]:
         """As ``_tokenize_prompts`` of TRL's trainers: a text with the tokenizer's special tokens, a conversation rendered."""
-        if isinstance(prompts[0], str):
-            return self.model.tokenizer(text=list(prompts))["input_ids"]
-        return self.model.tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
-        )["input_ids"]
+        tokenizer = self.model.tokenizer
+        if all(isinstance(p, str) for p in prompts):
+            return tokenizer(text=list(prompts))["input_ids"]
+        for i, prompt in enumerate(prompts):
+            if not is_conversation(prompt):
+                raise ValueError(
+                    f"prompts[{i}]={brief(prompt)}: expected texts, or conversations of role and content, all of one kind"
+                )
+            for j, message in enumerate(prompt):
+                parts = message.get("content")
+                for part in parts if isinstance(parts, list) else ():
+                    if not isinstance(part, Mapping) or part.get("type") != "text":
+                        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                        raise ValueError(f"prompts[{i}][{j}].content holds a part of type {kind!r}: {_NO_IMAGES}")
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "prompts: they are conversations, and the scorer's tokenizer has no chat template; set one"
+            )
+        from jinja2 import TemplateError
+
+        def rendered(conversations: list[Any]) -> list[list[int]]:
+            return tokenizer.apply_chat_template(
+                conversations, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
+            )["input_ids"]
+
+        try:
+            return rendered(list(prompts))  # as the trainer does, whatever a template makes of parts or of no content
+        except (TemplateError, TypeError):
+            texts = [plain(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        try:
+            return rendered(texts)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"prompts: the tokenizer's chat template refuses them: {error}") from error
 
     def _check_tokenizer(self, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]]) -> None:
         """Another tokenizer's ids would be scored as if they were ours, and nothing would tell."""
-        if not isinstance(completions[0], str):
+        first = next((i for i, text in enumerate(completions) if isinstance(text, str) and text), None)
+        if first is None:
             return
-        theirs, ours = completions[0], self.model.tokenizer.decode(completion_ids[0], skip_special_tokens=True)
+        theirs, ours = completions[first], self.model.tokenizer.decode(completion_ids[first], skip_special_tokens=True)
         if ours != theirs:
             raise ValueError(
                 f"completion_ids: the scorer's tokenizer reads them as {ours[:40]!r}, the trainer's as {theirs[:40]!r}; "

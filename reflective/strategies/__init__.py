@@ -16,7 +16,8 @@ A strategy of one's own::
 import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,8 +40,10 @@ _HOME = {
     "astar": "AStar",
     "rpc": "RPC",
 }
+MOST = 65_536  # candidates of a question: each has a generator of its own, whether it decodes or waits
 _FILES = {"majority": "votes", "weighted_vote": "votes"}  # the others' files bear their names
 NAMES = tuple(_HOME)
+WITHOUT_SCORE, WITHOUT_STEP, SCORED = range(3)  # standings of a candidate
 
 
 @dataclass
@@ -70,18 +73,24 @@ class Strategy:
             every running candidate has; those that have wait for the others.
         aggregation: of step scores to one, see ``reflective.scores.aggregate``.
         name: by which ``by_name`` knows it.
+        chosen_by: what decided in ``choose``, see ``Generation.chosen_by``; a ``choose`` of one's own may say so too.
     """
 
     name: ClassVar[str] = "strategy"
     n: int = 8
     by_step: bool = False
     aggregation: str = "geometric_mean"
+    chosen_by: str = field(default="strategy", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         from ..scores import AGGREGATIONS  # not above: with torch it takes seconds, and NAMES should not
 
+        if isinstance(self.n, bool) or not isinstance(self.n, Integral):
+            raise ValueError(f"n={self.n!r}: expected a number of candidates, an integer")  # noqa: TRY004
         if self.n < 1:
             raise ValueError(f"n={self.n}: at least one candidate is needed")
+        if self.n > MOST:
+            raise ValueError(f"n={self.n}: more than {MOST} candidates; ask several times, with other seeds")
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(f"aggregation={self.aggregation!r}; expected one of {', '.join(AGGREGATIONS)}")
 
@@ -96,8 +105,35 @@ class Strategy:
         return None
 
     def choose(self, candidates: "Sequence[Candidate]") -> int:
-        """Index of the answer: the highest score among those not stopped; of equals the first."""
-        return max(eligible(candidates), key=lambda i: (self.value(candidates[i]), -i))
+        """Index of the answer: the highest score among those not stopped; of equals the first.
+
+        A candidate without a step never beats one that has some, and where a step has no score a candidate comes last. If
+        nobody has a score, as where all are too short for a step, the answer that most give is chosen, and of equally
+        frequent ones the likeliest response.
+        """
+        there = eligible(candidates)
+        standings = self.standings([candidates[i] for i in there])
+        best = max(standings)
+        level = [i for i, (rank, _) in zip(there, standings, strict=True) if rank == best[0]]
+        if best[0] == SCORED or len(level) == 1:
+            self.chosen_by = "score"
+            return there[standings.index(best)]
+        from .votes import likeliest_of_most
+
+        p = [p for rank, p in standings if rank == best[0]]
+        index, self.chosen_by = likeliest_of_most([candidates[i] for i in level], p)
+        return level[index]
+
+    def standing(self, candidate: "Candidate | Live") -> tuple[int, float]:
+        """What candidates are ordered by: whether they have steps, and their scores; without those, how likely they are."""
+        if any(map(math.isnan, candidate.step_scores)):
+            return WITHOUT_SCORE, likelihood(candidate)
+        return (SCORED, self.value(candidate)) if candidate.step_scores else (WITHOUT_STEP, likelihood(candidate))
+
+    def standings(self, candidates: "Sequence[Candidate]") -> list[tuple[int, float]]:
+        """``standing`` of each; of responses of the same tokens that of the first, for in another company the last bits differ."""
+        first: dict[tuple[int, ...], tuple[int, float]] = {}
+        return [first.setdefault(tuple(c.token_ids), self.standing(c)) for c in candidates]
 
     def value(self, candidate: "Candidate | Live") -> float:
         """The candidate's score under ``aggregation``; 0 without a step, -1 where a step has none."""
@@ -105,6 +141,12 @@ class Strategy:
 
         score = aggregate(candidate.step_scores, self.aggregation)
         return -1.0 if math.isnan(score) else score
+
+
+def likelihood(candidate: "Candidate | Live") -> float:
+    """``exp(log_prob / length)``, the geometric mean of its tokens' probabilities; 0 where they are not known."""
+    p = math.exp(candidate.log_prob / max(1, len(candidate.token_ids)))
+    return 0.0 if math.isnan(p) else p
 
 
 def eligible(candidates: "Sequence[Candidate]") -> list[int]:
@@ -122,7 +164,7 @@ def by_name(name: str, home: str | Path | None = None, **settings: Any) -> Strat
     Raises:
         ValueError: unknown name; ``"prune"`` without a calibrated rule. TypeError: unknown setting.
     """
-    if name not in _HOME:
+    if not isinstance(name, str) or name not in _HOME:
         raise ValueError(f"strategy={name!r}; expected one of {', '.join(NAMES)}")
     return __getattr__(_HOME[name]).of(home, **settings)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from ..scores import aggregate
-from . import HOLD, KEEP, STOP, Step, Strategy, eligible
+from . import HOLD, KEEP, SCORED, STOP, Step, Strategy, eligible
 
 if TYPE_CHECKING:
     from ..model import Candidate
@@ -43,10 +43,12 @@ class AStar(Strategy):
 
     def observe(self, step: Step) -> Sequence[int] | None:
         candidates = step.candidates
-        order = sorted(range(len(candidates)), key=lambda i: (self.cost(candidates[i]), i))
+        order = sorted(range(len(candidates)), key=lambda i: (*self._order(candidates[i]), i))
         spent = self._expanded >= self.expansions
         actions = [KEEP if c.finished else STOP for c in candidates]
-        if candidates[order[0]].finished or (spent and any(c.finished for c in candidates)):
+        if candidates[order[0]].finished or (
+            spent and any(c.finished and self._order(c)[0] == -SCORED for c in candidates)
+        ):
             return actions
         if spent:
             actions[order[0]] = KEEP
@@ -58,8 +60,18 @@ class AStar(Strategy):
         return actions
 
     def choose(self, candidates: "Sequence[Candidate]") -> int:
-        """The finished candidate with the least f."""
-        return min(eligible(candidates), key=lambda i: (self.cost(candidates[i]), i))
+        """The finished candidate with the least f; one without a step only where none has any."""
+        first: dict[tuple[int, ...], tuple[int, float]] = {}  # as in ``standings``
+        orders = [first.setdefault(tuple(c.token_ids), self._order(c)) for c in candidates]
+        best = min(eligible(candidates), key=orders.__getitem__)
+        if self.standing(candidates[best])[0] != SCORED:
+            return super().choose(candidates)
+        self.chosen_by = "score"
+        return best
+
+    def _order(self, candidate: "Candidate | Live") -> tuple[int, float]:
+        """One without a step stands behind all that have some."""
+        return -self.standing(candidate)[0], self.cost(candidate)
 
     def cost(self, candidate: "Candidate | Live") -> float:
         """f; 1 without a step, infinite where a step has no score."""

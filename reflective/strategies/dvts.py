@@ -45,7 +45,11 @@ class DVTS(Strategy):
             return None
         actions = [STOP] * len(step.candidates)
         for tree, children in members.items():
-            best = max(children, key=lambda i: (self.value(step.candidates[i]), -i))
+            best = max(children, key=lambda i: (self.standing(step.candidates[i]), -i))
+            if not step.candidates[best].step_scores:  # all have finished without a step: nothing tells which to stop
+                for i in children:
+                    actions[i] = KEEP
+                continue
             size = sum(number * trees // self.n == tree for number in range(self.n))
             actions[best] = KEEP if step.candidates[best].finished else size
         return actions

@@ -15,7 +15,7 @@ class FirstFinish(Strategy):
     """Answer: ``argmin_i length_i`` over n independent candidates, all stopped as soon as one has ended by itself.
 
     Source: Agarwal et al., First Finish Search, arXiv 2505.18149, the synchronous variant. Where several end with the same
-    token, which it leaves open, the higher score wins; a candidate cut at ``max_new_tokens`` has not finished.
+    token, which it leaves open, the higher score wins, and of those without a step the likelier; a candidate cut at ``max_new_tokens`` has not finished.
     """
 
     name: ClassVar[str] = "first_finish"
@@ -26,8 +26,8 @@ class FirstFinish(Strategy):
         return None
 
     def choose(self, candidates: "Sequence[Candidate]") -> int:
-        def order(i: int) -> tuple[bool, int, float, int]:
+        def order(i: int) -> tuple[bool, int, tuple[int, float], int]:
             c = candidates[i]
-            return c.status != "stop", len(c.token_ids), -self.value(c), i
+            return c.status == "stop", -len(c.token_ids), self.standing(c), -i
 
-        return min(eligible(candidates), key=order)
+        return max(eligible(candidates), key=order)

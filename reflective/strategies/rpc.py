@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from . import likelihood
 from .votes import Majority
 
 if TYPE_CHECKING:
@@ -28,11 +29,12 @@ class RPC(Majority):
     """
 
     name: ClassVar[str] = "rpc"
+    _weighs: ClassVar[str] = "strategy"
 
     def weights(self, voters: "Sequence[Candidate]") -> list[float]:
-        p = [math.exp(c.log_prob / len(c.token_ids)) for c in voters]
-        if any(map(math.isnan, p)):
+        if any(math.isnan(c.log_prob) for c in voters):
             raise ValueError("rpc needs the log-probability of every candidate")
+        p = [likelihood(c) for c in voters]
         seen: set[tuple[int, ...]] = set()
         for v, (c, dropped) in enumerate(zip(voters, unlikely(p), strict=True)):
             if dropped or tuple(c.token_ids) in seen:
