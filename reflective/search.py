@@ -202,6 +202,38 @@ class Question:
         return [c for c in self.candidates if c.running]
 
 
+class Pace:
+    """How many tokens may be run between two forwards of those that decode: about as many as take ``seconds``.
+
+    Learnt from what was run, as neither model nor machine is known; at least 64, for which a forward that reads all weights is
+    worth it, and never more than twice as many as ever before.
+
+    Args:
+        most: tokens, at any time.
+        device: on which they run.
+    """
+
+    LEAST = 64
+
+    def __init__(self, most: int, device: torch.device, seconds: float = 0.2) -> None:
+        self.most, self.device, self.seconds = max(most, self.LEAST), device, seconds
+        self._rate, self._tried = 0.0, self.LEAST // 2
+
+    def tokens(self) -> int:
+        return max(self.LEAST, min(self.most, 2 * self._tried, int(self._rate * self.seconds)))
+
+    @contextmanager
+    def timed(self, tokens: int) -> Iterator[None]:
+        """Within, so many are run."""
+        began = time.perf_counter()
+        yield
+        if tokens >= self.LEAST:
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+            self._rate = tokens / max(1e-6, time.perf_counter() - began)
+            self._tried = max(self._tried, tokens)
+
+
 @dataclass(eq=False)
 class _Filling:
     """A long prompt, ids and positions [1, P], of which ``done`` tokens are in the cache."""
@@ -221,8 +253,8 @@ class Search:
         batch_rows: candidates decoded together at most.
         on_step: called after every forward with the candidates, ended ones too, of each question under way.
         on_end: called with every question that has ended.
-        piece: how many tokens of prompts may be prefilled between two forwards; a longer prompt is prefilled in as many
-            pieces. None: all that came at once.
+        pace: how many tokens of prompts may be prefilled between two forwards; a longer prompt is prefilled in pieces. None:
+            all that came at once.
 
     Attributes:
         decode_seconds: of the last forward of those that decode; 0 when nobody does.
@@ -239,7 +271,7 @@ class Search:
         batch_rows: int = 64,
         on_step: Callable[[list[list[Live]]], None] | None = None,
         on_end: Callable[[Question], None] | None = None,
-        piece: Callable[[], int] | None = None,
+        pace: Pace | None = None,
     ) -> None:
         check_cache(model.model)
         self.model, self.scorer, self.batch_rows, self.on_step, self.on_end = model, scorer, batch_rows, on_step, on_end
@@ -250,7 +282,7 @@ class Search:
         self._batch: list[Live] = []
         self._rows: Rows | None = None
         self._watching = 0.0
-        self.piece, self.decode_seconds = piece, 0.0
+        self.pace, self.decode_seconds = pace, 0.0
         self._groups: collections.deque[list[Question]] = collections.deque()  # each to be prefilled in one forward
         self._long: collections.deque[_Filling] = collections.deque()  # each in several
 
@@ -302,7 +334,7 @@ class Search:
         least. ``fill``: whether a piece of a long prompt may be prefilled before, too.
         """
         self._drop()
-        worked = False
+        worked, self.decode_seconds = False, 0.0
         while True:
             coming = sum(len(q.candidates) for q in itertools.chain(*self._groups, (f.question for f in self._long)))
             room = self.batch_rows - coming - sum(c._ready for q in self._under_way for c in q.open)
@@ -312,26 +344,34 @@ class Search:
                 break
             self._prefill_batch(self._groups.popleft())
             worked = True
-            if self.piece:
+            if self.pace:
                 break
         if self._long and fill:
             self._fill()
-        if worked := worked or bool(self._under_way or self._long):
+            worked = True
+        if worked:
+            self._drop()  # prefilling takes its time
+        if self._under_way:
             began = time.perf_counter()
-            if self._under_way:
-                self._seat()
-                self._forward()
+            self._seat()
+            self._forward()
             self.decode_seconds = time.perf_counter() - began if self._under_way else 0.0
-        return worked
+            worked = True
+        return worked or bool(self._long)
+
+    @property
+    def filling(self) -> bool:
+        """Whether a long prompt is being prefilled."""
+        return bool(self._long)
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
     def _take_in(self, questions: list[Question]) -> None:
         """Put prompts of similar lengths together, as many as one forward may have."""
-        most, lengths = self.piece() if self.piece else PREFILL_TOKENS, [len(q.prompt) for q in questions]
+        most, lengths = self.pace.tokens() if self.pace else PREFILL_TOKENS, [len(q.prompt) for q in questions]
         for part in batches_by_length(lengths, most):
             group = [questions[i] for i in sorted(part)]
-            if self.piece and lengths[part[0]] > most:
+            if self.pace and lengths[part[0]] > most:
                 ids, positions, _ = self._admit(group)
                 self._long.append(_Filling(group[0], new_cache(), ids, positions))
             else:
@@ -353,12 +393,13 @@ class Search:
     def _fill(self) -> None:
         """A piece of the long prompt that came first."""
         filling = self._long[0]
-        piece = slice(filling.done, filling.done + self.piece())
+        piece = slice(filling.done, min(filling.done + self.pace.tokens(), filling.ids.shape[1]))
         self.scorer.assign([filling.question._state])
-        logits = self._call(filling.cache, filling.ids[:, piece], filling.positions[:, piece], None)
+        with self.pace.timed(piece.stop - piece.start):
+            logits = self._call(filling.cache, filling.ids[:, piece], filling.positions[:, piece], None)
         self.scorer.assign([c._state for c in self._batch])
         filling.done = piece.stop
-        if filling.done >= filling.ids.shape[1]:
+        if filling.done == filling.ids.shape[1]:
             self._long.popleft()
             self._prefilled([filling.question], filling.cache, logits)
 
