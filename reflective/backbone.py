@@ -105,9 +105,7 @@ class Backbone:
                 layer.__class__ = before
                 del vars(layer)[_HEARD]
 
-    def hidden(
-        self, ids: Tensor, attention_mask: Tensor | None, shared: int = 0, cache: Cache | None = None
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, attention_mask: Tensor | None, shared: int = 0, cache: Cache | None = None) -> Tensor:
         """States [B, T - shared, H] that enter the last layer, with their autograd graph, for ``ids`` [B, T].
 
         The last layer, the final norm and the LM head never run, and no other layer's states are kept.

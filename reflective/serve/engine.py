@@ -26,6 +26,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 SHARE = 0.5  # of the seconds of decoding, which pieces beside it may take; without decoding they take all
 PIECE = 0.02, 0.2  # seconds of a piece while others decode, at least and at most; the most when nobody does
+MAX_TOKENS = 512  # where the model does not say how many positions it has
 LONG = 1 << 16  # bytes of a request that is prepared apart: 120 kB are tokenized in 40 ms, 8 MiB in 10 s
 
 
@@ -95,8 +96,9 @@ class Engine:
 
         Args:
             n: candidates of each; None: the strategy's own.
-            on_step: called in the engine's thread after every forward with the candidates of one of these questions, whose
-                ``question.ask.prompt`` is which.
+            max_new_tokens: None: what the model has positions for behind each prompt.
+            on_step: called in the engine's thread after every forward: with the candidates or, of ``generate_all``, with the
+                number of a prompt and its candidates.
 
         Raises:
             QueueFull, Closed.
@@ -111,26 +113,28 @@ class Engine:
         *,
         strategy: Strategy | str | None = None,
         n: int | None = 1,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = 512,
         temperature: float = 0.6,
         top_p: float = 0.95,
         seed: int | None = None,
         stop: Sequence[str] = (),
         thinking_budget: int | None = None,
-        on_step: Callable[[Sequence[Live]], None] | None = None,
+        on_step: Callable[..., None] | None = None,
     ) -> "_Generate":
         seed, questions, texts = secrets.randbits(32) if seed is None else seed, [], []
         for i, prompt in enumerate(prompts):
             name = "prompt" if len(prompts) == 1 else f"prompt[{i}]"
             text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else ("", list(prompt))
+            room = max(1, self.max_length - len(ids)) if self.max_length is not None else MAX_TOKENS
+            most = room if max_new_tokens is None else max_new_tokens
             ask = Ask(
-                ids, self.model.strategy(strategy, n=n), max_new_tokens=max_new_tokens, temperature=temperature,
-                top_p=top_p, seed=seed, stop=stop, thinking_budget=thinking_budget,
+                ids, self.model.strategy(strategy, n=n), max_new_tokens=most, temperature=temperature, top_p=top_p,
+                seed=seed, stop=stop, thinking_budget=thinking_budget,
             )  # fmt: skip
             self.check(name, ids)
-            if self.max_length is not None and len(ids) + max_new_tokens > self.max_length:
+            if self.max_length is not None and len(ids) + most > self.max_length:
                 raise ValueError(
-                    f"max_new_tokens={max_new_tokens}: with the prompt's {len(ids)} tokens that is more than the "
+                    f"max_new_tokens={most}: with the prompt's {len(ids)} tokens that is more than the "
                     f"{self.max_length} positions of the model"
                 )
             questions.append(Question(self.model, ask))
@@ -436,7 +440,8 @@ class Engine:
             job = self._running[group[0].question]
             if job.on_step:
                 try:
-                    job.on_step(group)
+                    question = group[0].question
+                    job.on_step(group) if job.one else job.on_step(job.questions.index(question), group)
                 except Exception:  # noqa: BLE001  # of a caller; decoding goes on
                     _log.exception("on_step failed and is not called again")
                     job.on_step = None
@@ -494,7 +499,7 @@ class _Generate(_Job):
 
     def __init__(
         self, engine: Engine, questions: list[Question], prompts: list[str],
-        on_step: Callable[[Sequence[Live]], None] | None, one: bool,
+        on_step: Callable[..., None] | None, one: bool,
     ) -> None:  # fmt: skip
         super().__init__(engine)
         self.questions, self.prompts, self.on_step, self.one = questions, prompts, on_step, one
