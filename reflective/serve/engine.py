@@ -144,9 +144,18 @@ class Engine:
         return job
 
     def score(
-        self, prompts: Sequence[str | Sequence[int]], responses: Sequence[str | Sequence[int]]
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        responses: Sequence[str | Sequence[int]],
+        *,
+        name: str = "response",
+        more: float = 0.0,
     ) -> Future[list[Candidate]]:
         """Score finished texts, or their ids, as ``ReflectiveModel.score`` does.
+
+        Args:
+            name: of the responses, for errors.
+            more: how much longer than the model's positions they may be, as a part of these.
 
         Raises:
             QueueFull, Closed.
@@ -159,7 +168,7 @@ class Engine:
         heads = [self.encode(p) if isinstance(p, str) and p else list(p) for p in prompts]
         texts = [self.encode_response(r, not p) for p, r in zip(heads, responses, strict=True)]
         for i, (head, text) in enumerate(zip(heads, texts, strict=True)):
-            self.check_text(head, text, "" if len(texts) == 1 else f"[{i}]")
+            self.check_text(head, text, "" if len(texts) == 1 else f"[{i}]", name=name, more=more)
         job = _Score(self, heads, texts)
         self._queue(self._asides, job)
         return job
@@ -275,16 +284,23 @@ class Engine:
         if wrong:
             raise ValueError(f"{name}: {wrong[0]!r} is no token of this model; ids are integers from 0 to {size - 1}")
 
-    def check_text(self, prompt: Sequence[int], response: Sequence[int], which: str = "") -> None:
-        """ValueError, naming prompt or response with ``which`` behind it, unless they can be scored."""
-        self.check(f"response{which}", response)
+    def check_text(
+        self,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        which: str = "",
+        *,
+        name: str = "response",
+        more: float = 0.0,
+    ) -> None:
+        """ValueError, naming prompt or response with ``which`` behind it, unless they can be scored; see ``score``."""
+        size, most = len(prompt) + len(response), self.max_length
+        if most is not None and size > most + int(most * more):  # before anything is done for each token
+            whole = "with its prompt " if prompt else ""
+            raise ValueError(f"{name}{which}: {whole}{size} tokens, more than the model's {most} positions")
+        self.check(f"{name}{which}", response)
         if prompt:
             self.check(f"prompt{which}", prompt)
-        if self.max_length is not None and len(prompt) + len(response) > self.max_length:
-            raise ValueError(
-                f"response{which}: with its prompt {len(prompt) + len(response)} tokens, more than the model's "
-                f"{self.max_length} positions"
-            )
 
     def _check_room(self, reserved: int = 0) -> None:
         if self._closing:
