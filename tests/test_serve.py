@@ -1,5 +1,6 @@
 """The HTTP server, over real sockets: what the clients of MetaStone-S1, OpenAI and vLLM send, and what they read."""
 
+import asyncio
 import contextlib
 import json
 import math
@@ -33,6 +34,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
+from reflective.benchmarks.serve_load import load
 from reflective.serve import openai as serve_openai
 from reflective.serve import schemas
 from reflective.serve.app import Server, create_app
@@ -583,7 +585,7 @@ def test_a_chat_in_which_a_tool_was_called(metastone):
         "response_format": {"type": "text"},
     }
     answer = metastone.http.post("/v1/chat/completions", json=body)
-    text = "<|user|>1 + 1?\n<|assistant|>\n<|tool|>2\n<|assistant|><think>\n"
+    text = "<|user|>1 + 1?\n<|assistant|>\n<|tool|>2\n<|assistant|><think>"
     assert answer.json()["usage"]["prompt_tokens"] == len(metastone.model.tokenizer(text).input_ids)
     for wrong in ({"tool_choice": "auto"}, {"tool_choice": None}):
         assert "tools is not supported" in metastone.http.post("/v1/chat/completions", json={**body, **wrong}).text
@@ -832,6 +834,17 @@ def test_who_hangs_up_is_no_longer_scored_for(monkeypatch):
         until(lambda: server.engine.stats()["running"] == 0)
         assert server.engine.stats()["scored"] == 0
         assert server.http.post("/v1/completions", json={"prompt": "A", "max_tokens": 2}).status_code == 200
+
+
+def test_clients_that_leave_cost_the_others_nothing():
+    """``benchmarks/serve_load.py``, small."""
+    model = reflective_model(prompt=None)
+    with live(model, max_queue=64) as server:
+        handle = model.model.model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
+        server.engine._pace.most = 64
+        found = asyncio.run(load(server.url, 16, 4, requests=2, text="AB" * 255 + STEPS[0], tokens=4, patience=0.05))
+        handle.remove()
+    assert found["lost"] == 0 and found["left"] >= 4
 
 
 @pytest.mark.parametrize("path", ["/score", "/pooling", "/v1/completions"])

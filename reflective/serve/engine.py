@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 SHARE = 0.5  # of the seconds of decoding, which pieces beside it may take; without decoding they take all
 PIECE = 0.02, 0.2  # seconds of a piece while others decode, at least and at most; the most when nobody does
 MAX_TOKENS = 512  # where the model does not say how many positions it has
-LONG = 1 << 16  # bytes of a request that is prepared apart: 120 kB are tokenized in 40 ms, 8 MiB in 10 s
+LONG = 1 << 13  # bytes of a request that is prepared apart: 120 kB are tokenized in 40 ms, 8 MiB in 10 s
+AHEAD = 2  # of those, how many are prepared before the model has begun with them: who hangs up by then has cost nothing
 
 
 class QueueFull(RuntimeError):
@@ -197,6 +198,9 @@ class Engine:
 
         def run() -> T:
             self._here.lane = lane
+            if lane is self._lanes[1]:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing or self._ahead() < AHEAD)
             return function()
 
         with self._changed:
@@ -205,6 +209,9 @@ class Engine:
             future = lane.thread.submit(run)
         future.add_done_callback(self._prepared)
         return future
+
+    def _ahead(self) -> int:
+        return sum(job.long and not job.started for job in (*self._waiting, *self._asides))
 
     def _prepared(self, _: Future) -> None:
         with self._changed:
@@ -309,8 +316,10 @@ class Engine:
             raise QueueFull(f"{self.max_queue} requests are waiting; try again later")
 
     def _queue(self, queue: "collections.deque[Any]", job: "_Job") -> None:
+        lane = getattr(self._here, "lane", None)
+        job.long = lane is self._lanes[1]
         with self._changed:
-            self._check_room(reserved=int(hasattr(self._here, "lane")))
+            self._check_room(reserved=int(lane is not None))
             queue.append(job)
             self._changed.notify_all()
 
@@ -376,6 +385,8 @@ class Engine:
                     room -= len(question.candidates)
                 if not job.pending:
                     self._waiting.popleft()
+            if new:
+                self._changed.notify_all()
         return new
 
     def _step_aside(self) -> bool:
@@ -385,7 +396,7 @@ class Engine:
             job = next((job for job in self._asides if not isinstance(job, _Score)), None)
             texts = [text for job in self._asides if isinstance(job, _Score) for text in job.texts if not text.done]
         if job is not None:
-            job.started = True
+            self._begin(job)
             self._settle(job, job.function)
             return True
         if not texts:
@@ -395,7 +406,7 @@ class Engine:
             texts.sort(key=_Text.left)
         self._oldest_first = not self._oldest_first
         first, longest, batch = texts[0], texts[0].left(), []
-        first.job.started = True
+        self._begin(first.job)
         if first.reading is not None or longest > most:
             self._read(first, most)
             return True
@@ -407,6 +418,12 @@ class Engine:
         with self._pace.timed(longest * len(batch)):
             self._score(batch)
         return True
+
+    def _begin(self, job: "_Aside") -> None:
+        if not job.started:
+            with self._changed:
+                job.started = True
+                self._changed.notify_all()
 
     def _score(self, texts: "list[_Text]") -> None:
         try:
@@ -445,6 +462,7 @@ class Engine:
         with self._changed:
             if job in self._asides:
                 self._asides.remove(job)
+            self._changed.notify_all()
         if job.set_running_or_notify_cancel():
             if isinstance(job, _Score):
                 self._finishing.submit(job.settle, function)
@@ -491,11 +509,12 @@ class _Lane:
 
 
 class _Job(Future):
-    """Attributes: ``began``: when it was asked for, in seconds of ``time.perf_counter``; ``started``: whether the model has begun with it."""
+    """Attributes: ``began``: when it was asked for, in seconds of ``time.perf_counter``; ``started``: whether the model has begun with it;
+    ``long``: whether it was prepared apart."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
-        self.engine, self.began, self.started = engine, time.perf_counter(), False
+        self.engine, self.began, self.started, self.long = engine, time.perf_counter(), False, False
 
     def settle(self, function: Callable[[], Any]) -> None:
         try:
