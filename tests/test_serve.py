@@ -210,7 +210,7 @@ def test_the_published_pipeline_runs_against_a_server_process(published):
         assert len(solutions) == branch
         return {"content": prompt, "solution_lst": solutions, "score_lst": values}
 
-    with process(published) as (server, url):
+    with process(published, grace=120.0) as (server, url):
         lines = [
             json.dumps({"prompt": question, "answer": "2", "output": infer(question, [url, url], 4)})
             for question in ("1 + 1?", "2 + 2?")
