@@ -29,6 +29,7 @@ bench: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/best_of_n.py
 	$(VENV)/bin/python benchmarks/finished_text.py
 	$(VENV)/bin/python benchmarks/soak.py
+	$(VENV)/bin/python benchmarks/serve_load.py
 	$(VENV)/bin/python benchmarks/report.py --write
 
 # The paper's result in miniature; goes on where it was interrupted.

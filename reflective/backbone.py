@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 _PIECE = 512  # tokens; SmolLM2's activations of one piece (3 MB each) stay in cache
@@ -105,7 +105,7 @@ class Backbone:
                 layer.__class__ = before
                 del vars(layer)[_HEARD]
 
-    def hidden(self, ids: Tensor, attention_mask: Tensor | None, shared: int = 0) -> Tensor:
+    def hidden(self, ids: Tensor, attention_mask: Tensor | None, shared: int = 0, cache: Cache | None = None) -> Tensor:
         """States [B, T - shared, H] that enter the last layer, with their autograd graph, for ``ids`` [B, T].
 
         The last layer, the final norm and the LM head never run, and no other layer's states are kept.
@@ -114,6 +114,7 @@ class Backbone:
         Args:
             shared: this many columns, alike in all rows and without padding, run once for all rows and are not returned.
                 See ``can_share``.
+            cache: of the columns before ``ids``, which are added to it: a text is run a piece at a time. Without padding.
 
         Raises:
             ValueError: an id stands for an image, a video or a sound, which the ids do not hold.
@@ -121,10 +122,12 @@ class Backbone:
         self._check_text_only(ids)
         first = _device_of(self.model.get_input_embeddings())  # several devices: the last layer's may be another
         ids, inputs = ids.to(first), {"use_cache": False}
+        if shared or cache is not None:
+            cache = DynamicCache(config=self._text_config()) if cache is None else cache
+            inputs = {"use_cache": True, "past_key_values": cache}
         if shared:
-            inputs = {"use_cache": True, "past_key_values": DynamicCache(config=self._text_config())}
             self._states({"input_ids": ids[:1, :shared], **inputs})
-            inputs["past_key_values"].batch_repeat_interleave(len(ids))
+            cache.batch_repeat_interleave(len(ids))
         # No token sees padding on its right. Without a mask attention is faster, and a sliding window over nothing but padding
         # does not make its row NaN.
         if attention_mask is not None and not (attention_mask[:, 0] != 0).all():
@@ -154,10 +157,12 @@ class Backbone:
             return reached.hidden
         raise RuntimeError(f"the last layer of {type(self.model).__name__} never ran; it cannot be scored")
 
-    def features(self, ids: Tensor, attention_mask: Tensor | None, row: Tensor, column: Tensor) -> Tensor:
-        """States [M, H] at ``(row, column)`` of ``hidden(ids, attention_mask)``, without a graph."""
+    def features(
+        self, ids: Tensor, attention_mask: Tensor | None, row: Tensor, column: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """States [M, H] at ``(row, column)`` of ``hidden(ids, attention_mask, cache=cache)``, without a graph."""
         with torch.no_grad(), self._narrow_mlps():
-            return self.hidden(ids, attention_mask)[row, column]
+            return self.hidden(ids, attention_mask, cache=cache)[row, column]
 
     def _check_text_only(self, ids: Tensor) -> None:
         for kind in ("image", "video", "audio"):

@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.utils.rnn import pad_sequence
 
 from .backbone import Backbone
+from .kv import new_cache
 from .parallel import ShardedHead
 from .scorer import At, check_parts, one_of
 from .scores import TrajectoryScores
@@ -82,6 +83,53 @@ def score(
         [m.nonzero().flatten() for m in mask],
         at,
     )
+
+
+class Reading:
+    """``score`` of one text, a piece at a time: for who has other things to do between two forwards.
+
+    Args:
+        model, head, steps, at: as for ``score``; a model whose cache is ``check_cache``'s.
+        ids: of the whole text, prompt included.
+        prompt_length: as for ``score``.
+
+    Attributes:
+        left: tokens that are still to be run; those behind the last step never are.
+    """
+
+    def __init__(
+        self, model: nn.Module, head: SPRM, steps: StepTokens, ids: Sequence[int], at: At = "predict",
+        prompt_length: int = 0,
+    ) -> None:  # fmt: skip
+        one_of("at", at, ("predict", "token"))
+        self.at, self._backbone = at, Backbone.of(model)
+        steps = check_parts(self._backbone, head, steps)
+        self._placed = ShardedHead(head, self._backbone, None, None, None).load()
+        self._ids = integers("ids", ids)[None].to(self._backbone.device)
+        self._steps = steps.mask(self._ids, None, [prompt_length])[0].nonzero().flatten()  # [M]
+        self._reads = read_at(self._steps, at)
+        self._end = int(self._reads[-1]) + 1 if len(self._reads) else 0
+        self._done, self._found, self._cache = 0, [torch.zeros(0, device=self._backbone.device)], new_cache()
+
+    @property
+    def left(self) -> int:
+        return self._end - self._done
+
+    def read(self, tokens: int) -> None:
+        """Run so many further tokens at most."""
+        begin, self._done = self._done, min(self._done + tokens, self._end)
+        here = self._reads[(self._reads >= begin) & (self._reads < self._done)] - begin
+        ids = self._ids[:, begin : self._done]
+        hidden = self._backbone.features(ids, None, torch.zeros_like(here), here, self._cache)
+        if len(here):
+            self._found.append(self._placed.score_rows(hidden))
+        if not self.left:
+            self._cache = None
+
+    def scores(self) -> TrajectoryScores:
+        """What ``score`` gives, once nothing is left."""
+        found = torch.cat(self._found)
+        return TrajectoryScores.collect([float(found.double().sum())], [len(found)], [found], [self._steps], self.at)
 
 
 def read_at(step: Tensor, at: At) -> Tensor:

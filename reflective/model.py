@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .finished import score
+from .finished import Reading, score
 from .hub import ADAPTER, CONFIG_NAME, HEAD, base_model, directory, model_directory, save_head
 from .messages import brief, check_text, is_conversation, plain
 from .outputs import folder, json_text, write_text
@@ -554,6 +554,23 @@ class ReflectiveModel:
             ]:
                 raise ValueError(f"{name}[{i}]: {wrong[0]!r} is no token; ids are integers from 0 to {size - 1}")
         return found
+
+    def reading(self, prompt: Sequence[int], response: Sequence[int]) -> Reading:
+        """``score_tokens`` of one response, a piece at a time; ``read_candidate`` makes the candidate of it.
+
+        Raises:
+            ValueError: an empty response.
+        """
+        if not response:
+            raise ValueError("response: it is empty")
+        return Reading(
+            self.model, self.head, self.steps, [*prompt, *response], at=self.config.at, prompt_length=len(prompt)
+        )
+
+    def read_candidate(self, reading: Reading, prompt: Sequence[int], response: Sequence[int]) -> Candidate:
+        """What was read of a response."""
+        scores = reading.scores()
+        return self._candidate(list(response), scores.step_scores[0].tolist(), Scored.of(scores, 0, len(prompt)))
 
     def _candidate(self, tokens: list[int], step_scores: list[float], scored: Scored) -> Candidate:
         text, ends = self.decode(tokens), self._ends(tokens, scored.positions)

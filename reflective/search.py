@@ -12,7 +12,8 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -202,6 +203,49 @@ class Question:
         return [c for c in self.candidates if c.running]
 
 
+class Pace:
+    """How many tokens may be run between two forwards of those that decode: about as many as take ``seconds``.
+
+    Learnt from what was run, as neither model nor machine is known; at least 64, for which a forward that reads all weights is
+    worth it, and never more than twice as many as ever before.
+
+    Args:
+        most: tokens, at any time.
+        device: on which they run.
+    """
+
+    LEAST = 64
+
+    def __init__(self, most: int, device: torch.device, seconds: float = 0.2) -> None:
+        self.most, self.device, self.seconds = max(most, self.LEAST), device, seconds
+        self._rate, self._tried = 0.0, self.LEAST // 2
+
+    def tokens(self) -> int:
+        return max(self.LEAST, min(self.most, 2 * self._tried, int(self._rate * self.seconds)))
+
+    @contextmanager
+    def timed(self, tokens: int) -> Iterator[None]:
+        """Within, so many are run."""
+        began = time.perf_counter()
+        yield
+        if tokens >= self.LEAST:
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+            self._rate = tokens / max(1e-6, time.perf_counter() - began)
+            self._tried = max(self._tried, tokens)
+
+
+@dataclass(eq=False)
+class _Filling:
+    """A long prompt, ids and positions [1, P], of which ``done`` tokens are in the cache."""
+
+    question: Question
+    cache: DynamicCache
+    ids: Tensor
+    positions: Tensor
+    done: int = 0
+
+
 class Search:
     """Runs of a model: questions that come and go in one batch, each with a strategy of its own.
 
@@ -210,6 +254,11 @@ class Search:
         batch_rows: candidates decoded together at most.
         on_step: called after every forward with the candidates, ended ones too, of each question under way.
         on_end: called with every question that has ended.
+        pace: how many tokens of prompts may be prefilled between two forwards; a longer prompt is prefilled in pieces. None:
+            all that came at once.
+
+    Attributes:
+        decode_seconds: of the last forward of those that decode; 0 when nobody does.
 
     Raises:
         ValueError: a model whose cache cannot be taken apart.
@@ -223,6 +272,7 @@ class Search:
         batch_rows: int = 64,
         on_step: Callable[[list[list[Live]]], None] | None = None,
         on_end: Callable[[Question], None] | None = None,
+        pace: Pace | None = None,
     ) -> None:
         check_cache(model.model)
         self.model, self.scorer, self.batch_rows, self.on_step, self.on_end = model, scorer, batch_rows, on_step, on_end
@@ -233,6 +283,9 @@ class Search:
         self._batch: list[Live] = []
         self._rows: Rows | None = None
         self._watching = 0.0
+        self.pace, self.decode_seconds = pace, 0.0
+        self._groups: collections.deque[list[Question]] = collections.deque()  # each to be prefilled in one forward
+        self._long: collections.deque[_Filling] = collections.deque()  # each in several
 
     def run(self, asks: Iterable[Ask]) -> list[Question]:
         """Decode until every candidate has ended. After a KeyboardInterrupt: what was decoded and scored by then.
@@ -262,35 +315,71 @@ class Search:
         return Question(self.model, ask, _watched=self._watching)
 
     def serve(self, arrivals: Callable[[int], list[Question]]) -> None:
-        """Decode what ``arrivals`` brings, until that is nothing while nothing is left to do.
+        """Decode what ``arrivals`` brings, until that is nothing while nothing is left to do; see ``turn``."""
+        with self.attached():
+            while self.turn(arrivals):
+                pass
 
-        ``arrivals(room)`` is asked before every forward for which there are places: for questions with about ``room``
-        candidates in all, 1 at the least.
-        """
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within, turns may be taken."""
         with torch.no_grad(), self.scorer:
-            while True:
-                self._drop()
-                room = self.batch_rows - sum(c._ready for q in self._under_way for c in q.open)
-                if room > 0 and (new := arrivals(room)):
-                    self._prefill(new)
-                elif self._under_way:
-                    self._seat()
-                    self._forward()
-                else:
-                    break
+            yield
             if self._batch:
                 self._seat()  # nobody: keys and values are free
 
+    def turn(self, arrivals: Callable[[int], list[Question]], *, fill: bool = True) -> bool:
+        """One forward of all that decode, with those that ``arrivals`` brings; whether there was anything to do.
+
+        ``arrivals(room)`` is asked where there are places: for questions with about ``room`` candidates in all, 1 at the
+        least. ``fill``: whether a piece of a long prompt may be prefilled before, too.
+        """
+        self._drop()
+        worked, self.decode_seconds = False, 0.0
+        while True:
+            coming = sum(len(q.candidates) for q in itertools.chain(*self._groups, (f.question for f in self._long)))
+            room = self.batch_rows - coming - sum(c._ready for q in self._under_way for c in q.open)
+            if not self._groups and room > 0:
+                self._take_in(arrivals(room))
+            if not self._groups:
+                break
+            self._prefill_batch(self._groups.popleft())
+            worked = True
+            if self.pace:
+                break
+        if self._long and fill:
+            self._fill()
+            worked = True
+        if worked:
+            self._drop()  # prefilling takes its time
+        if self._under_way:
+            began = time.perf_counter()
+            self._seat()
+            self._forward()
+            self.decode_seconds = time.perf_counter() - began if self._under_way else 0.0
+            worked = True
+        return worked or bool(self._long)
+
+    @property
+    def filling(self) -> bool:
+        """Whether a long prompt is being prefilled."""
+        return bool(self._long)
+
     # -- the model ---------------------------------------------------------------------------------------------------
 
-    def _prefill(self, questions: list[Question]) -> None:
-        """Take in questions: their prompts, of similar lengths together, and every candidate's first token."""
-        lengths = [len(q.prompt) for q in questions]
-        for part in batches_by_length(lengths, PREFILL_TOKENS):
-            self._prefill_batch([questions[i] for i in sorted(part)])
-        self.scorer.assign([c._state for c in self._batch])
+    def _take_in(self, questions: list[Question]) -> None:
+        """Put prompts of similar lengths together, as many as one forward may have."""
+        most, lengths = self.pace.tokens() if self.pace else PREFILL_TOKENS, [len(q.prompt) for q in questions]
+        for part in batches_by_length(lengths, most):
+            group = [questions[i] for i in sorted(part)]
+            if self.pace and lengths[part[0]] > most:
+                ids, positions, _ = self._admit(group)
+                self._long.append(_Filling(group[0], new_cache(), ids, positions))
+            else:
+                self._groups.append(group)
 
-    def _prefill_batch(self, questions: list[Question]) -> None:
+    def _admit(self, questions: list[Question]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """New states for the prompts, and these as ids [B, P] with their positions and mask."""
         device, lengths = self.model.model.device, [len(q.prompt) for q in questions]
         width = max(lengths)
         for q in questions:
@@ -298,13 +387,36 @@ class Search:
         ids = torch.tensor([q._padded for q in questions], device=device)
         begins, column = width - torch.tensor(lengths, device=device)[:, None], torch.arange(width, device=device)
         mask = None if width == min(lengths) else (column >= begins).long()
-        states = self.scorer.admit(ids, mask)
-        self.scorer.assign(states)
+        for q, state in zip(questions, self.scorer.admit(ids, mask), strict=True):
+            q._state = state
+        return ids, (column - begins).clamp_min(0), mask
+
+    def _fill(self) -> None:
+        """A piece of the long prompt that came first."""
+        filling = self._long[0]
+        piece = slice(filling.done, min(filling.done + self.pace.tokens(), filling.ids.shape[1]))
+        self.scorer.assign([filling.question._state])
+        with self.pace.timed(piece.stop - piece.start):
+            logits = self._call(filling.cache, filling.ids[:, piece], filling.positions[:, piece], None)
+        self.scorer.assign([c._state for c in self._batch])
+        filling.done = piece.stop
+        if filling.done == filling.ids.shape[1]:
+            self._long.popleft()
+            self._prefilled([filling.question], filling.cache, logits)
+
+    def _prefill_batch(self, questions: list[Question]) -> None:
+        ids, positions, mask = self._admit(questions)
         cache = new_cache()
-        logits = self._call(cache, ids, (column - begins).clamp_min(0), mask)
-        rows = Rows(cache, lengths)
-        for i, (q, state) in enumerate(zip(questions, states, strict=True)):
-            q._state, q._kept = state, rows.take(i)
+        self.scorer.assign([q._state for q in questions])
+        logits = self._call(cache, ids, positions, mask)
+        self.scorer.assign([c._state for c in self._batch])
+        self._prefilled(questions, cache, logits)
+
+    def _prefilled(self, questions: list[Question], cache: DynamicCache, logits: Tensor) -> None:
+        """Every candidate's first token, after prompts whose keys and values are in ``cache``."""
+        rows = Rows(cache, [len(q.prompt) for q in questions])
+        for i, q in enumerate(questions):
+            q._kept = rows.take(i)
             for c in q.candidates:
                 c._kept, c._logits = q._kept, logits[i]
         if self._rows is None:
@@ -405,7 +517,10 @@ class Search:
                 self.on_end(q)
 
     def _drop(self) -> None:
-        """End what was cancelled."""
+        """End what was cancelled, prompts that are not yet prefilled included."""
+        for filling in [f for f in self._long if f.question.cancelled]:
+            self._long.remove(filling)
+            self._under_way.append(filling.question)
         cancelled = [q for q in self._under_way if q.cancelled]
         self._interrupt(cancelled)
         self._close(cancelled)

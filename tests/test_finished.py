@@ -147,3 +147,28 @@ def test_groups_by_length_cost_the_least(batch_tokens):
     ]  # fmt: skip
     found = finished.batches_by_length(lengths, batch_tokens)
     assert found in allowed and cost(found) == min(map(cost, allowed))
+
+
+@pytest.mark.parametrize("at", ["predict", "token"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral_sliding", "qwen2_vl"])
+def test_a_text_read_in_pieces_has_the_scores_of_the_whole(kind, at):
+    net, head, steps = tiny.model(kind), tiny.head(), tiny.steps()
+    ids = torch.randint(5, tiny.VOCAB, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    for prompt in (0, 7):
+        whole = rf.score(net, head, steps, [ids], at=at, prompt_lengths=[prompt])
+        for piece in (13, 90):
+            reading = finished.Reading(net, head, steps, ids, at, prompt)
+            pieces = 0
+            while reading.left:
+                reading.read(piece)
+                pieces += 1
+            scores = reading.scores()
+            assert pieces > 3 or piece == 90
+            assert torch.equal(scores.step_positions[0], whole.step_positions[0])
+            torch.testing.assert_close(scores.step_scores[0], whole.step_scores[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(scores.score, whole.score, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_without_a_step_is_read_at_once():
+    reading = finished.Reading(tiny.model(), tiny.head(), tiny.steps(), [5, 6, 7])
+    assert reading.left == 0 and float(reading.scores().score[0]) == 0

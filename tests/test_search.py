@@ -1,6 +1,7 @@
 """The decode loop: every candidate as if decoded alone, whatever company it keeps and what becomes of the others."""
 
 import re
+import time
 import weakref
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from transformers import (
 import reflective as rf
 from reflective.kv import Rows, new_cache
 from reflective.model import Config
+from reflective.search import Ask, Pace, Search
 from reflective.strategies import HOLD, KEEP, STOP, Strategy
 
 LETTERS = "".join(chr(ord("A") + i) for i in range(tiny.VOCAB - 5))  # the text of ids 5 to 60
@@ -471,3 +473,47 @@ def test_plot(model, tmp_path):
     assert alive.lines[0].get_ydata().tolist() == [count for _, count in result.alive]
     assert result.plot().axes
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "qwen2_vl"])
+def test_a_prompt_prefilled_in_pieces_is_that_prefilled_whole(kind):
+    """Beside short ones that decode meanwhile; and no forward is longer than a piece."""
+    model, widths = reflective_model(kind), []
+    whole = reflective_model(kind)
+    prompts = ["ABCDEFGH" * 20, "Z", "KLM" * 30]
+    asks = [
+        Ask(model.encode(p)[0].tolist(), model.strategy(n=2), max_new_tokens=6, temperature=1.0, top_p=0.9, seed=3)
+        for p in prompts
+    ]
+    handle = model.model.register_forward_pre_hook(
+        lambda m, a, k: widths.append(k["input_ids"].numel()), with_kwargs=True
+    )
+    scorer = rf.StreamScorer(model.model, model.head, model.steps, "immediate")
+    pace = Pace(Pace.LEAST, torch.device("cpu"))
+    found = [model.generation("", q) for q in Search(model, scorer, batch_rows=8, pace=pace).run(asks)]
+    handle.remove()
+    assert max(widths) <= Pace.LEAST and len(widths) > 4
+    for prompt, generation in zip(prompts, found, strict=True):
+        for c in generation.candidates:
+            ids = whole.encode(prompt)[0].tolist()
+            generator = np.random.default_rng([3, 0, c.number])
+            expected, total = continued(whole, ids, [], generator, 6)
+            assert c.token_ids == expected and c.log_prob == pytest.approx(total, rel=1e-3)
+            scores = tiny.second_pass(whole.model, whole.head, ids + c.token_ids, "predict", len(ids))
+            assert c.step_scores == pytest.approx(scores.exp().tolist(), rel=1e-4)
+
+
+def test_pace():
+    pace = Pace(1000, torch.device("cpu"), seconds=0.05)
+    assert pace.tokens() == 64
+    for _ in range(6):
+        n = pace.tokens()
+        with pace.timed(n):
+            time.sleep(n / 10_000)
+    assert 64 < pace.tokens() <= 500
+    pace.seconds = 1e-6
+    assert pace.tokens() == 64
+    pace.seconds = 1e6
+    with pace.timed(5):
+        pass
+    assert pace.tokens() <= 1000

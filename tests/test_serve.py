@@ -1,5 +1,6 @@
 """The HTTP server, over real sockets: what the clients of MetaStone-S1, OpenAI and vLLM send, and what they read."""
 
+import asyncio
 import contextlib
 import json
 import math
@@ -33,6 +34,9 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
+from reflective.benchmarks.serve_load import load
+from reflective.serve import openai as serve_openai
+from reflective.serve import schemas
 from reflective.serve.app import Server, create_app
 from reflective.serve.engine import Engine
 from reflective.serve.service import Limits
@@ -194,7 +198,8 @@ def test_the_published_pipeline_runs_against_a_server_process(published):
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
         bodies = [
-            {"prefix_prompt": prompt, "max_tokens": 32 * 1024, "response_num": branch // len(urls), "stop": [],
+            # Random bytes, most of which are three tokens when they are read again.
+            {"prefix_prompt": prompt, "max_tokens": 128, "response_num": branch // len(urls), "stop": [],
              "temperature": 0.6, "seed": secrets.randbelow(2**32)}
             for _ in urls
         ]  # fmt: skip
@@ -205,7 +210,7 @@ def test_the_published_pipeline_runs_against_a_server_process(published):
         assert len(solutions) == branch
         return {"content": prompt, "solution_lst": solutions, "score_lst": values}
 
-    with process(published) as (server, url):
+    with process(published, grace=120.0) as (server, url):
         lines = [
             json.dumps({"prompt": question, "answer": "2", "output": infer(question, [url, url], 4)})
             for question in ("1 + 1?", "2 + 2?")
@@ -246,7 +251,7 @@ def metastone(published):
         ".\n\nab.\n\n",
         "no step at all",
         "snowman ☃.\n\n中文。.\n\n",
-        "longer than the model's positions.\n\n" * 20,
+        "no longer than the positions.\n\n" * 17 + "And as many more tokens as reading again may add.\n\n" * 1,
     ],
 )
 def test_published_scores_are_those_of_the_definition(metastone, published, text):
@@ -263,6 +268,10 @@ def test_published_generation(metastone):
     body = {"prefix_prompt": "<|user|>q\n<|assistant|><think>\n", "max_tokens": 30, "response_num": 3, "seed": 5}
     one, two = (metastone.http.post("/generate", json={**body, **more}).json() for more in ({}, {"stop": None}))
     assert one == two and one.keys() == {"results"} and len(set(one["results"])) == 3
+    (whole,) = metastone.http.post("/generate", json={**body, "response_num": 1, "max_tokens": 1 << 15}).json()[
+        "results"
+    ]
+    assert whole.startswith(one["results"][0]), "no more than there are positions for"
     stop = one["results"][0][4:6]
     stopped = metastone.http.post("/generate", json={**body, "stop": [stop]}).json()["results"]
     assert stopped[0] == one["results"][0][:6], "with the stop text"
@@ -272,6 +281,7 @@ def test_published_generation(metastone):
     ("path", "body", "status", "says"),
     [
         ("/score", {"text": ""}, 200, "text: it is empty"),
+        ("/score", {"text": "x" * 577}, 200, "text: 577 tokens, more than the model's 512 positions"),
         ("/score", {"txt": "x"}, 422, None),
         ("/score", {"text": 5}, 422, None),
         ("/score", b"{", 422, None),
@@ -456,6 +466,148 @@ def test_what_asks_for_nothing_is_accepted(letters):
     assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] == 3
 
 
+NEUTRAL = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "ABC"}], "max_tokens": 4, "seed": 1},
+    "/v1/completions": {"prompt": "ABC", "max_tokens": 4, "seed": 1},
+    "/score": {"text_1": "KLM", "text_2": "ABC" + STEPS[0]},
+    "/pooling": {"input": "ABC" + STEPS[0]},
+    "/generate": {"prefix_prompt": "ABC", "max_tokens": 4, "response_num": 2, "seed": 1},
+}
+
+
+@pytest.mark.parametrize("path", NEUTRAL)
+def test_null_is_absent(letters, path):
+    """In every field that a route knows, under each of its names."""
+    kinds = {
+        "/v1/chat/completions": schemas.ChatCompletion, "/v1/completions": schemas.Completion, "/score": schemas.PairScore,
+        "/pooling": schemas.Pooling, "/generate": schemas.PublishedGenerate,
+    }  # fmt: skip
+    kind, body = kinds[path], NEUTRAL[path]
+    names = set(kind.refused)
+    for name, field in kind.model_fields.items():
+        names |= set(field.validation_alias.choices) if field.validation_alias else {name}
+    assert len(names) > 5
+    nulls = dict.fromkeys(sorted(names - body.keys()))
+
+    def answer(body):
+        found = letters.http.post(path, json=body)
+        assert found.status_code == 200, found.text
+        return {k: v for k, v in found.json().items() if k not in ("id", "created")}
+
+    assert answer({**nulls, **body}) == answer(body)
+    assert answer({**nulls, **body, "stream_options": {"include_usage": None}}) == answer(body)
+
+
+def test_null_of_the_published_score(letters):
+    body = {"text": "ABC" + STEPS[0], "return_all_scores": None, "text_1": None, "text_2": None}
+    assert (
+        letters.http.post("/score", json=body).json() == letters.http.post("/score", json={"text": body["text"]}).json()
+    )
+
+
+def test_a_limit_is_not_lifted_by_the_null_of_its_other_name(letters):
+    body = {"messages": [{"role": "user", "content": "ABC"}], "max_tokens": 4, "seed": 1, "max_completion_tokens": None}
+    assert letters.http.post("/v1/chat/completions", json=body).json()["usage"]["completion_tokens"] <= 4
+
+
+def test_several_prompts_are_answered_each_as_alone(alone, client):
+    texts = ["ABC", "Z", "KLMN"]
+    ids = [alone.encode(text)[0].tolist() for text in texts]
+    expected = [alone.generate(t, n=2, seed=3, temperature=1.0, top_p=0.9, max_new_tokens=40).candidates for t in texts]
+    expected = [c for candidates in expected for c in candidates]
+    for prompt in (texts, ids):
+        made = client.completions.create(model="tiny", prompt=prompt, n=2, seed=3, **SAMPLING)
+        assert [c.index for c in made.choices] == list(range(6))
+        assert [c.text for c in made.choices] == [c.text for c in expected]
+        assert all(same(choice.reflective, c) for choice, c in zip(made.choices, expected, strict=True))
+        assert made.usage.prompt_tokens == sum(map(len, ids))
+    *parts, last = client.completions.create(
+        model="tiny", prompt=ids, n=2, seed=3, stream=True, stream_options={"include_usage": True}, **SAMPLING
+    )
+    for i, c in enumerate(expected):
+        own = [p.choices[0] for p in parts if p.choices[0].index == i]
+        assert "".join(p.text for p in own) == c.text and own[-1].finish_reason == c.status
+    assert last.usage == made.usage
+    (one,) = client.completions.create(model="tiny", prompt=[ids[0]], seed=3, **SAMPLING).choices
+    assert one.text == expected[0].text
+    chosen = client.completions.create(
+        model="tiny", prompt=texts, seed=3, extra_body={"best_of": 2}, **SAMPLING
+    ).choices
+    assert [c.text for c in chosen] == [max(expected[i : i + 2], key=lambda c: c.score).text for i in (0, 2, 4)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_of_several_prompts_is_wrong(alone, client, stream):
+    expected = alone.generate("ABC", seed=3, n=1, temperature=1.0, top_p=0.9, max_new_tokens=40)
+    prompts = ["", "ABC", "A" * 600]
+    made = client.completions.create(model="tiny", prompt=prompts, seed=3, stream=stream, **SAMPLING)
+    choices = [p.choices[0] for p in made] if stream else made.choices
+    assert {c.index for c in choices} == {0, 1, 2}
+    assert "".join(c.text for c in choices if c.index == 1) == expected.text
+    for i, says in ((0, "prompt[0]: it is empty"), (2, "prompt[2]: 600 tokens")):
+        (wrong,) = [c for c in choices if c.index == i]
+        assert wrong.finish_reason == "error" and wrong.text == "" and says in wrong.reflective["error"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ([], "at least 1 item"),
+        (["", ""], "prompt[1]: it is empty"),
+        (["A", 5], "item 1: expected a text or token ids"),
+        ([[5], []], "item 1: expected a text or token ids"),
+        ([True], "item 0: expected a text or token ids"),
+        (None, "Field required"),
+        (["A"] * 65, "65 in one request"),
+        ([["x"]] * 1_000_000, "item 0: expected a text or token ids"),
+    ],
+)
+def test_refusals_of_prompts(letters, prompt, says):
+    answer = letters.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4})
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"] and len(answer.text) < 1000
+
+
+def test_a_chat_in_which_a_tool_was_called(metastone):
+    """As the openai client sends it back: content null, arguments as JSON."""
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    chat = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "1", "content": "2"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    body = {
+        "messages": chat,
+        "max_tokens": 4,
+        "tools": tools,
+        "tool_choice": "none",
+        "stop": "",
+        "response_format": {"type": "text"},
+    }
+    answer = metastone.http.post("/v1/chat/completions", json=body)
+    text = "<|user|>1 + 1?\n<|assistant|>\n<|tool|>2\n<|assistant|><think>"
+    assert answer.json()["usage"]["prompt_tokens"] == len(metastone.model.tokenizer(text).input_ids)
+    for wrong in ({"tool_choice": "auto"}, {"tool_choice": None}):
+        assert "tools is not supported" in metastone.http.post("/v1/chat/completions", json={**body, **wrong}).text
+    told = serve_openai._calls(schemas.Message(**chat[1]))
+    assert told == {"tool_calls": [{**call, "function": {"name": "add", "arguments": {"a": 1}}}]}
+    assert serve_openai._calls(schemas.Message(**chat[2])) == {"tool_call_id": "1"}
+
+
+def test_completions_with_what_asks_for_nothing(letters):
+    neutral = {"suffix": "", "stop": "", "echo": False, "logit_bias": {}, "stop_token_ids": [], "ignore_eos": False}
+    answer = letters.http.post("/v1/completions", json={"prompt": "ABC", "max_tokens": 4, **neutral})
+    assert answer.status_code == 200, answer.text
+
+
+def test_one_model_by_its_name(client, letters):
+    assert client.models.retrieve("tiny") == client.models.list().data[0]
+    with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
+        client.models.retrieve("org/other")
+    text = letters.http.get("/metrics").text
+    assert 'route="/v1/models/{model}",status="404"' in text and "org/other" not in text
+
+
 def test_without_max_tokens_a_response_may_fill_the_context():
     with live(endless()) as server:
         body = {"messages": [{"role": "user", "content": "A" * 490}]}
@@ -537,6 +689,38 @@ def test_pairs(letters, alone, path, fields):
     assert [d["score"] for d in paired["data"]] == pytest.approx([found[0].score, last.score], rel=1e-4)
 
 
+def test_a_chat_that_asks_for_no_answer_is_a_text(letters, alone):
+    """As vLLM's pooling example sends it."""
+    text = "ABC" + STEPS[0] + "XYZ" + STEPS[3]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "text": text}]}]}
+    (one,) = letters.http.post("/pooling", json=body).json()["data"]
+    (whole,) = alone.score("", [text])
+    assert [row for (row,) in one["data"]] == pytest.approx(whole.step_scores, rel=1e-4)
+
+
+@pytest.mark.parametrize("path", ["/score", "/pooling"])
+def test_one_of_several_texts_is_wrong(letters, alone, path):
+    texts = ["ABC" + STEPS[0], "", "A" * 600, "ABCD" + STEPS[1]]
+    body = {"queries": "KLM", "documents": texts} if path == "/score" else {"input": texts, "task": "classify"}
+    answer = letters.http.post(path, json=body).json()
+    found = alone.score("KLM" if path == "/score" else "", [texts[0], texts[3]])
+    given = [d["score"] if path == "/score" else d["data"][0] for d in answer["data"]]
+    assert [given[0], given[3]] == pytest.approx([c.score for c in found], rel=1e-4)
+    assert given[1] is given[2] is None and [d["index"] for d in answer["data"]] == [0, 1, 2, 3]
+    assert answer["data"][1]["error"] == "response[1]: it is empty" and "error" not in answer["data"][0]
+    assert "response[2]: " in answer["data"][2]["error"] and "512 positions" in answer["data"][2]["error"]
+
+
+@pytest.mark.parametrize("field", ["softmax", "activation", "use_activation", "normalize"])
+@pytest.mark.parametrize("path", ["/score", "/v1/score", "/pooling"])
+def test_activations(letters, path, field):
+    body = {"text_1": "A", "text_2": "B"} if "score" in path else {"input": "A"}
+    for value in (True, None):
+        assert letters.http.post(path, json={**body, field: value}).status_code == 200
+    answer = letters.http.post(path, json={**body, field: False})
+    assert answer.status_code == 400 and f"{field} is not supported" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "says"),
     [
@@ -551,7 +735,6 @@ def test_pairs(letters, alone, path, fields):
         ("/pooling", {"input": "A", "encoding_format": "base64"}, "encoding_format is not supported"),
         ("/pooling", {"input": [99999]}, "is no token of this model"),
         ("/pooling", {"input": "A" * 600}, "512 positions"),
-        ("/pooling", {"messages": [{"role": "user", "content": "A"}]}, "ends with the assistant's message"),
     ],
 )
 def test_refusals_of_texts(letters, path, body, says):
@@ -632,6 +815,88 @@ def test_who_hangs_up_is_no_longer_decoded_for(path, body):
             until(lambda: server.engine.stats()["tokens"] > 20)
         until(lambda: server.engine.stats()["rows"] == 0)
         assert server.engine.stats()["tokens"] < 8 * 300
+
+
+def test_who_hangs_up_is_no_longer_scored_for(monkeypatch):
+    """A text as long as the model admits, while another's request decodes: it is running, in pieces, and then it is gone."""
+    model = endless(prompt=None)
+    body = {"text": "A" * 511 + STEPS[0]}
+    data = json.dumps(body).encode()
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    with slowed(model), live(model) as server:
+        model.model.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+        server.engine._pace.most = 64
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
+            connection.sendall(head.encode() + data)
+            until(lambda: server.engine.stats()["running"] == 1)
+            metrics = server.http.get("/metrics").text
+            assert "reflective_running_requests 1.0" in metrics and "reflective_queued_requests 0.0" in metrics
+        until(lambda: server.engine.stats()["running"] == 0)
+        assert server.engine.stats()["scored"] == 0
+        assert server.http.post("/v1/completions", json={"prompt": "A", "max_tokens": 2}).status_code == 200
+
+
+def test_clients_that_leave_cost_the_others_nothing():
+    """``benchmarks/serve_load.py``, small."""
+    model = reflective_model(prompt=None)
+    with live(model, max_queue=64) as server:
+        handle = model.model.model.register_forward_pre_hook(lambda *_: time.sleep(0.005))
+        server.engine._pace.most = 64
+        found = asyncio.run(load(server.url, 16, 4, requests=2, text="AB" * 255 + STEPS[0], tokens=4, patience=0.05))
+        handle.remove()
+    assert found["lost"] == 0 and found["left"] >= 4
+
+
+@pytest.mark.parametrize("path", ["/score", "/pooling", "/v1/completions"])
+def test_the_time_is_up_for_long_texts(path):
+    text = "A" * 500 + STEPS[0]
+    body = {"/score": {"text": text}, "/pooling": {"input": text}, "/v1/completions": {"prompt": text, "max_tokens": 2}}
+    model = reflective_model(prompt=None)
+    with live(model, limits=Limits(seconds=0.5)) as server:
+        handle = model.model.model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+        server.engine._pace.most = 64
+        answer = server.http.post(path, json=body[path])
+        assert answer.status_code == 504 and "longer than 0.5 seconds" in answer.text
+        until(lambda: server.engine.stats()["running"] == server.engine.stats()["queued"] == 0)
+        handle.remove()
+        assert server.http.post("/score", json={"text": "A"}).status_code == 200
+
+
+def test_slow_clients_stall_nobody():
+    """Some dribble their head, some their body, some read nothing of what is streamed to them."""
+    body = json.dumps({"prompt": "ABC", "max_tokens": 500, "n": 8, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with live(endless(), limits=Limits(seconds=20)) as server, contextlib.ExitStack() as connections:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+
+        def connect():
+            connection = connections.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.connect(address)
+            return connection
+
+        for cut in (5, len(head) - 3, len(head), len(head) + 20):
+            for _ in range(5):
+                connect().sendall((head.encode() + body)[:cut])
+        unread = [connect() for _ in range(3)]
+        for connection in unread:
+            connection.sendall(head.encode() + body)
+        began = time.monotonic()
+        for seed in range(5):
+            ask = {"prompt": "KLM", "max_tokens": 4, "seed": seed}
+            assert server.http.post("/v1/completions", json=ask).status_code == 200
+        assert time.monotonic() - began < 15
+
+
+def test_a_body_that_does_not_come_is_not_waited_for():
+    head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    with (
+        live(reflective_model(), limits=Limits(seconds=0.3)) as server,
+        socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection,
+    ):
+        connection.sendall(head)
+        connection.settimeout(60)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 # -- metrics, and the end --------------------------------------------------------------------------------------------

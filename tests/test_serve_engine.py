@@ -158,6 +158,118 @@ def test_cancellation(model, twin, engine):
     assert not after.cancel()
 
 
+def test_long_prompts_and_texts_come_in_pieces(model, twin):
+    """A long prompt and long texts beside one that decodes: every answer is that of each alone, and no forward is long."""
+    engine, sizes = Engine(model, batch_rows=4, batch_tokens=64), []
+    hooks = [
+        module.register_forward_pre_hook(lambda m, a, k: sizes.append(k["input_ids"].numel()), with_kwargs=True)
+        for module in (model.model, model.model.model)
+    ]
+    gate = Gate()
+    running = engine.generate("ABC", seed=1, on_step=gate, **{**SAMPLING, "max_new_tokens": 400})
+    assert gate.reached.wait(60)
+    text = "CKZKLEKKAB" * 30
+    prompts = ["AB" * 100, "Z", "KLM" * 60]
+    asked = [engine.generate(p, n=2, seed=2, **SAMPLING) for p in prompts]
+    scores = [
+        engine.score(["AB", ""], [text, text[:5]]),
+        engine.score(["A"], ["ZZKAKA"]),
+        engine.score(["A"], [text[7:]]),
+    ]
+    gate.open.set()
+    for prompt, future in zip(prompts, asked, strict=True):
+        same(future.result(120), twin.generate(prompt, n=2, seed=2, **SAMPLING))
+    expected = [("AB", text), ("", text[:5]), ("A", "ZZKAKA"), ("A", text[7:])]
+    found = [c for future in scores for c in future.result(120)]
+    for c, (prompt, response) in zip(found, expected, strict=True):
+        (one,) = twin.score(prompt, [response])
+        assert c.step_spans == one.step_spans and c.text == one.text
+        assert c.step_scores == pytest.approx(one.step_scores, rel=1e-4)
+    same(running.result(120), twin.generate("ABC", n=1, seed=1, **{**SAMPLING, "max_new_tokens": 400}))
+    for hook in hooks:
+        hook.remove()
+    assert max(sizes) <= 64 and engine.stats()["running"] == engine.stats()["queued"] == 0
+    engine.close()
+
+
+def test_long_texts_are_given_up_between_two_pieces(model):
+    """Scored texts and prompts: cancelled while they run, and the places and queue are free again."""
+    engine = Engine(model, batch_rows=1, batch_tokens=64)
+    with_pieces, reached = threading.Event(), threading.Event()
+
+    def slow(*_):
+        reached.set()
+        assert with_pieces.wait(60)
+
+    hook = model.model.model.register_forward_pre_hook(slow)
+    long = [engine.score([""], ["ABC" * 150 + "K"]), engine.generate("ABC" * 150, **SAMPLING)]
+    assert reached.wait(60) and engine.stats()["running"] + engine.stats()["queued"] == 2
+    assert all(future.cancel() for future in long)
+    with_pieces.set()
+    assert long[0].cancelled()
+    after = engine.generate("Z", n=1, seed=4, **SAMPLING).result(60)
+    assert len(after.candidates) == 1
+    assert long[1].cancelled() or long[1].result(60).interrupted
+    hook.remove()
+    assert engine.stats()["scored"] == 0 and engine.close() == []
+
+
+def test_short_texts_do_not_wait_for_long_ones(model):
+    engine = Engine(model, batch_tokens=64)
+    order, gate = [], Gate()
+    running = engine.generate("ABC", seed=1, on_step=gate, **SAMPLING)
+    assert gate.reached.wait(60)
+    for name, text in (("long", "ABC" * 160 + "K"), ("short", "ABCK"), ("longer", "ABC" * 165 + "K"), ("brief", "AK")):
+        engine.score([""], [text]).add_done_callback(lambda _, name=name: order.append(name))
+    gate.open.set()
+    running.result(60)
+    engine.close()
+    assert sorted(order[:2]) == ["brief", "short"] and order[2:] == ["long", "longer"]
+
+
+def test_preparing_counts(model):
+    engine = Engine(model, max_queue=2)
+    hold, reached = threading.Event(), threading.Event()
+
+    def ask():
+        reached.set()
+        assert hold.wait(60)
+        return engine.generate("A", seed=1, **SAMPLING)
+
+    first, second = engine.prepare(ask), engine.prepare(ask)
+    assert reached.wait(60) and engine.stats()["queued"] == 2
+    with pytest.raises(QueueFull, match="2 requests"):
+        engine.prepare(ask)
+    assert second.cancel() and engine.stats()["queued"] == 1
+    quick = engine.prepare(lambda: engine.encode("ABC"), size=1 << 20)
+    assert quick.result(60) == engine.encode("ABC"), "in a lane of its own"
+    hold.set()
+    assert len(first.result(60).result(60).candidates) == 1
+    engine.close()
+    with pytest.raises(Closed):
+        engine.prepare(ask)
+
+
+def test_several_prompts_in_one_request(model, twin):
+    engine = Engine(model, batch_rows=2)
+    gate = Gate()
+    told = []
+    found = engine.generate_all(
+        QUESTIONS, n=2, seed=7, on_step=lambda i, c: told.append((i, c[0].question.prompt)), **SAMPLING
+    )
+    for prompt, generation in zip(QUESTIONS, found.result(60), strict=True):
+        same(generation, twin.generate(prompt, n=2, seed=7, **SAMPLING))
+    assert {i for i, _ in told} == {0, 1, 2} and all(p == engine.encode(QUESTIONS[i]) for i, p in told)
+    cut = engine.generate_all(QUESTIONS, n=2, seed=7, on_step=lambda i, c: gate(c), **SAMPLING)
+    assert gate.reached.wait(60) and engine.stats()["running"] == 1
+    assert cut.cancel()
+    gate.open.set()
+    assert all(g.interrupted for g in cut.result(60)) and engine.stats()["running"] == 0
+    with pytest.raises(ValueError, match=r"prompt\[1\]: 61 is no token"):
+        engine.generate_all([[5], [61]], **SAMPLING)
+    engine.close()
+
+
 def test_limits(model):
     engine = Engine(model, batch_rows=2, max_queue=2)
     gate = Gate()
@@ -222,6 +334,7 @@ def test_bad_texts_are_named_at_once(engine):
         (["A"], [""], "response: it is empty"),
         ([""], [[99]], "response: 99"),
         (["A"], ["B" * 512], "512 positions"),
+        (["A", "A"], ["B", ""], r"response\[1\]: it is empty"),
     ):
         with pytest.raises(ValueError, match=wrong):
             engine.score(prompts, responses)

@@ -119,18 +119,25 @@ class _Door:
     """Asks for the key before anything is read, reads so much and no more, and counts what is answered."""
 
     def __init__(self, app: ASGIApp, service: Service, api_key: str | None, paths: set[str]) -> None:
-        self.app, self.metrics, self.limit = app, service.metrics, service.limits.body_bytes
+        self.app, self.metrics = app, service.metrics
+        self.limit, self.seconds = service.limits.body_bytes, service.limits.seconds
         self.api_key, self.paths = api_key, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status, read, began = 500, 0, time.perf_counter()
+        status, read, whole, began = 500, 0, False, time.monotonic()
+        scope.setdefault("state", {})["began"] = began
 
         async def limited() -> Message:
-            """Bodies are measured as they come: not all have a Content-Length."""
-            nonlocal read
-            message = await receive()
+            """Bodies are measured as they come: not all have a Content-Length, and not all come."""
+            nonlocal read, whole
+            left = None if whole or self.seconds is None else max(0.0, began + self.seconds - time.monotonic())
+            try:
+                message = await asyncio.wait_for(receive(), left)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, f"the body had not come after {self.seconds} seconds") from None
+            whole = whole or not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self.limit:
                 raise HTTPException(413, f"the body is larger than the {self.limit} bytes that this server takes")
@@ -143,11 +150,13 @@ class _Door:
             await send(message)
 
         path = scope["path"] if scope["path"] in self.paths else "other"
+        if scope["path"].startswith(openai.ONE_MODEL):
+            path = openai.ONE_MODEL + "{model}"
         try:
             await (self._refusal(path, Headers(scope=scope)) or self.app)(scope, limited, seen)
         finally:
             self.metrics.requests.labels(path, status).inc()
-            self.metrics.seconds.labels(path).observe(time.perf_counter() - began)
+            self.metrics.seconds.labels(path).observe(time.monotonic() - began)
 
     def _refusal(self, path: str, headers: Headers) -> Response | None:
         scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -12,8 +12,12 @@ from .engine import Engine
 
 _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _ENGINE = {
-    "queued": (GaugeMetricFamily, "reflective_queued_requests", "Requests that wait for the model."),
-    "running": (GaugeMetricFamily, "reflective_running_requests", "Requests that decode."),
+    "queued": (
+        GaugeMetricFamily,
+        "reflective_queued_requests",
+        "Requests that wait, to be tokenized or for the model.",
+    ),
+    "running": (GaugeMetricFamily, "reflective_running_requests", "Requests that decode, or are being scored."),
     "rows": (GaugeMetricFamily, "reflective_rows", "Candidates in the batch that decodes."),
     "tokens": (CounterMetricFamily, "reflective_tokens", "Tokens decoded."),
     "scored": (CounterMetricFamily, "reflective_scored_texts", "Finished texts scored."),

@@ -1,7 +1,9 @@
 """OpenAI's ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/models``, with the scores of every choice in ``reflective``."""
 
 import asyncio
+import contextlib
 import json
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ..model import Candidate, Generation, ReflectiveModel
@@ -21,19 +24,32 @@ from .service import Service, Shared, error_body, finite, settled
 from .text import Incoming, before
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # as published
-MAX_TOKENS = 512  # where the model does not say how many positions it has
+UNREAD = 5.0  # seconds, beyond the limit, in which the last events may be read
+ONE_MODEL = "/v1/models/"
 router = APIRouter()
 
 
 @router.get("/v1/models")
 async def models(service: Shared) -> dict[str, Any]:
-    model = {"id": service.name, "object": "model", "created": int(service.began), "owned_by": "reflective"}
-    return {"object": "list", "data": [{**model, "max_model_len": service.engine.max_length}]}
+    return {"object": "list", "data": [_model(service)]}
+
+
+@router.get(ONE_MODEL + "{model:path}")
+async def one_model(model: str, service: Shared) -> dict[str, Any]:
+    service.check_name(model)
+    return _model(service)
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.name, "object": "model", "created": int(service.began), "owned_by": "reflective",
+        "max_model_len": service.engine.max_length,
+    }  # fmt: skip
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatCompletion, request: Request, service: Shared) -> Any:
-    return await _complete(_CHAT, body, lambda: prompt_of(service.engine.model, body.messages), request, service)
+    return await _complete(_CHAT, body, lambda: [prompt_of(service.engine.model, body.messages)], request, service)
 
 
 @router.post("/v1/completions")
@@ -41,19 +57,31 @@ async def completions(body: Completion, request: Request, service: Shared) -> An
     return await _complete(_TEXT, body, lambda: body.prompt, request, service)
 
 
-def prompt_of(model: ReflectiveModel, messages: Sequence[Message]) -> str:
-    """The formatted prompt after ``messages``.
+def prompt_of(model: ReflectiveModel, messages: Sequence[Message], *, answered: bool = False) -> str:
+    """The formatted prompt after ``messages``; ``answered``: these as a text, after which no answer is asked for.
 
     Raises:
         ValueError: the checkpoint has a prompt of its own, or no chat template, and this is not one question.
         jinja2.TemplateError: the chat template refuses these messages.
     """
-    chat = [{"role": m.role, "content": m.text} for m in messages]
+    chat = [{"role": m.role, "content": m.text, **_calls(m)} for m in messages]
     if model.config.prompt is None and model.tokenizer.chat_template is not None:
-        return model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not answered)
     if [m.role for m in messages] != ["user"]:
         raise ValueError("messages: this model's prompt takes one question; send one message, of role user")
     return model.format(chat[0]["content"])
+
+
+def _calls(message: Message) -> dict[str, Any]:
+    """What a chat template is told of the tools that were called; it takes their arguments as a mapping, where they are one."""
+    told: dict[str, Any] = message.model_dump(include={"tool_call_id", "name"}, exclude_none=True)
+    if message.tool_calls:
+        told["tool_calls"] = [dict(call) for call in message.tool_calls]
+        for call in told["tool_calls"]:
+            if isinstance(call.get("function"), dict) and isinstance(call["function"].get("arguments"), str):
+                with contextlib.suppress(ValueError):
+                    call["function"] = {**call["function"], "arguments": json.loads(call["function"]["arguments"])}
+    return told
 
 
 @dataclass(frozen=True)
@@ -80,81 +108,122 @@ _TEXT = _Form(
 
 
 async def _complete(
-    form: _Form, body: Sampling, prompt: Callable[[], str | list[int]], request: Request, service: Service
+    form: _Form, body: Sampling, given: Callable[[], list[str | list[int]]], request: Request, service: Service
 ) -> Any:
     service.check_name(body.model)
     engine, loop, news = service.engine, asyncio.get_running_loop(), asyncio.Queue()
-    sent: dict[int, tuple[int, int]] = {}
+    sent: dict[tuple[int, int], tuple[int, int]] = {}
+    answer = _Answer(form, body, service)
 
-    def on_step(candidates: Sequence[Live]) -> None:
+    def on_step(question: int, candidates: Sequence[Live]) -> None:
         """In the engine's thread: hand over what is new."""
         for c in candidates:
-            tokens, steps = sent.get(c.number, (0, 0))
+            tokens, steps = sent.get((question, c.number), (0, 0))
             if len(c.token_ids) > tokens or len(c.step_scores) > steps:
-                sent[c.number] = len(c.token_ids), len(c.step_scores)
-                new = c.number, c.token_ids[tokens:], c.step_scores[steps:]
+                sent[question, c.number] = len(c.token_ids), len(c.step_scores)
+                new = answer.index(question, c.number), c.token_ids[tokens:], c.step_scores[steps:]
                 loop.call_soon_threadsafe(news.put_nowait, new)
 
-    def ask() -> tuple[Future[Generation], int]:
-        given = prompt()
-        ids = engine.encode(given) if isinstance(given, str) else given
+    def ask() -> Future[list[Generation]]:
         strategy = engine.model.strategy(body.strategy, body.effort, body.best_of if body.steered else body.n or 1)
-        service.check_count("n, best_of, effort, strategy", strategy.n)
-        room = max(1, engine.max_length - len(ids)) if engine.max_length else MAX_TOKENS
-        future = engine.generate(
-            ids, strategy=strategy, n=None, max_new_tokens=room if body.max_tokens is None else body.max_tokens,
+        prompts = answer.read(given())
+        service.check_count("prompt, n, best_of, effort, strategy", len(answer.lengths) * strategy.n)
+        return engine.generate_all(
+            prompts, strategy=strategy, n=None, max_new_tokens=body.max_tokens,
             temperature=TEMPERATURE if body.temperature is None else body.temperature,
             top_p=TOP_P if body.top_p is None else body.top_p, seed=body.seed, stop=body.stops,
             thinking_budget=body.thinking_budget, on_step=on_step if body.stream and not body.steered else None,
         )  # fmt: skip
-        return future, len(ids)
 
-    future, prompt_tokens = await service.begin(ask)
-    answer = _Answer(form, body, service, prompt_tokens)
+    future = await service.begin(request, ask)
     if not body.stream:
         return JSONResponse(answer.whole(await service.outcome(request, future)))
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(news.put_nowait, None))
-    return _Events(answer.events(news, future), future)
+    left = service.left(request)
+    return _Events(answer.events(news, future, left), future, left)
 
 
 class _Answer:
-    """What is said of one request."""
+    """What is said of one request.
 
-    def __init__(self, form: _Form, body: Sampling, service: Service, prompt_tokens: int) -> None:
-        self.form, self.body, self.service, self.prompt_tokens = form, body, service, prompt_tokens
+    Attributes:
+        lengths: tokens of each of its prompts; wrong: what is wrong with one of several, by its number. Those are not decoded.
+    """
+
+    def __init__(self, form: _Form, body: Sampling, service: Service) -> None:
+        self.form, self.body, self.service = form, body, service
         self.id, self.created = f"{form.prefix}-{uuid.uuid4().hex}", int(time.time())
+        self.lengths: list[int] = []
+        self.wrong: dict[int, str] = {}
+        self.width = 1 if body.steered else body.n or 1  # choices of a prompt
 
-    def whole(self, generation: Generation) -> dict[str, Any]:
+    def read(self, given: list[str | list[int]]) -> list[list[int]]:
+        """The ids of the prompts that can be answered.
+
+        Raises:
+            ValueError: there is none.
+        """
+        engine, prompts = self.service.engine, []
+        self.service.check_count("prompt", len(given))
+        for i, prompt in enumerate(given):
+            name, ids = "prompt" if len(given) == 1 else f"prompt[{i}]", []
+            try:
+                if prompt == "" and len(given) > 1:
+                    raise ValueError(f"{name}: it is empty")
+                ids = engine.encode(prompt) if isinstance(prompt, str) else prompt
+                engine.check(name, ids)
+                if engine.max_length and len(ids) + (self.body.max_tokens or 1) > engine.max_length and len(given) > 1:
+                    raise ValueError(
+                        f"{name}: {len(ids)} tokens and max_tokens={self.body.max_tokens or 1} are more than the model's "
+                        f"{engine.max_length} positions"
+                    )
+                prompts.append(ids)
+            except ValueError as error:
+                self.wrong[i] = str(error)
+            self.lengths.append(len(ids))
+        if not prompts:
+            raise ValueError("; ".join(list(self.wrong.values())[:4]))
+        return prompts
+
+    def index(self, question: int, number: int) -> int:
+        """Of the choice that is candidate ``number`` of a question that was asked."""
+        asked = [i for i in range(len(self.lengths)) if i not in self.wrong]
+        return asked[question] * self.width + number
+
+    def whole(self, generations: list[Generation]) -> dict[str, Any]:
         choices = []
-        for i, c in enumerate(self._chosen(generation)):
+        for index, c in self._chosen(generations):
             text = before(c.text, self.body.stops)
-            choices.append({"index": i, **self.form.whole(text), **self._end(c, text)})
+            choices.append({"index": index, **self.form.whole(text), **self._end(c, text)})
         return {
-            **self._head(self.form.object), "choices": choices, "usage": self._usage(generation),
-            "reflective": _run(generation),
+            **self._head(self.form.object), "choices": choices, "usage": self._usage(generations),
+            "reflective": _run(generations),
         }  # fmt: skip
 
-    async def events(self, news: asyncio.Queue, future: Future[Generation]) -> AsyncIterator[str]:
+    async def events(
+        self, news: asyncio.Queue, future: Future[list[Generation]], left: float | None
+    ) -> AsyncIterator[str]:
         """Server-sent events: pieces of the choices as they come, with the scores of the steps that they end."""
         try:
-            async for event in self._events(news, future):
+            async for event in self._events(news, future, left):
                 yield _sse(event)
         except HTTPException as error:
             yield _sse(error_body(error.status_code, error.detail))
         yield "data: [DONE]\n\n"
 
-    async def _events(self, news: asyncio.Queue, future: Future[Generation]) -> AsyncIterator[dict[str, Any]]:
+    async def _events(
+        self, news: asyncio.Queue, future: Future[list[Generation]], left: float | None
+    ) -> AsyncIterator[dict[str, Any]]:
         form, decode = self.form, self.service.engine.model.decode
-        texts = [Incoming(decode, self.body.stops) for _ in range(self.body.n or 1)]
+        texts = [Incoming(decode, self.body.stops) for _ in range(len(self.lengths) * self.width)]
         steps: list[list[float]] = [[] for _ in texts]
         if form.first:
             for i in range(len(texts)):
                 yield self._chunk({"index": i, **form.first, "finish_reason": None})
-        limit = self.service.limits.seconds
-        until = None if limit is None else time.monotonic() + limit
+        until = None if left is None else time.monotonic() + left
         while True:
             try:
-                new = await asyncio.wait_for(news.get(), until and until - time.monotonic())
+                new = await asyncio.wait_for(news.get(), None if until is None else until - time.monotonic())
             except asyncio.TimeoutError:
                 raise HTTPException(504, self.service.too_slow) from None
             if new is None:
@@ -167,16 +236,25 @@ class _Answer:
                 yield self._chunk(
                     {"index": i, **form.part(piece), "finish_reason": None} | ({"reflective": said} if scores else {})
                 )
-        generation = settled(future)
-        for i, (c, text) in enumerate(zip(self._chosen(generation), texts, strict=True)):
-            piece, said = text.finish(c.text), self._end(c, before(c.text, self.body.stops))
-            yield self._chunk({"index": i, **form.part(piece), **said}, reflective=_run(generation))
+        generations = settled(future)
+        for index, c in self._chosen(generations):
+            piece, said = texts[index].finish(c.text), self._end(c, before(c.text, self.body.stops))
+            yield self._chunk({"index": index, **form.part(piece), **said}, reflective=_run(generations))
         if self.body.with_usage:
-            yield {**self._head(form.chunk), "choices": [], "usage": self._usage(generation)}
+            yield {**self._head(form.chunk), "choices": [], "usage": self._usage(generations)}
 
-    def _chosen(self, generation: Generation) -> list[Candidate]:
-        self.service.metrics.scored(generation.candidates)
-        return [generation.best] if self.body.steered else generation.candidates
+    def _chosen(self, generations: list[Generation]) -> list[tuple[int, Candidate]]:
+        """Every choice with its number: those of the first prompt, then of the second; what is wrong with a prompt is its
+        choices' error."""
+        rest, chosen = iter(generations), []
+        for i in range(len(self.lengths)):
+            if i in self.wrong:
+                chosen += [Candidate("", math.nan, [], [], [], error=self.wrong[i], status="error")] * self.width
+                continue
+            generation = next(rest)
+            self.service.metrics.scored(generation.candidates)
+            chosen += [generation.best] if self.body.steered else generation.candidates
+        return list(enumerate(chosen))
 
     def _end(self, c: Candidate, text: str) -> dict[str, Any]:
         """How a choice ended, and its scores. Spans are of ``text``, which lacks the stop text that ended it."""
@@ -186,9 +264,8 @@ class _Answer:
             "step_spans": [[min(begin, size), min(end, size)] for begin, end in c.step_spans], "answer": c.answer,
             "error": c.error,
         }  # fmt: skip
-        return {
-            "finish_reason": "length" if c.status == "length" else "stop", "logprobs": None, "reflective": scores,
-        }  # fmt: skip
+        reason = c.status if c.status in ("length", "error") else "stop"
+        return {"finish_reason": reason, "logprobs": None, "reflective": scores}
 
     def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
         usage = {"usage": None} if self.body.with_usage else {}
@@ -197,31 +274,35 @@ class _Answer:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}
 
-    def _usage(self, generation: Generation) -> dict[str, int]:
+    def _usage(self, generations: list[Generation]) -> dict[str, int]:
         """Tokens of all candidates that were decoded, chosen or not."""
-        prompt, completion = self.prompt_tokens, generation.tokens
+        prompt = sum(n for i, n in enumerate(self.lengths) if i not in self.wrong)
+        completion = sum(generation.tokens for generation in generations)
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 class _Events(StreamingResponse):
-    """Cancels the request when the client goes away, before its first event too."""
+    """Cancels the request when the client goes away, before its first event too, and when the time is up and it does not
+    read what is sent."""
 
-    def __init__(self, events: AsyncIterator[str], future: Future[Generation]) -> None:
+    def __init__(self, events: AsyncIterator[str], future: Future[list[Generation]], left: float | None) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.future = future
+        self.future, self.left = future, left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await asyncio.wait_for(super().__call__(scope, receive, send), self.left and self.left + UNREAD)
+        except asyncio.TimeoutError:
+            raise ClientDisconnect from None
         finally:
             self.future.cancel()
 
 
-def _run(generation: Generation) -> dict[str, Any]:
-    """With which the run can be repeated, and what all of its candidates scored."""
+def _run(generations: list[Generation]) -> dict[str, Any]:
+    """With which the run can be repeated, and what all of its candidates scored, prompt by prompt."""
     return {
-        "strategy": generation.strategy, "seed": generation.seed,
-        "scores": _numbers([c.score for c in generation.candidates]),
+        "strategy": generations[0].strategy, "seed": generations[0].seed,
+        "scores": _numbers([c.score for generation in generations for c in generation.candidates]),
     }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """vLLM's ``/pooling`` and ``/score``: scores of finished text, where a reward model is expected."""
 
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -13,27 +14,24 @@ from .openai import prompt_of
 from .schemas import Message, PairScore, Pooling
 from .service import Service, Shared, finite
 
-Pairs = tuple[
-    list[str], list[str] | list[list[int]]
-]  # formatted prompts, each empty where a whole text counts; responses
+Pairs = tuple[list[str], list[str | list[int]]]  # formatted prompts, each empty where a whole text counts; responses
 router = APIRouter()
 
 
 @router.post("/pooling")
 async def pooling(body: Pooling, request: Request, service: Shared) -> dict[str, Any]:
     """As of a process reward model: of every text a row for each step, holding its score (``task`` ``"token_classify"``), or
-    the trajectory's score alone (``"classify"``). Texts count as a whole, of a chat only the last message does."""
+    the trajectory's score alone (``"classify"``). Texts count as a whole; of a chat that ends with the assistant's message only
+    this does."""
     service.check_name(body.model)
 
     def pairs() -> Pairs:
-        if body.messages:
-            *before, last = body.messages
-            if last.role != "assistant" or not before:
-                raise ValueError("messages: expected a chat that ends with the assistant's message, which is scored")
+        if not body.messages:
+            return [""] * len(body.input), body.input
+        *before, last = body.messages
+        if last.role == "assistant" and before:
             return [prompt_of(service.engine.model, before)], [last.text]
-        one = isinstance(body.input, str) or isinstance(body.input[0], int)
-        texts = [body.input] if one else body.input
-        return [""] * len(texts), texts
+        return [""], [service.engine.encode(prompt_of(service.engine.model, body.messages, answered=True))]
 
     found, usage = await _score(request, service, pairs)
     data = [
@@ -46,7 +44,7 @@ async def pooling(body: Pooling, request: Request, service: Shared) -> dict[str,
 async def score_pairs(body: PairScore, request: Request, service: Shared) -> dict[str, Any]:
     """The score of every response to its question, which is put into the model's prompt."""
     service.check_name(body.model)
-    questions, responses = ([x] if isinstance(x, str) else x for x in (body.questions, body.responses))
+    questions, responses = body.questions, body.responses
     if len(questions) not in (1, len(responses)):
         raise HTTPException(400, f"{len(questions)} questions for {len(responses)} responses; give one, or one each")
 
@@ -61,19 +59,38 @@ async def score_pairs(body: PairScore, request: Request, service: Shared) -> dic
 async def _score(
     request: Request, service: Service, pairs: Callable[[], Pairs]
 ) -> tuple[list[Candidate], dict[str, int]]:
-    engine = service.engine
+    """Of all texts. What is wrong with one of several is its own error, and the others are scored."""
+    engine, tokens, wrong = service.engine, 0, {}
 
-    def ask() -> tuple[Future[list[Candidate]], int]:
+    def ask() -> Future[list[Candidate]]:
+        nonlocal tokens
         prompts, responses = pairs()
         service.check_count("texts", len(responses))
-        known = {prompt: engine.encode(prompt) if prompt else [] for prompt in set(prompts)}
-        heads = [known[prompt] for prompt in prompts]
-        return engine.score(heads, responses), sum(map(len, heads))
+        known: dict[str, list[int]] = {}
+        heads, texts = [], []
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            try:
+                if prompt not in known:
+                    known[prompt] = engine.encode(prompt) if prompt else []
+                head, text = known[prompt], engine.encode_response(response, not prompt)
+                engine.check_text(head, text, "" if len(responses) == 1 else f"[{i}]")
+            except ValueError as error:
+                wrong[i] = str(error)
+                continue
+            heads.append(head)
+            texts.append(text)
+        if not texts:
+            raise ValueError("; ".join(list(wrong.values())[:4]))
+        tokens = sum(map(len, heads)) + sum(map(len, texts))
+        return engine.score(heads, texts)
 
-    future, tokens = await service.begin(ask)
-    found = await service.outcome(request, future)
-    service.metrics.scored(found)
-    tokens += sum(len(c.token_ids) for c in found)
+    scored = await service.outcome(request, await service.begin(request, ask))
+    service.metrics.scored(scored)
+    rest = iter(scored)
+    found = [
+        Candidate("", math.nan, [], [], [], error=wrong[i]) if i in wrong else next(rest)
+        for i in range(len(scored) + len(wrong))
+    ]
     return found, {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
 
 

@@ -3,7 +3,8 @@
 As there, what cannot be computed is answered with status 200 and ``{"error"}``, a body of another form with 422. Limits, which
 they have none of, are answered with 4xx and 503, on which their client prints the status and the question is tried again.
 
-Other than there: no repetition penalty (theirs is 1.05), and a temperature or seed of 0 is 0, not the default.
+Other than there: no repetition penalty (theirs is 1.05), a temperature or seed of 0 is 0, not the default, and a text that is
+longer than the model's positions is refused; theirs runs any, over positions that the model has never seen.
 """
 
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ from . import pooling
 from .schemas import PublishedGenerate, PublishedScore, ScoreBody
 from .service import Service, Shared
 
+REREAD = 1 / 8  # of the positions: what was decoded up to the last may be a few more tokens when it is read again
 PATHS = ("/score", "/generate")
 router = APIRouter()
 
@@ -43,14 +45,9 @@ async def _score(body: PublishedScore, request: Request, service: Service) -> di
 
     def ask() -> Future[list[Candidate]]:
         # As a prompt, and not as a response: their texts begin with what the chat template begins with.
-        ids = engine.encode(body.text)
-        if engine.max_length is None or len(ids) <= engine.max_length:
-            return engine.score([[]], [ids])
-        # What was decoded up to the last position may be more tokens when it is read again; theirs has no limit here.
-        return engine.submit(lambda: engine.model.score_tokens([[]], [ids]))
+        return engine.score([[]], [engine.encode(body.text)], name="text", more=REREAD)
 
-    future = await service.begin(ask)
-    (scored,) = await service.outcome(request, future)
+    (scored,) = await service.outcome(request, await service.begin(request, ask))
     service.metrics.scored([scored])
     if scored.error:
         return {"error": scored.error}
@@ -79,7 +76,7 @@ async def generate(body: PublishedGenerate, request: Request, service: Shared) -
         )  # fmt: skip
 
     try:
-        generation = await service.outcome(request, await service.begin(ask))
+        generation = await service.outcome(request, await service.begin(request, ask))
     except HTTPException as error:
         return _told(error)
     service.metrics.scored(generation.candidates)

@@ -1,14 +1,42 @@
 """What requests may hold. Fields that are not known are ignored, as the servers do whose interfaces these are; fields that are
 known and cannot be honoured are refused unless they ask for nothing."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, Discriminator, Field, FiniteFloat, Tag, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Discriminator, Field, FiniteFloat, Tag, model_validator
 
-StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Item = TypeVar("Item")
-Several = Annotated[list[Item], Field(min_length=1)]
-StopTexts = Annotated[list[StopText], Field(max_length=16)]
+# A body of 8 MiB has room for 4 million items, and as many errors.
+Several = Annotated[list[Item], Field(min_length=1, fail_fast=True)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+StopTexts = Annotated[list[StopText], Field(max_length=16, fail_fast=True)]
+
+
+def _is_text(item: Any) -> bool:
+    return isinstance(item, str)
+
+
+def _are_ids(item: Any) -> bool:
+    return isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
+
+
+def _items(value: Any, known: tuple[Callable[[Any], bool], ...], expected: str) -> list[Any]:
+    """``value`` as a list of one or several items of a known kind; an empty text is one, for its place to be told."""
+    if any(known_as(value) for known_as in known):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected {expected}, or a list of at least 1 item")
+    for i, item in enumerate(value):
+        if not any(known_as(item) for known_as in known):
+            raise ValueError(f"item {i}: expected {expected}")
+    return value
+
+
+Texts = Annotated[list[str], BeforeValidator(lambda value: _items(value, (_is_text,), "a text"))]
+TextsOrIds = Annotated[
+    list[str | list[int]], BeforeValidator(lambda value: _items(value, (_is_text, _are_ids), "a text or token ids"))
+]
 
 
 class _Request(BaseModel):
@@ -17,20 +45,23 @@ class _Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
-        for name, neutral in cls.refused.items() if isinstance(data, dict) else ():
-            if data.get(name) is not None and data[name] not in neutral:
+        if not isinstance(data, dict):
+            return data
+        data = {name: value for name, value in data.items() if value is not None}  # null is absent
+        for name, neutral in cls.refused.items():
+            if name in data and data[name] not in neutral:
                 raise ValueError(f"{name} is not supported by this server; leave it out")
         return data
 
 
-class PublishedScore(BaseModel):
+class PublishedScore(_Request):
     """``POST /score`` of MetaStone-S1's score server."""
 
     text: str
     return_all_scores: bool = False
 
 
-class PublishedGenerate(BaseModel):
+class PublishedGenerate(_Request):
     """``POST /generate`` of MetaStone-S1's policy server."""
 
     prefix_prompt: str
@@ -41,8 +72,18 @@ class PublishedGenerate(BaseModel):
     seed: int | None = None
 
 
+_TEMPLATE = {  # vLLM's: how a chat becomes a prompt
+    "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,), "mm_processor_kwargs": ({},),
+}  # fmt: skip
+
+
 class _Pooled(_Request):
-    refused = {"truncate_prompt_tokens": (), "use_activation": (True,), "dimensions": (), "encoding_format": ("float",)}
+    refused = {
+        "truncate_prompt_tokens": (), "dimensions": (), "encoding_format": ("float",), "embed_dtype": ("float32",),
+        # Scores are what the head's sigmoid gives; each of these has asked for that, or for logits.
+        "use_activation": (True,), "activation": (True,), "softmax": (True,), "normalize": (True,),
+        **_TEMPLATE,
+    }  # fmt: skip
 
     model: str | None = None
 
@@ -50,8 +91,8 @@ class _Pooled(_Request):
 class PairScore(_Pooled):
     """``POST /score`` of vLLM: questions and their responses, one to many or as many."""
 
-    questions: str | Several[str] = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
-    responses: str | Several[str] = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
+    questions: Texts = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
+    responses: Texts = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
 
 
 _PAIR_FIELDS = {
@@ -61,7 +102,8 @@ _PAIR_FIELDS = {
 
 def _form(body: Any) -> str:
     """Which ``POST /score`` is meant, MetaStone-S1's or vLLM's: the fields tell, for the path is the same."""
-    return "pairs" if isinstance(body, dict) and _PAIR_FIELDS & body.keys() else "published"
+    given = {name for name, value in body.items() if value is not None} if isinstance(body, dict) else set()
+    return "pairs" if _PAIR_FIELDS & given else "published"
 
 
 ScoreBody = Annotated[
@@ -69,29 +111,40 @@ ScoreBody = Annotated[
 ]
 
 
-class _TextPart(BaseModel):
+class _TextPart(_Request):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(_Request):
     role: str
-    content: str | list[_TextPart]
+    content: str | Annotated[list[_TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        given = self.content or ""
+        return given if isinstance(given, str) else "".join(part.text for part in given)
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        if self.content is None and self.role != "assistant":  # who may have called a tool instead
+            raise ValueError("content: Field required")
+        return self
 
 
 Messages = Several[Message]
 
 
 class Pooling(_Pooled):
-    """``POST /pooling`` of vLLM: whole texts, or their ids, or a chat whose last message is the response."""
+    """``POST /pooling`` of vLLM: whole texts, or their ids, or a chat whose last message may be the response."""
 
-    refused = {**_Pooled.refused, "add_special_tokens": (True,)}
+    refused = {**_Pooled.refused, "add_generation_prompt": (False,)}
 
-    input: str | Several[int] | Several[str] | Several[list[int]] | None = None
+    input: TextsOrIds | None = None
+    add_special_tokens: bool | None = None
     messages: Messages | None = None
     task: Literal["token_classify", "classify"] = "token_classify"
 
@@ -99,10 +152,13 @@ class Pooling(_Pooled):
     def _one(self) -> "Pooling":
         if (self.input is None) == (self.messages is None):
             raise ValueError("expected input or messages")
+        # A text has the tokenizer's special tokens, a chat those of its template.
+        if self.add_special_tokens not in (None, self.messages is None):
+            raise ValueError("add_special_tokens is not supported by this server; leave it out")
         return self
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Request):
     include_usage: bool = False
 
 
@@ -115,10 +171,13 @@ class Sampling(_Request):
     """
 
     refused = {
-        "top_logprobs": (0,), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "logit_bias": ({},),
-        "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "top_k": (0, -1), "min_p": (0,),
-        "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "suffix": (), "echo": (False,),
-        "logprobs": (False,),
+        "top_logprobs": (0,), "logit_bias": ({},), "logprobs": (False,), "prompt_logprobs": (), "echo": (False,),
+        "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
+        "top_k": (0, -1), "min_p": (0,), "min_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],),
+        "bad_words": ([],), "allowed_token_ids": (), "use_beam_search": (False,), "truncate_prompt_tokens": (),
+        "include_stop_str_in_output": (False,), "response_format": ({"type": "text"},), "structured_outputs": (),
+        "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "modalities": (["text"],),
+        "audio": (), "suffix": ("",), **_TEMPLATE,
     }  # fmt: skip
 
     model: str | None = None
@@ -126,7 +185,7 @@ class Sampling(_Request):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: FiniteFloat | None = None
     top_p: FiniteFloat | None = None
-    stop: StopText | StopTexts | None = None
+    stop: Literal[""] | StopText | StopTexts | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -137,7 +196,7 @@ class Sampling(_Request):
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [self.stop] if isinstance(self.stop, str) and self.stop else list(self.stop or ())
 
     @property
     def steered(self) -> bool:
@@ -156,11 +215,26 @@ class Sampling(_Request):
 
 
 class ChatCompletion(Sampling):
+    refused = {
+        **Sampling.refused, "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+        "function_call": ("none", "auto"), "add_generation_prompt": (True,),
+    }  # fmt: skip
+
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _uncalled(cls, data: Any) -> Any:
+        """Tools that must not be called ask for nothing."""
+        if not isinstance(data, dict):
+            return data
+        choices = {"tools": "tool_choice", "functions": "function_call"}
+        idle = {tools for tools, choice in choices.items() if data.get(choice) == "none"}
+        return {name: value for name, value in data.items() if name not in idle}
+
 
 class Completion(Sampling):
-    prompt: str | list[int]
+    prompt: TextsOrIds

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, HTTPException, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 
@@ -64,14 +64,23 @@ class Service:
         if model not in (None, self.name):
             raise HTTPException(404, f"model: there is no {model!r}; this server has {self.name!r}")
 
-    async def begin(self, ask: Callable[[], T]) -> T:
-        """What ``ask`` asks of the engine; in a thread of its own, for it tokenizes.
+    async def begin(self, request: Request, ask: Callable[[], "Future[T]"]) -> "Future[T]":
+        """What ``ask`` asks of the engine; in another thread, for it tokenizes, and counted as queued.
 
         Raises:
-            HTTPException: 400 bad input; 503 the queue is full, or the server is shutting down.
+            HTTPException: 400 bad input; 503 the queue is full, or the server is shutting down; and see ``outcome``.
         """
+        asked = None
         try:
-            return await run_in_threadpool(ask)
+            asked = self.engine.prepare(ask, len(await request.body()))
+            await self._wait(request, asked)
+            if asked.cancelled():
+                raise Closed("the server is shutting down")
+            return asked.result()
+        except HTTPException:
+            if asked is not None:
+                asked.add_done_callback(_forget)  # where it could not be cancelled any more
+            raise
         except (QueueFull, Closed) as error:
             raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error
         except (ValueError, TypeError, TemplateError) as error:  # what a tokenizer, or a chat template, does not take
@@ -83,17 +92,28 @@ class Service:
         Raises:
             HTTPException: see ``settled``; 504 the time is up.
         """
+        await self._wait(request, future)
+        return settled(future)
+
+    async def _wait(self, request: Request, future: "Future[Any]") -> None:
         result, gone = asyncio.wrap_future(future), asyncio.ensure_future(_disconnected(request))
         try:
-            await asyncio.wait((result, gone), timeout=self.limits.seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((result, gone), timeout=self.left(request), return_when=asyncio.FIRST_COMPLETED)
             if result.done():
-                return settled(result)
-            if gone.done():
+                result.cancelled() or result.exception()  # which asyncio wants to be looked at
+            elif gone.done():
                 raise HTTPException(CLIENT_GONE, "the client closed the connection")
-            raise HTTPException(504, self.too_slow)
+            else:
+                raise HTTPException(504, self.too_slow)
         finally:
             gone.cancel()
             result.cancel()
+
+    def left(self, request: Request) -> float | None:
+        """Seconds until the time is up, which began with the request's head; None: there is no limit."""
+        if self.limits.seconds is None:
+            return None
+        return max(0.0, request.scope["state"]["began"] + self.limits.seconds - time.monotonic())
 
     @property
     def too_slow(self) -> str:
@@ -120,8 +140,9 @@ def settled(future: "Future[T] | asyncio.Future[T]") -> T:
         _log.error("a request failed", exc_info=error)
         raise HTTPException(500, f"{type(error).__name__}: {error}")
     result = future.result()
-    if isinstance(result, Generation) and result.interrupted:
-        raise HTTPException(503, f"{cut}; {result.tokens} tokens had been decoded")
+    found = [g for g in (result if isinstance(result, list) else [result]) if isinstance(g, Generation)]
+    if any(g.interrupted for g in found):
+        raise HTTPException(503, f"{cut}; {sum(g.tokens for g in found)} tokens had been decoded")
     return result
 
 
@@ -138,6 +159,11 @@ def error_response(status: int, message: str, headers: Any = None) -> JSONRespon
 def finite(value: float) -> float | None:
     """``value``, or None where JSON has no number for it."""
     return value if math.isfinite(value) else None
+
+
+def _forget(asked: "Future[Future[Any]]") -> None:
+    if not asked.cancelled() and not asked.exception():
+        asked.result().cancel()
 
 
 async def _disconnected(request: Request) -> None:
