@@ -495,6 +495,12 @@ struct TilePass {
 template <class H, class FeatureRow>
 __device__ void partial_sums(const H& head, const typename H::Maps&, const FeatureRow& feature_row, int count, float* sums,
                              const Ring& ring) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (H::TENSOR_CORES && std::is_same_v<typename H::W, typename H::T>) {
+    __trap();  // head_sm90.cuh has these
+    return;
+  }
+#endif
   const auto run = [&](auto shape) {
     TilePass<H, decltype(shape), FeatureRow>(head, feature_row, count, sums, ring).run();
   };

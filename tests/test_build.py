@@ -217,8 +217,8 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("asked", "codes"),
     [
-        ("", "sm_80 sm_90 compute_90"),  # this nvcc is too old for the default's 10.0
-        ("8.0;9.0+PTX", "sm_80 sm_90 compute_90"),
+        ("", "sm_80 sm_90a compute_90"),  # this nvcc is too old for the default's 10.0
+        ("8.0;9.0+PTX", "sm_80 sm_90a compute_90"),  # Hopper's own instructions
         ("7.5 8.6 9.0a", "sm_86 sm_90a"),
         (" 8.0; 8.0+PTX;", "sm_80 compute_80"),
     ],

@@ -22,6 +22,7 @@ from reflective import ops
 
 ROOT = Path(__file__).parents[1]
 CAPABILITIES = [80, 90, 100]
+TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}
 HEADS = {  # types of the weights and of the features, mangled
     "float32": "ff",
     "bfloat16": "NS_8Bfloat16ES4_",
@@ -42,10 +43,10 @@ class Kernel:
 
 # 255 registers at 256 threads is one block a multiprocessor, which is how the streaming kernels are launched.
 KERNELS = {
-    "partial_sums_kernel": Kernel(instances=5, registers=255, streams=True),
-    "step_kernel": Kernel(instances=5, registers=255, streams=True),
-    "finish_kernel": Kernel(instances=10, registers=40),
-    "detect_kernel": Kernel(instances=5, registers=64),
+    "partial_sums_kernel": Kernel(instances=7, registers=255, streams=True),
+    "step_kernel": Kernel(instances=7, registers=255, streams=True),
+    "finish_kernel": Kernel(instances=14, registers=40),
+    "detect_kernel": Kernel(instances=7, registers=64),
     "tally_slots_kernel": Kernel(instances=3, registers=48),
     "step_mask_kernel": Kernel(instances=1, registers=40),
 }
@@ -72,6 +73,11 @@ class Code:
     def head(self) -> str:
         """The types of the head that a streaming kernel is for: its weights' and its features'."""
         return next(types for types in HEADS if f"DeviceHeadI{HEADS[types]}E" in self.mangled)
+
+    @property
+    def is_hopper_s(self) -> bool:
+        """Whether the kernel is one of head_sm90.cuh."""
+        return "Sm90Head" in self.mangled
 
     def __str__(self) -> str:
         return f"sm_{self.capability} {self.mangled}"
@@ -113,7 +119,7 @@ def tool(name: str) -> str:
 
 def binaries() -> list[Path]:
     """Files with code for all of ``CAPABILITIES``."""
-    if {f"sm_{capability}" for capability in CAPABILITIES} <= set(ops.cuda_architectures()):
+    if set(TARGETS.values()) <= set(ops.cuda_architectures()):
         return list(Path(reflective.__file__).parent.glob("_C.*.so"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -123,7 +129,7 @@ def binaries() -> list[Path]:
         nvcc = build["Nvcc"]()
         if nvcc.path is None:
             pytest.skip("no nvcc, and the extension holds no CUDA kernels")
-        return [Path(made) for made in nvcc.compile([f"sm_{c}" for c in CAPABILITIES], Path("build").resolve() / "aot")]
+        return [Path(made) for made in nvcc.compile(list(TARGETS.values()), Path("build").resolve() / "aot")]
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +140,7 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> list[Code]:
         subprocess.run([cuobjdump, "-xelf", "all", binary], check=True, cwd=folder, stdout=subprocess.DEVNULL)
     found = []
     for cubin in sorted(folder.glob("*.cubin")):
-        capability = int(re.search(r"\.sm_(\d+)\.", cubin.name)[1])
+        capability = int(re.search(r"\.sm_(\d+)a?\.", cubin.name)[1])
         usage = subprocess.check_output([cuobjdump, "--dump-resource-usage", cubin], text=True)
         used = {
             mangled: {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", numbers)}
@@ -149,10 +155,10 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> list[Code]:
 
 @pytest.fixture(scope="module")
 def streaming(codes: list[Code]) -> list[Code]:
-    """Those that stream W1."""
-    found = [code for code in codes if KERNELS[code.name].streams]
+    """Those that stream W1 by threads. On sm_90 the heads in bfloat16 and float16 have kernels of their own."""
+    found = [code for code in codes if KERNELS[code.name].streams and not code.is_hopper_s]
     assert len({(code.capability, code.name, code.head) for code in found}) == 2 * len(CAPABILITIES) * len(HEADS)
-    return found
+    return [code for code in found if code.capability != 90 or code.head not in ("bfloat16", "float16")]
 
 
 def instructions(section: str) -> list[tuple[int, str]]:
@@ -211,6 +217,24 @@ def test_products_are_the_tensor_cores_and_fed_16_bytes_at_a_time(streaming):
             text.split()[0] for block in multiplying for text in block if re.match(r"(LD|ST|ATOM|RED)(?!C)", text)
         }
         assert memory in ({"LDS.128"}, {"LDSM.16.M88.4"}), f"{code}: {memory}"
+
+
+def test_hopper_s_own_kernels_use_its_copy_engine_and_warpgroup_products(codes):
+    """Products of 64 rows by all of a tile's units, at all five sizes; boxes, also to the whole cluster."""
+    own = [code for code in codes if code.is_hopper_s and KERNELS[code.name].streams]
+    for code in own:
+        texts = code.texts()
+        if code.capability != 90:
+            assert not [text for text in texts if text.startswith(("HGMMA", "UTMALDG"))], str(code)
+            continue
+        kind = ".BF16" if "Bfloat16" in code.mangled else ""
+        for units in (16, 32, 48, 64, 80):
+            assert any(re.match(rf"HGMMA\.64x{units}x16\.F32{kind}\b", text) for text in texts), f"{code}: {units}"
+        copies = {re.sub(r"\s.*", "", text) for text in texts if text.startswith("UTMALDG")}
+        assert {"UTMALDG.2D", "UTMALDG.3D", "UTMALDG.3D.MULTICAST"} <= copies, f"{code}: {copies}"
+        assert not [text for text in texts if text.startswith(("HMMA", "LDGSTS"))], str(code)
+        assert code.usage["REG"] <= 224, str(code)  # 288 threads
+    assert len(own) == 4 * len(CAPABILITIES)
 
 
 def test_the_extension_holds_what_it_says():
