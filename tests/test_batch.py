@@ -3,6 +3,7 @@
 import bz2
 import codecs
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -377,6 +378,7 @@ def test_a_pipe_is_scored_as_it_comes(small):  # noqa: F811
 
 
 RECORDS = [{"text": "nab", "id": 1}, {"text": "中 \u2028 e", "more": {"x": [1e300, None]}}, {"text": "zz"}]
+packed = functools.partial(gzip.compress, mtime=0)  # also a test's name: the same in every worker
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
 ARRAY = json.dumps(RECORDS, ensure_ascii=False).encode()
 PRETTY = json.dumps(RECORDS, indent=1).encode()
@@ -393,11 +395,11 @@ def zstd(content):
         ("in.jsonl", codecs.BOM_UTF8 + LINES), ("in.jsonl", LINES.replace(b"\n", b"\r\n")),
         ("in.jsonl", b"\n \n" + LINES.replace(b"\n", b"\n\r\n\t\n")), ("in.jsonl", LINES.rstrip()),
         *(("in.jsonl", LINES.decode().encode(code)) for code in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")),
-        ("in.jsonl.gz", gzip.compress(LINES)), ("in.jsonl", gzip.compress(LINES)), ("in.jsonl.gz", LINES),
-        ("in.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])), ("in.JSONL.BZ2", bz2.compress(LINES)),
+        ("in.jsonl.gz", packed(LINES)), ("in.jsonl", packed(LINES)), ("in.jsonl.gz", LINES),
+        ("in.jsonl.gz", packed(LINES[:20]) + packed(LINES[20:])), ("in.JSONL.BZ2", bz2.compress(LINES)),
         ("in.jsonl.xz", lzma.compress(LINES)), ("in.jsonl.zst", zstd(LINES)), ("in.jsonl.zst", zstd(LINES[:9]) + zstd(LINES[9:])),
         ("in.json", ARRAY), ("in.json", PRETTY), ("in.jsonl", ARRAY), ("in.jsonl", PRETTY), ("in", PRETTY),
-        ("in.json.gz", gzip.compress(codecs.BOM_UTF8 + ARRAY)), ("in.json", PRETTY.decode().encode("utf-16")),
+        ("in.json.gz", packed(codecs.BOM_UTF8 + ARRAY)), ("in.json", PRETTY.decode().encode("utf-16")),
         ("in.jsonl", b"\n".join(json.dumps(record, indent=2).encode() for record in RECORDS)),  # as jq writes them
     ],
 )  # fmt: skip
@@ -417,10 +419,10 @@ def test_forms_that_are_read(tmp_path, name, content):
         ("in.zip", b"PK\x03\x04\x14\0", "is a zip archive, or a workbook"), ("in.jsonl", b"ARROW1\0\0", "is an Arrow file"),
         ("in.jsonl.lz4", b"\x04\x22\x4d\x18aaaa", "is packed by lz4"), ("in.jsonl", b"\0" * 99, "holds no JSON"),
         ("in.jsonl", b"\xff\xfe\0\0\0", r"in\.jsonl: .*can't decode"), ("in.parquet", LINES, "is no parquet file"),
-        ("in.jsonl", b"PAR1" + LINES, "is no parquet file"), ("in.parquet.gz", gzip.compress(b"PAR1aaaa"), "unpack it"),
-        ("in.jsonl.gz", gzip.compress(gzip.compress(LINES)), "is packed twice"),
-        ("in.jsonl.gz", gzip.compress(LINES)[:-9], "packed by gzip, is broken: Compressed file ended"),
-        ("in.jsonl.gz", gzip.compress(LINES)[:-8] + b"12345678", "packed by gzip, is broken: CRC check failed"),
+        ("in.jsonl", b"PAR1" + LINES, "is no parquet file"), ("in.parquet.gz", packed(b"PAR1aaaa"), "unpack it"),
+        ("in.jsonl.gz", packed(packed(LINES)), "is packed twice"),
+        ("in.jsonl.gz", packed(LINES)[:-9], "packed by gzip, is broken: Compressed file ended"),
+        ("in.jsonl.gz", packed(LINES)[:-8] + b"12345678", "packed by gzip, is broken: CRC check failed"),
         ("in.jsonl.bz2", bz2.compress(LINES)[:-9], "packed by bz2, is broken"),
         ("in.jsonl.xz", lzma.compress(LINES)[:-9], "packed by xz, is broken"),
         ("in.jsonl.zst", zstd(LINES * 99)[:-9], "packed by zstd, is broken"),
@@ -469,7 +471,7 @@ def test_what_is_no_file_to_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [pytest.param(gzip.compress(LINES), "gzip", id="gzip"), (b"PAR1", "parquet"), (LINES.decode().encode("utf-16"), "UTF-16"), (PRETTY, "several lines"),
+    [pytest.param(packed(LINES), "gzip", id="gzip"), (b"PAR1", "parquet"), (LINES.decode().encode("utf-16"), "UTF-16"), (PRETTY, "several lines"),
      (b"PK\x03\x04", "a zip archive")],
 )  # fmt: skip
 def test_a_pipe_of_another_form_is_refused(tmp_path, content, found):
