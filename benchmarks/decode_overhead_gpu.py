@@ -37,6 +37,7 @@ from reflective.benchmarks.decode_modes import (
 from reflective.benchmarks.record import RESULTS, write
 from reflective.published import second_pass
 from reflective.scorer import Schedule
+from reflective.transformers_internals import compiled_everywhere
 
 ROUND = 64  # tokens of a generation
 SHAPE_1_5B = {
@@ -126,8 +127,7 @@ def main() -> None:
     pass_seconds, pass_mib = published(subject, tokens)
     alone = {schedule: op_alone(subject, schedule) for schedule in SCHEDULES}
     tape = Tape.of(subject, subject.prompts, ROUND, **STATIC)
-    compiled = CompileConfig(fullgraph=True)
-    compiled._compile_all_devices = True
+    compiled = compiled_everywhere(CompileConfig(fullgraph=True))
     rows: list[dict[str, Any]] = []
 
     def note(mode: str, plain: Player, scored: Player) -> None:

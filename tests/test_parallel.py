@@ -22,6 +22,7 @@ from transformers.utils import is_accelerate_available
 import reflective as rf
 from reflective import kernels, parallel
 from reflective.model import Candidate, Config
+from reflective.transformers_internals import cache_of, with_cache
 
 WORLD, UNITS = 2, 37  # units that two ranks cannot share evenly
 STREAMS = {  # name: keywords of StreamScorer
@@ -100,13 +101,13 @@ def work(rank, folder):
 
     ids, mask = (t[1:2].expand(4, -1) for t in prompts())
     with torch.no_grad():
-        cache = net(ids[:1, :6]).past_key_values
+        cache = cache_of(net(ids[:1, :6]))
     cache.batch_repeat_interleave(4)
     scorer = rf.StreamScorer(net, head(), tiny.steps(), buffer_rows=14, record_features=True, process_group=group)
     with scorer:
         scorer.begin(ids)
         torch.manual_seed(3)
-        out = net.generate(ids, attention_mask=mask, past_key_values=cache, **test_scorer.SAMPLING)
+        out = net.generate(ids, attention_mask=mask, **with_cache(net, cache), **test_scorer.SAMPLING)
     found["cached prefix"] = out, scorer.result(out), scorer.features()
 
     half = tiny.model(dtype=torch.bfloat16)

@@ -22,6 +22,7 @@ from reflective.model import Config
 from reflective.train.backbone import _Reader, tune
 from reflective.train.data import Rollouts
 from reflective.train.objective import sprm_objective
+from reflective.transformers_internals import cache_of, with_cache
 
 PROMPT = 6
 
@@ -188,9 +189,9 @@ def streamed(net, head, steps, text, prompt, at):
     """Columns of the steps that a StreamScorer finds in ``text``, fed the prompt and then token by token."""
     scorer, prompt = rf.StreamScorer(net, head, steps, at=at), max(prompt, 1)
     with scorer, torch.no_grad():
-        cache = net(text[None, :prompt], use_cache=True).past_key_values
+        cache = cache_of(net(text[None, :prompt], use_cache=True))
         for t in range(prompt, len(text) - 1):
-            cache = net(text[None, t : t + 1], past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(net(text[None, t : t + 1], **with_cache(net, cache), use_cache=True))
     return scorer.result(text[None]).step_positions[0].tolist()
 
 
