@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
-from .transformers_internals import DynamicLayer, cache_layers, state_argument, state_in, unknown, with_cache
+from .transformers_internals import (
+    DynamicLayer,
+    cache_layers,
+    checkpoints,
+    state_argument,
+    state_in,
+    unknown,
+    with_cache,
+)
 
 _PIECE = 512  # tokens; SmolLM2's activations of one piece (3 MB each) stay in cache
 _EARS = "_reflective_ears"  # where the last layer keeps those who listen
@@ -176,7 +184,7 @@ class Backbone:
         """Whether what is cached of a prefix can be shared, and gradients go through it: no recurrent state, and no gradient
         checkpointing, which computes every layer anew, without a cache."""
         layers = cache_layers(self._text_config())
-        recomputes = self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.layers)
+        recomputes = self.model.training and checkpoints(self.layers)
         return not recomputes and all(isinstance(layer, DynamicLayer) for layer in layers)
 
     def _text_config(self) -> PretrainedConfig:

@@ -5,6 +5,7 @@ was seen in, and nobody else spells these names.
 tries on a small model of transformers' own whether what scoring relies on still holds (``reflective.tap``), and warns.
 """
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,13 +14,21 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # 5.17 to 5.24
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function  # 5.17 to 5.24
-
-__all__ = ["DynamicLayer", "DynamicSlidingWindowLayer", "causal_mask_function"]
 
 TESTED = ((5, 17), (5, 24))  # the oldest and the newest release that the tests were run with
+_TESTED = " to ".join(".".join(map(str, version)) for version in TESTED)
+
+try:
+    from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # 5.17 to 5.24
+    from transformers.masking_utils import AttentionMaskInterface, causal_mask_function  # 5.17 to 5.24
+    from transformers.pytorch_utils import Conv1D  # 5.17 to 5.24
+except ImportError as e:
+    raise ImportError(
+        f"transformers {transformers.__version__} lacks what reflective-kernels needs of it ({e}); it was tested with {_TESTED}"
+    ) from e
+
+__all__ = ["Conv1D", "DynamicLayer", "DynamicSlidingWindowLayer", "causal_mask_function"]
 
 # What a forward calls its cache where no annotation tells: "past_key_values" up to 5.23; from 5.24 on "cache", the other is
 # deprecated. "layer_past" is what the layers of Bloom, Falcon, GPT-NeoX and MPT call it, 5.17 to 5.24.
@@ -37,20 +46,16 @@ def release() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _tested() -> str:
-    return " to ".join(".".join(map(str, version)) for version in TESTED)
-
-
 def unknown(what: str, model: nn.Module | None = None) -> RuntimeError:
     """The error for what the package relies on and does not find: ``what``, and who is to be asked about it."""
     version, name = transformers.__version__, model and type(model).__name__
     if release() > TESTED[1]:
         why = (
-            f"transformers {version} is newer than this release of reflective-kernels knows: it was tested with {_tested()}. "
+            f"transformers {version} is newer than this release of reflective-kernels knows: it was tested with {_TESTED}. "
             "Install one of these, and please report it in the issue tracker of reflective-kernels"
         )
     elif release() < TESTED[0]:
-        why = f"transformers {version} is older than reflective-kernels supports; install one of {_tested()}"
+        why = f"transformers {version} is older than reflective-kernels supports; install one of {_TESTED}"
     else:
         why = (
             f"with transformers {version} the models of its own do that, so look at the code of {name or 'this model'} "
@@ -68,7 +73,7 @@ def warn_untested() -> None:
     """Say that the release is outside of ``TESTED``, and that all the same it has just been tried with success."""
     age = "newer" if release() > TESTED[1] else "older"
     warnings.warn(
-        f"transformers {transformers.__version__} is {age} than this release of reflective-kernels was tested with ({_tested()}); "
+        f"transformers {transformers.__version__} is {age} than this release of reflective-kernels was tested with ({_TESTED}); "
         "what scoring relies on was tried on a small model and holds. If a score looks wrong, install a tested release, and "
         "please report it in the issue tracker of reflective-kernels",
         stacklevel=5,  # the `with` of whoever attaches a scorer
@@ -77,6 +82,8 @@ def warn_untested() -> None:
 
 def small_model() -> PreTrainedModel:
     """Two random layers of transformers' own, to try things on."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     sizes = {
         "hidden_size": 8,
         "intermediate_size": 8,
@@ -105,12 +112,13 @@ def ids_argument(model: nn.Module) -> str:
     raise unknown(f"model: the forward of {type(model).__name__} takes no input_ids, only {', '.join(names)}", model)
 
 
-def cache_in(values: Iterable[Any]) -> Cache | None:
-    """The key-value cache among the arguments or outputs of a forward, whatever it is called there."""
-    return next((value for value in values if isinstance(value, Cache)), None)
+def cache_in(values: Iterable[Any]) -> Any:
+    """The key-value cache among the arguments or outputs of a forward, whatever it is called there: a ``Cache``, or what
+    custom code has in its place, which counts its tokens as one does."""
+    return next((value for value in values if isinstance(value, Cache) or hasattr(value, "get_seq_length")), None)
 
 
-def cache_of(output: Any) -> Cache | None:
+def cache_of(output: Any) -> Any:
     """The cache in what a model's forward returned."""
     return cache_in(output.values() if isinstance(output, Mapping) else output)
 
@@ -220,6 +228,33 @@ def exchange_attention(decoder: nn.Module, name: str) -> str:
     before = attention_of(decoder.config)
     decoder.config._attn_implementation = {"": name}
     return before
+
+
+# -- training ------------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(module: nn.Module) -> bool:
+    """Whether ``module``, or a part of it, keeps only its inputs for the backward pass. 5.17 to 5.24; the property of models
+    that tells so has had another name since 5.23, and warns under the old one."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
+
+
+def set_checkpointing(model: PreTrainedModel, on: bool, reentrant: bool = False) -> None:
+    """Switch gradient checkpointing. From 5.23 on it is "activation checkpointing", and warns under the old name."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": reentrant})
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
+        model.disable_input_require_grads()  # which enabling brought along
+
+
+def checkpointing_setting(on: bool) -> dict[str, bool]:
+    """The same for ``TrainingArguments``."""
+    from transformers import TrainingArguments  # heavy
+
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": on}
 
 
 # -- generate ------------------------------------------------------------------------------------------------------------
