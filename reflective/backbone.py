@@ -318,7 +318,8 @@ def _listening(base: type) -> type:
 
     # transformers 5.23 and 5.24 wrap the forwards of subclasses for checkpointing; a layer that is computed anew when nobody
     # listens any more would then be checkpointed once more within.
-    Listening.forward = base.forward
+    if "forward" in vars(Listening):
+        del Listening.forward
     return alike(Listening, base)
 
 

@@ -79,6 +79,7 @@ class Tap:
         self.rolls_back = False  # whether that is one that drafts
         self.proved = False  # whether a forward was seen to the end, and its cache counted
         self.cache: Callable[[], Any] = lambda: None  # weak reference to the cache that is followed
+        self.trial = False  # whether it is tried here what this release of transformers does
         self.plain_call: Any = None  # what generate compiled before; with listeners it compiles the listening __call__
 
     @classmethod
@@ -145,7 +146,7 @@ class Tap:
                 name: arguments.get(name, getattr(config, name, None)) for name in ("num_beams", *internals.DRAFTS)
             }
             self.rolls_back = any(given.pop(name) for name in internals.DRAFTS)
-            if not internals.is_tested():
+            if not internals.is_tested() and not self.trial:
                 for way in ["drafts"] * self.rolls_back + ["beams"] * ((given["num_beams"] or 1) > 1):
                     _try_release(way)
             for listener in self.listeners:
@@ -216,8 +217,8 @@ class Tap:
         followed = self.cache()
         if self.forwards and followed is None and cache is None:
             raise internals.unknown(
-                f"generate of {type(self.model).__name__} handed no key-value cache to its forwards, among whose arguments and "
-                f"those of the last layer there is no transformers.Cache",
+                f"generate of {type(self.model).__name__} handed no key-value cache to its forwards: there is none among their "
+                "arguments and those of the last layer",
                 self.model,
             )
         return followed is None or cache is followed
@@ -410,6 +411,7 @@ def _try_release(way: str) -> None:
     backbone = Backbone.of(model)
     try:
         tap = Tap._add(backbone, heard)
+        tap.trial = True
         try:
             with torch.no_grad():
                 out = model.generate(

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+VERSION = transformers.__version__
 TESTED = ((5, 17), (5, 24))  # the oldest and the newest release that the tests were run with
 _TESTED = " to ".join(".".join(map(str, version)) for version in TESTED)
 
@@ -25,7 +26,7 @@ try:
     from transformers.pytorch_utils import Conv1D  # 5.17 to 5.24
 except ImportError as e:
     raise ImportError(
-        f"transformers {transformers.__version__} lacks what reflective-kernels needs of it ({e}); it was tested with {_TESTED}"
+        f"transformers {VERSION} lacks what reflective-kernels needs of it ({e}); it was tested with {_TESTED}"
     ) from e
 
 __all__ = ["Conv1D", "DynamicLayer", "DynamicSlidingWindowLayer", "causal_mask_function"]
@@ -42,24 +43,24 @@ _COMPILED_CALL = "_compiled_call"  # where generate keeps its compiled forward, 
 
 def release() -> tuple[int, int]:
     """Of the transformers that is installed."""
-    major, minor = transformers.__version__.split(".")[:2]
+    major, minor = VERSION.split(".")[:2]
     return int(major), int(minor)
 
 
 def unknown(what: str, model: nn.Module | None = None) -> RuntimeError:
     """The error for what the package relies on and does not find: ``what``, and who is to be asked about it."""
-    version, name = transformers.__version__, model and type(model).__name__
+    name = type(model).__name__ if model is not None else "this model"
     if release() > TESTED[1]:
         why = (
-            f"transformers {version} is newer than this release of reflective-kernels knows: it was tested with {_TESTED}. "
+            f"transformers {VERSION} is newer than this release of reflective-kernels knows: it was tested with {_TESTED}. "
             "Install one of these, and please report it in the issue tracker of reflective-kernels"
         )
     elif release() < TESTED[0]:
-        why = f"transformers {version} is older than reflective-kernels supports; install one of {_TESTED}"
+        why = f"transformers {VERSION} is older than reflective-kernels supports; install one of {_TESTED}"
     else:
         why = (
-            f"with transformers {version} the models of its own do that, so look at the code of {name or 'this model'} "
-            "itself; if it is one of transformers', please report it in the issue tracker of reflective-kernels"
+            f"The models of transformers {VERSION} that this was tested with are not so: look at the code of {name} itself; if it "
+            "is transformers' own, please report it in the issue tracker of reflective-kernels"
         )
     return RuntimeError(f"{what}. {why}")
 
@@ -73,7 +74,7 @@ def warn_untested() -> None:
     """Say that the release is outside of ``TESTED``, and that all the same it has just been tried with success."""
     age = "newer" if release() > TESTED[1] else "older"
     warnings.warn(
-        f"transformers {transformers.__version__} is {age} than this release of reflective-kernels was tested with ({_TESTED}); "
+        f"transformers {VERSION} is {age} than this release of reflective-kernels was tested with ({_TESTED}); "
         "what scoring relies on was tried on a small model and holds. If a score looks wrong, install a tested release, and "
         "please report it in the issue tracker of reflective-kernels",
         stacklevel=5,  # the `with` of whoever attaches a scorer
@@ -196,6 +197,11 @@ def cache_of_layers(layer: type[DynamicLayer]) -> DynamicCache:
     cache = DynamicCache()
     cache.layer_class_to_replicate = layer  # 5.17 to 5.24
     return cache
+
+
+def has_float8_cache() -> bool:
+    """Whether ``QuantizedCache`` has the backend "fp8": from some release after 5.17 on."""
+    return hasattr(transformers.cache_utils, "Fp8QuantizedLayer")
 
 
 def takes_dynamic_cache(model: PreTrainedModel) -> bool:

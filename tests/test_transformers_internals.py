@@ -13,10 +13,10 @@ from reflective import transformers_internals as internals
 
 # Private names, and public ones that a release has renamed.
 NAMES = (
-    r"past_key_values|cache_params|layer_past|[\[(]\"cache\"[\])]|\bcache=cache\b|_compiled_call\b|is_compileable|layer_class_to_replicate|"
+    r"past_key_values|cache_params|layer_past|get\(\"cache\"|\[\"cache\"\]|[{,] ?\"cache\": |\(cache=|, cache=\w+[,)]|[\"'.]_compiled_call\b|is_compileable|layer_class_to_replicate|"
     r"\b_attn_implementation|_can_set_attn_implementation|_supports_default_dynamic_cache|_compile_all_devices|"
     r"_true_initial_tokens|requests_in_batch|cuda_graph_booleans|is_gradient_checkpointing|is_activation_checkpointing|"
-    r"gradient_checkpointing_(en|dis)able|activation_checkpointing_(en|dis)able|cache_utils import|masking_utils"
+    r"gradient_checkpointing_(en|dis)able|activation_checkpointing_(en|dis)able|cache_utils|masking_utils"
 )
 ROOT = Path(reflective.__file__).parent.parent
 
