@@ -172,7 +172,7 @@ def ranks(tmp_path_factory):
         for rank in range(WORLD)
     ]  # fmt: skip
     try:
-        texts = [process.communicate(timeout=240)[0] for process in processes]
+        texts = [process.communicate(timeout=tiny.PATIENCE)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -313,7 +313,11 @@ def assert_close(ours, expected, rtol=1e-5, atol=1e-6):
 if __name__ == "__main__":
     home, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
     dist.init_process_group(
-        "gloo", init_method=f"file://{home / 'meeting'}", rank=own_rank, world_size=WORLD, timeout=timedelta(minutes=1)
+        "gloo",
+        init_method=f"file://{home / 'meeting'}",
+        rank=own_rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=tiny.PATIENCE),
     )
     (home / f"{own_rank}.pickle").write_bytes(pickle.dumps(work(own_rank, home)))
     dist.destroy_process_group()

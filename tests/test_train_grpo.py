@@ -389,7 +389,7 @@ def test_two_processes_are_one(tmp_path):
     ]  # fmt: skip
     try:
         one, log, _ = train_for(tmp_path, 8)
-        texts = [process.communicate(timeout=120)[0] for process in processes]
+        texts = [process.communicate(timeout=tiny.PATIENCE)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
