@@ -24,6 +24,8 @@ from .transformers_internals import (
 
 _PIECE = 512  # tokens; SmolLM2's activations of one piece (3 MB each) stay in cache
 _EARS = "_reflective_ears"  # where the last layer keeps those who listen
+_CHANGING = threading.Lock()  # while the class of a layer is exchanged
+_NARROW = threading.RLock()  # while MLPs take texts in pieces: texts are scored by one thread after the other
 
 
 class Ear(Protocol):
@@ -111,18 +113,20 @@ class Backbone:
     def add_ear(self, ear: Ear) -> None:
         """Have ``ear`` hear every call of the last layer, those in code that is being compiled too."""
         layer = self.layers[-1]
-        ears = vars(layer).get(_EARS, ())
-        vars(layer)[_EARS] = (*ears, ear)
-        if not ears:
-            exchange(layer, _listening)
+        with _CHANGING:
+            ears = vars(layer).get(_EARS, ())
+            vars(layer)[_EARS] = (*ears, ear)
+            if not ears:
+                exchange(layer, _listening)
 
     def remove_ear(self, ear: Ear) -> None:
         """The opposite of ``add_ear``; after the last of them the layer has its own class again."""
         layer = self.layers[-1]
-        vars(layer)[_EARS] = tuple(other for other in vars(layer)[_EARS] if other is not ear)
-        if not vars(layer)[_EARS]:
-            restore(layer)
-            del vars(layer)[_EARS]
+        with _CHANGING:
+            vars(layer)[_EARS] = tuple(other for other in vars(layer)[_EARS] if other is not ear)
+            if not vars(layer)[_EARS]:
+                restore(layer)
+                del vars(layer)[_EARS]
 
     @functools.cached_property
     def state_argument(self) -> str:
@@ -223,17 +227,18 @@ class Backbone:
         """Have every layer's MLP take a long text in pieces: at 4,096 tokens of SmolLM2 its three [T, 1536] activations,
         75 of 105 MB alive, are what the peak consists of."""
         mlps = [child for layer in self.layers for child in layer.children() if _takes_positions_one_by_one(child)]
-        before = [mlp.__dict__.get("forward") for mlp in mlps]  # set where accelerate or a user wrapped it
-        try:
-            for mlp in mlps:
-                mlp.forward = _in_pieces(mlp.forward)
-            yield
-        finally:
-            for mlp, forward in zip(mlps, before, strict=True):
-                if forward is None:
-                    mlp.__dict__.pop("forward", None)
-                else:
-                    mlp.forward = forward
+        with _NARROW:
+            before = [mlp.__dict__.get("forward") for mlp in mlps]  # set where accelerate or a user wrapped it
+            try:
+                for mlp in mlps:
+                    mlp.forward = _in_pieces(mlp.forward)
+                yield
+            finally:
+                for mlp, forward in zip(mlps, before, strict=True):
+                    if forward is None:
+                        mlp.__dict__.pop("forward", None)
+                    else:
+                        mlp.forward = forward
 
 
 def _stack(module: nn.Module, n: int) -> nn.ModuleList | None:

@@ -389,6 +389,24 @@ def test_finished_text_may_be_scored_by_another_thread_in_the_midst_of_a_forward
     assert len(found) == 40 and all(torch.equal(score, truth) for score in found)
 
 
+def test_threads_may_score_finished_text_at_the_same_time():
+    net, head, text = tiny.model(), tiny.head(), torch.randint(5, tiny.VOCAB, (2, 30))
+    truth, found = rf.score(net, head, tiny.steps(), text).score, []
+    layer, mlp = net.model.layers[-1], net.model.layers[0].mlp
+    before = type(layer), sorted(vars(layer)), sorted(vars(mlp))
+
+    def turn():
+        found.extend(rf.score(net, head, tiny.steps(), text).score for _ in range(10))
+
+    threads = [threading.Thread(target=turn) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 30 and all(torch.equal(score, truth) for score in found)
+    assert (type(layer), sorted(vars(layer)), sorted(vars(mlp))) == before
+
+
 def test_generate_may_run_in_a_thread_of_its_own():
     """As with ``TextIteratorStreamer``."""
     net, (ids, mask) = tiny.model(), prompts((6, 9))
