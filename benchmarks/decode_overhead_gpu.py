@@ -38,6 +38,7 @@ from reflective.benchmarks.decode_modes import SCHEDULES, STEP_EVERY, Player, Su
 from reflective.benchmarks.record import RESULTS, write
 from reflective.published import second_pass
 from reflective.scorer import Schedule
+from reflective.transformers_internals import compiled_everywhere, with_cache
 
 CHUNK = 64  # tokens whose ops are one graph where they are timed by themselves
 PAST = 16  # tokens of a prompt
@@ -121,14 +122,14 @@ class Captured:
     def prefill(self) -> None:
         self.cache.reset()
         self.count.zero_()
-        self.player.net(self.prompts, past_key_values=self.cache, logits_to_keep=1)
+        self.player.net(self.prompts, logits_to_keep=1, **with_cache(self.player.net, self.cache))
 
     def forward(self) -> None:
         """Everything that depends on the column is computed from ``count``, so that a replay needs nothing of the host."""
         ids, place = self.columns.index_select(0, self.count)[0], self.count + self.prompts.shape[1]
         mask = (self.places <= place).expand(len(ids), 1, 1, -1)
         positions = place.expand(len(ids), 1)
-        self.player.net(ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache)
+        self.player.net(ids, attention_mask=mask, position_ids=positions, **with_cache(self.player.net, self.cache))
         self.count += 1
 
     def round(self) -> None:
@@ -267,8 +268,7 @@ def generate(subject: Subject, n: int, tokens: int, device: torch.device) -> Ite
     question = " ".join(f"w{i}" for i in prompt[0].tolist() if i % STEP_EVERY != 1)
     prompt = model.encode(question)
     sampling = {"temperature": 0.6, "top_p": 0.95}
-    compiled = CompileConfig() if device.type == "cuda" else CompileConfig(backend="eager", mode=None)
-    compiled._compile_all_devices = True
+    compiled = compiled_everywhere(CompileConfig() if device.type == "cuda" else CompileConfig(backend="eager", mode=None))
 
     def ours(length: int) -> int:
         found = model.generate(question, n=n, max_new_tokens=length, seed=0, **sampling)

@@ -2,18 +2,37 @@
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
+
+from .transformers_internals import (
+    DynamicLayer,
+    cache_layers,
+    checkpoints,
+    state_argument,
+    state_in,
+    unknown,
+    with_cache,
+)
 
 _PIECE = 512  # tokens; SmolLM2's activations of one piece (3 MB each) stay in cache
-_HEARD = "_reflective_heard"  # where the last layer keeps those who listen
+_EARS = "_reflective_ears"  # where the last layer keeps those who listen
+_CHANGING = threading.Lock()  # while the class of a layer is exchanged
+_NARROW = threading.RLock()  # while MLPs take texts in pieces: texts are scored by one thread after the other
+
+
+class Ear(Protocol):
+    """Who hears what enters the last layer."""
+
+    def hear(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The layer is called with these arguments."""
 
 
 @dataclass(frozen=True)
@@ -84,26 +103,57 @@ class Backbone:
             ValueError: in a forward, if what the layers hand on is not one state a token.
         """
 
-        def hear(hidden: Tensor) -> None:
-            if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
-                raise ValueError(
-                    f"model: the layers of {type(self.model).__name__} hand on {list(hidden.shape)}, not one state of "
-                    f"{self.hidden_size} values a token; it has no hidden state that a head could read"
-                )
-            use(hidden)
-
-        layer = self.layers[-1]
-        before, others = type(layer), vars(layer).get(_HEARD)
-        vars(layer)[_HEARD] = (*(others or ()), hear)
-        if not others:
-            layer.__class__ = _heard(before)
+        ear = _Ear(self, use)
+        self.add_ear(ear)
         try:
             yield
         finally:
-            vars(layer)[_HEARD] = tuple(other for other in vars(layer)[_HEARD] if other is not hear)
-            if not others:
-                layer.__class__ = before
-                del vars(layer)[_HEARD]
+            self.remove_ear(ear)
+
+    def add_ear(self, ear: Ear) -> None:
+        """Have ``ear`` hear every call of the last layer, those in code that is being compiled too."""
+        layer = self.layers[-1]
+        with _CHANGING:
+            ears = vars(layer).get(_EARS, ())
+            vars(layer)[_EARS] = (*ears, ear)
+            if not ears:
+                exchange(layer, _listening)
+
+    def remove_ear(self, ear: Ear) -> None:
+        """The opposite of ``add_ear``; after the last of them the layer has its own class again."""
+        layer = self.layers[-1]
+        with _CHANGING:
+            vars(layer)[_EARS] = tuple(other for other in vars(layer)[_EARS] if other is not ear)
+            if not vars(layer)[_EARS]:
+                restore(layer)
+                del vars(layer)[_EARS]
+
+    @functools.cached_property
+    def state_argument(self) -> str:
+        """What the last layer calls the hidden states."""
+        return state_argument(self.layers[-1])
+
+    def state(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The hidden states [B, q, H] among the arguments of the last layer.
+
+        Raises:
+            ValueError: what the layers hand on is not one state a token.
+            RuntimeError: they are given none.
+        """
+        hidden = state_in(self.state_argument, self.hidden_size, args, kwargs)
+        if hidden is None:
+            given = ", ".join([*(type(value).__name__ for value in args), *kwargs]) or "nothing"
+            raise unknown(
+                f"model: the last layer of {type(self.model).__name__} is given no hidden states of {self.hidden_size} "
+                f"values, but {given}",
+                self.model,
+            )
+        if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"model: the layers of {type(self.model).__name__} hand on {list(hidden.shape)}, not one state of "
+                f"{self.hidden_size} values a token; it has no hidden state that a head could read"
+            )
+        return hidden
 
     def hidden(self, ids: Tensor, attention_mask: Tensor | None, shared: int = 0, cache: Cache | None = None) -> Tensor:
         """States [B, T - shared, H] that enter the last layer, with their autograd graph, for ``ids`` [B, T].
@@ -124,7 +174,7 @@ class Backbone:
         ids, inputs = ids.to(first), {"use_cache": False}
         if shared or cache is not None:
             cache = DynamicCache(config=self._text_config()) if cache is None else cache
-            inputs = {"use_cache": True, "past_key_values": cache}
+            inputs = {"use_cache": True, **with_cache(self.decoder, cache)}
         if shared:
             self._states({"input_ids": ids[:1, :shared], **inputs})
             cache.batch_repeat_interleave(len(ids))
@@ -139,23 +189,26 @@ class Backbone:
     def can_share(self) -> bool:
         """Whether what is cached of a prefix can be shared, and gradients go through it: no recurrent state, and no gradient
         checkpointing, which computes every layer anew, without a cache."""
-        layers = DynamicCache(config=self._text_config()).layers
-        recomputes = self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.layers)
+        layers = cache_layers(self._text_config())
+        recomputes = self.model.training and checkpoints(self.layers)
         return not recomputes and all(isinstance(layer, DynamicLayer) for layer in layers)
 
     def _text_config(self) -> PretrainedConfig:
         return self.model.config.get_text_config(decoder=True)
 
     def _states(self, inputs: dict[str, Any]) -> Tensor:
+        thread = threading.get_ident()
+
         def stop(hidden: Tensor) -> None:
-            raise _Reached(hidden)
+            if threading.get_ident() == thread:  # else another thread's forward, which goes on
+                raise _Reached(hidden)
 
         try:
             with self.listening(stop):
                 self.decoder(**inputs)
         except _Reached as reached:
             return reached.hidden
-        raise RuntimeError(f"the last layer of {type(self.model).__name__} never ran; it cannot be scored")
+        raise unknown(f"model: the last layer of {type(self.model).__name__} never ran", self.model)
 
     def features(
         self, ids: Tensor, attention_mask: Tensor | None, row: Tensor, column: Tensor, cache: Cache | None = None
@@ -178,17 +231,18 @@ class Backbone:
         """Have every layer's MLP take a long text in pieces: at 4,096 tokens of SmolLM2 its three [T, 1536] activations,
         75 of 105 MB alive, are what the peak consists of."""
         mlps = [child for layer in self.layers for child in layer.children() if _takes_positions_one_by_one(child)]
-        before = [mlp.__dict__.get("forward") for mlp in mlps]  # set where accelerate or a user wrapped it
-        try:
-            for mlp in mlps:
-                mlp.forward = _in_pieces(mlp.forward)
-            yield
-        finally:
-            for mlp, forward in zip(mlps, before, strict=True):
-                if forward is None:
-                    mlp.__dict__.pop("forward", None)
-                else:
-                    mlp.forward = forward
+        with _NARROW:
+            before = [mlp.__dict__.get("forward") for mlp in mlps]  # set where accelerate or a user wrapped it
+            try:
+                for mlp in mlps:
+                    mlp.forward = _in_pieces(mlp.forward)
+                yield
+            finally:
+                for mlp, forward in zip(mlps, before, strict=True):
+                    if forward is None:
+                        mlp.__dict__.pop("forward", None)
+                    else:
+                        mlp.forward = forward
 
 
 def _stack(module: nn.Module, n: int) -> nn.ModuleList | None:
@@ -231,22 +285,51 @@ def _size(x: Tensor) -> float:
     return float(x.abs().max())
 
 
-@functools.cache
-def _heard(base: type) -> type:
-    """``base`` under its own name, for transformers looks names up; its instances tell of the states that enter them."""
+@dataclass(frozen=True, eq=False)
+class _Ear:
+    backbone: Backbone
+    use: Callable[[Tensor], object]
 
-    class Heard(base):
+    def hear(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.use(self.backbone.state(args, kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Ear":
+        """Of a copied layer the same are told."""
+        return self
+
+
+def exchange(thing: Any, subclass: Callable[[type], type]) -> None:
+    """Give ``thing`` a subclass of its class, until ``restore``."""
+    thing.__class__ = subclass(type(thing))
+
+
+def restore(thing: Any) -> None:
+    """The opposite of ``exchange``."""
+    thing.__class__ = type(thing).__mro__[1]
+
+
+def alike(subclass: type, base: type) -> type:
+    """``subclass`` under the name of ``base``: transformers looks names up, and so do users."""
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(subclass, name, getattr(base, name))
+    return subclass
+
+
+@functools.cache
+def _listening(base: type) -> type:
+    """``base``, whose instances tell of the arguments that they are called with."""
+
+    class Listening(base):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            for hear in vars(self)[_HEARD]:
-                hear(args[0] if args else kwargs["hidden_states"])
+            for ear in self._reflective_ears:
+                ear.hear(args, kwargs)
             return super().__call__(*args, **kwargs)
 
-    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
-        setattr(Heard, name, getattr(base, name))
-    # transformers wraps the forwards of subclasses for checkpointing; a layer that is computed anew when nobody listens any
-    # more would then be checkpointed once more within.
-    Heard.forward = base.forward
-    return Heard
+    # transformers 5.23 and 5.24 wrap the forwards of subclasses for checkpointing; a layer that is computed anew when nobody
+    # listens any more would then be checkpointed once more within.
+    if "forward" in vars(Listening):
+        del Listening.forward
+    return alike(Listening, base)
 
 
 class _Reached(Exception):

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .transformers_internals import BatchedRequest, batched_requests, unseen_forwards
+
 if TYPE_CHECKING:
     from .scorer import StreamScorer
 
@@ -21,14 +23,7 @@ class Batching:
     """
 
     def __init__(self, manager: Any, scorer: "StreamScorer") -> None:
-        config = manager.continuous_batching_config
-        unseen = {
-            "use_cuda_graph": any(config.cuda_graph_booleans),
-            "use_async_batching": bool(config.use_async_batching),
-            "varlen_compile_config": config.varlen_compile_config is not None,
-            "decode_compile_config": config.decode_compile_config is not None,
-        }
-        if names := [name for name, given in unseen.items() if given]:
+        if names := unseen_forwards(manager):
             raise ValueError(
                 f"continuous batching with {', '.join(names)} runs forwards that the scorer does not see; pass "
                 "continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=False, use_async_batching=False) and no "
@@ -42,32 +37,31 @@ class Batching:
         self.rows: dict[str, int] = {}
         self.seen: dict[str, int] = {}  # tokens consumed
         self.placed: tuple[list[int], list[int]] = [], []  # rows and bounds of the forward in progress
-        self.parents: list[Any] = []  # requests that the forward in progress ends the prompt of, and that have children
+        self.parents: list[BatchedRequest] = []  # with children, that the forward in progress ends the prompt of
 
     def before(self) -> None:
         """The forward of the requests that the manager has put into its next batch begins."""
         rows, bounds, self.parents = [], [0], []
-        for future in self.manager.batch_processor.inputs_and_outputs.requests_in_batch:
-            state, q = future.state, future.query_length
-            past = state.position_offset - q  # the manager has moved it on already
-            if state.request_id not in self.rows:
-                self._admit(state, past)
-            row, seen = self.rows[state.request_id], self.seen[state.request_id]
-            if past > seen:
-                raise RuntimeError(f"request {state.request_id}: tokens {seen} to {past} never went through the model")
-            again = min(q, seen - past)
+        for request in batched_requests(self.manager):
+            if request.name not in self.rows:
+                self._admit(request)
+            row, seen = self.rows[request.name], self.seen[request.name]
+            if request.past > seen:
+                raise RuntimeError(
+                    f"request {request.name}: tokens {seen} to {request.past} never went through the model"
+                )
+            again = min(request.tokens, seen - request.past)
             rows += [-1, row]
-            bounds += [bounds[-1] + again, bounds[-1] + q]
-            self.seen[state.request_id] = max(seen, past + q)
-            if state.num_children and future.has_new_token:
-                self.parents.append(state)
+            bounds += [bounds[-1] + again, bounds[-1] + request.tokens]
+            self.seen[request.name] = max(seen, request.past + request.tokens)
+            if request.children:
+                self.parents.append(request)
         self.placed = rows, bounds
 
-    def _admit(self, state: Any, past: int) -> None:
-        prompt = state._true_initial_tokens or len(state.initial_tokens)
-        ids = torch.tensor([state.initial_tokens[:prompt]])
+    def _admit(self, request: BatchedRequest) -> None:
+        ids, past = torch.tensor([request.prompt]), request.past
         (row,) = self.scorer.admit(ids)
-        self.rows[state.request_id], self.seen[state.request_id] = row, past
+        self.rows[request.name], self.seen[request.name] = row, past
         if past:
             hidden = self.scorer.no_hidden(1, past)
             rows = torch.tensor([row], dtype=torch.int32, device=hidden.device)
@@ -77,11 +71,10 @@ class Batching:
         """Score the states [1, T, H] of that forward."""
         rows, bounds = (torch.tensor(x, dtype=torch.int32).to(hidden.device, non_blocking=True) for x in self.placed)
         self.scorer.feed(ids.long(), hidden, rows, bounds)
-        for state in self.parents:
-            children = [f"{state.request_id}__child#{i}" for i in range(state.num_children)]
-            rows = self.scorer.fork([self.rows[state.request_id]] * len(children))
-            self.rows |= zip(children, rows, strict=True)
-            self.seen |= dict.fromkeys(children, self.seen[state.request_id])
+        for parent in self.parents:
+            rows = self.scorer.fork([self.rows[parent.name]] * len(parent.children))
+            self.rows |= zip(parent.children, rows, strict=True)
+            self.seen |= dict.fromkeys(parent.children, self.seen[parent.name])
 
     def finished(self, outputs: dict[str, Any] | None) -> tuple[list[int], list[Tensor] | None]:
         """States and sequences of the requests that ``generate_batch`` returned, in its order; None: of all, as they are."""

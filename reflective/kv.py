@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .transformers_internals import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    cache_layers,
+    cache_of_layers,
+    takes_dynamic_cache,
+)
 
 
 def check_cache(model: PreTrainedModel) -> None:
@@ -19,9 +26,9 @@ def check_cache(model: PreTrainedModel) -> None:
         ValueError: naming the model and the part of its cache that stands in the way.
     """
     name = type(model).__name__
-    if not model._supports_default_dynamic_cache():
+    if not takes_dynamic_cache(model):
         raise ValueError(f"model: {name} has a cache of its own kind, whose rows cannot be taken apart for candidates")
-    for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers:
+    for layer in cache_layers(model.config.get_text_config(decoder=True)):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ValueError(
                 f"model: the cache of {name} has a {type(layer).__name__}; candidates need one of keys and values alone"
@@ -73,9 +80,7 @@ class Row:
 
 def new_cache() -> DynamicCache:
     """An empty cache whose rows can be taken and joined."""
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = RoomyLayer
-    return cache
+    return cache_of_layers(RoomyLayer)
 
 
 class Rows:

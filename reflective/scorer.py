@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import DynamicCache
 from typing_extensions import Self
 
+from . import transformers_internals as internals
 from .backbone import Backbone
 from .backend import Backend
 from .batching import Batching
@@ -126,6 +126,7 @@ class StreamScorer:
         self._cache: Callable[[], Any] = lambda: None  # weak reference to the cache of the last forward
         self._announced: _Prompt | None = None  # the prompts of the next generation
         self._generating = False  # whether a `generate` call is in progress
+        self._returned: Tensor | None = None  # hashes [B] of what the last one returned
         self._draft: _Draft | None = None  # the last forward, if the cache may yet be rolled back into it
         self._lineage: Lineage | None = None  # of beam search
         self._batching: Batching | None = None  # of continuous batching
@@ -231,7 +232,7 @@ class StreamScorer:
             raise ValueError(f"{why} needs eager forwards: leave compile_config out or set disable_compile=True")
         if self._state is not None:
             self._hear_host()
-        self._generating = True
+        self._generating, self._returned = True, None
         self._rows = self._batching = None
         if self._announced is None and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1]:
             pad = getattr(config, "pad_token_id", None)
@@ -241,14 +242,16 @@ class StreamScorer:
                 pad = _prompt(ids, None if mask is None or mask.all() else mask, self.backbone.device)
                 self._announced = _Prompt(ids, pad, by_user=False)
 
-    def on_generated(self) -> None:
+    def on_generated(self, output: Any) -> None:
         self._generating = False
+        ids = getattr(output, "sequences", output)
+        if isinstance(ids, Tensor) and ids.dim() == 2:
+            self._returned = hash_ids(ids)
         if self._announced is not None and not self._announced.by_user:
             self._announced = None
 
-    def on_forward(self, given: dict[str, Any]) -> None:
+    def on_forward(self, ids: Tensor | None, cache: Any, given: dict[str, Any]) -> None:
         began = time.perf_counter()
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
         if ids is None:
             raise ValueError("StreamScorer reads token ids: call the model with input_ids, not inputs_embeds")
         self._hear_host()
@@ -296,7 +299,7 @@ class StreamScorer:
             return 0
         # A static cache counts on the device: asking it at every token would stall the host. What it would tell of a
         # rolled-back cache, the ids' hash tells when the result is asked for.
-        if new == 1 and self._seen and getattr(cache, "is_compileable", False) and self._cache() is cache:
+        if new == 1 and self._seen and internals.counts_on_device(cache) and self._cache() is cache:
             return self._seen
         self._cache = weakref.ref(cache)
         return int(cache.get_seq_length())
@@ -542,11 +545,10 @@ class StreamScorer:
         """Of the sequences [B, T], of which all but one token at the most was consumed."""
         T = self._seen
         if ids.dim() != 2 or ids.shape[0] != self._batch or not T <= ids.shape[1] <= T + 1:
-            raise ValueError(
-                f"sequences: shape {list(ids.shape)} does not continue the {self._batch} x {T} tokens decoded while "
-                "attached; pass exactly what generate returned"
+            raise self._other(
+                ids, f"shape {list(ids.shape)} does not continue the {self._batch} x {T} tokens decoded while attached"
             )
-        self._check_hashes(ids[:, :T], self._state.hashes()[: self._batch])
+        self._check_hashes(ids[:, :T], self._state.hashes()[: self._batch], ids)
         return self._after(list(range(self._batch)), ids[:, T:])
 
     def _after(self, rows: list[int], unfed: Tensor, state: StreamState | None = None) -> list[SequenceTally]:
@@ -597,7 +599,7 @@ class StreamScorer:
             rest = ids[i, self._lineage.seen[place[0]] :] if place else ids[i]
             last, padding = rest[:1], rest[1:]
             if place is None or (padding != padding[:1]).any():
-                raise ValueError(f"sequences: row {i} is none that beam search decoded; pass what generate returned")
+                raise self._other(ids, f"row {i} is none that beam search decoded")
             if (
                 self.at == "predict"
                 and (self.steps.transition[self.steps.token_class[last].long()] & layout.STEP).any()
@@ -609,14 +611,25 @@ class StreamScorer:
             found[i] = self._lineage.tally(*place)
         return [found[i] for i in range(len(ids))]
 
-    def _check_hashes(self, ids: Tensor, expected: Tensor) -> None:
-        """``ids`` [B, T], or their hashes [B]."""
+    def _check_hashes(self, ids: Tensor, expected: Tensor, sequences: Tensor | None = None) -> None:
+        """``ids`` [B, T], or their hashes [B], of ``sequences``."""
         differ = (hash_ids(ids) if ids.dim() == 2 else ids) != expected
         if differ.any():
-            raise ValueError(
-                f"sequences: rows {differ.nonzero().flatten().tolist()} are not the tokens that the model decoded; pass "
-                "what generate returned, unchanged"
-            )
+            rows = differ.nonzero().flatten().tolist()
+            raise self._other(sequences, f"rows {rows} are not the tokens that the model decoded")
+
+    def _other(self, ids: Tensor | None, what: str) -> Exception:
+        """The error for sequences of which ``what`` is wrong: they are others than those of ``generate``, or what ``generate``
+        did was not heard as it was done."""
+        if ids is not None and self._returned is not None and ids.dim() == 2:
+            own = hash_ids(ids)
+            if own.shape == self._returned.shape and torch.equal(own, self._returned.to(own.device)):
+                return internals.unknown(
+                    f"sequences: they are what generate returned, but {what}, so it decoded in a way that cannot be followed: "
+                    "forwards on several caches, or ids that were changed after the model had seen them, as by custom_generate",
+                    self.backbone.model,
+                )
+        return ValueError(f"sequences: {what}; pass what generate returned, unchanged")
 
     def features(self) -> tuple[Tensor, Tensor]:
         """The features of the steps that the last ``result`` scored: ``(features [M, H], sequence [M] int64)``.
@@ -676,7 +689,7 @@ def check_cache(backbone: Backbone) -> None:
         ValueError: it consists of recurrent states alone.
     """
     config = backbone.model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
+    layers = internals.cache_layers(config)
     if layers and not any(hasattr(layer, "get_seq_length") for layer in layers):
         raise ValueError(
             f"model: the cache of {type(backbone.model).__name__} consists of {type(layers[0]).__name__}s, which do not tell how "

@@ -29,6 +29,7 @@ from .kv import Row, Rows, check_cache, new_cache
 from .scorer import StreamScorer
 from .scores import TrajectoryScores, aggregate
 from .strategies import HOLD, KEEP, STOP, Step, Strategy
+from .transformers_internals import cache_argument
 
 if TYPE_CHECKING:
     from .model import ReflectiveModel
@@ -279,6 +280,7 @@ class Search:
         self.ends = end_tokens(model.model, model.tokenizer)
         self.answer = model.config.answer and re.compile(model.config.answer)
         self.inputs = inspect.signature(model.model.forward).parameters
+        self.cache_name = cache_argument(model.model)
         self._under_way: list[Question] = []
         self._batch: list[Live] = []
         self._rows: Rows | None = None
@@ -468,7 +470,7 @@ class Search:
         """Logits [R, V] after the last of ``ids``."""
         given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
         given = {name: value for name, value in given.items() if name in self.inputs}
-        return self.model.model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1]
+        return self.model.model(input_ids=ids, **{self.cache_name: cache}, use_cache=True, **given).logits[:, -1]
 
     def _draw(self, candidates: list[Live], logits: Tensor | None = None) -> None:
         """A next token for each, from ``logits`` [R, V] or, a batch at a time, from those kept; one read of the device."""

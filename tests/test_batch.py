@@ -805,7 +805,7 @@ def test_killed_at_any_point(small, tmp_path, kind, given, wanted, points):  # n
     source = write(tmp_path / given, records)
     script = Path(__file__).with_name("killed.py")
     command = [sys.executable, script, tmp_path / "model", kind, source, tmp_path / wanted, str(points)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=tiny.PATIENCE)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report["killed"]) >= points + 10 and report["in a row"] > 1

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+import tiny
 from rich.console import Console
 from test_model import small  # noqa: F401 (a fixture)
 
@@ -26,7 +27,7 @@ from reflective.demo import Costs, report
 def run(*args, stdin=None, code=0, **env):
     done = subprocess.run(
         [sys.executable, "-c", "from reflective.cli import main; main()", *map(str, args)],
-        input=stdin, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **env},
+        input=stdin, capture_output=True, text=True, timeout=tiny.PATIENCE, check=False, env={**os.environ, **env},
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     return done
@@ -115,7 +116,7 @@ def test_generate_shows_candidates_live_and_ends_well_on_ctrl_c(checkpoint):
         shown += os.read(screen, 4096)
     process.send_signal(signal.SIGINT)
     threading.Thread(target=_drain, args=(screen,), daemon=True).start()
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=tiny.PATIENCE)
     assert process.returncode == 130
     records = [json.loads(line) for line in out.splitlines()]
     assert len(records) == 100 and all(record["interrupted"] for record in records)
@@ -337,7 +338,7 @@ def test_serve(checkpoint):
                 {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
             )  # fmt: skip
             try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
+                with urllib.request.urlopen(request, timeout=tiny.PATIENCE) as answer:
                     return answer.status, json.load(answer)
             except urllib.error.HTTPError as error:
                 return error.code, None
@@ -346,7 +347,7 @@ def test_serve(checkpoint):
         assert post("key", "nabecod!") == (200, {"value": pytest.approx(candidate.score, rel=1e-4)})
         assert post("no key", "nabecod!")[0] == 401 and post("key", "n" * 300)[0] == 413
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) in (0, -signal.SIGTERM)
+        assert server.wait(tiny.PATIENCE) in (0, -signal.SIGTERM)
     finally:
         server.kill()
         server.wait()

@@ -26,6 +26,13 @@ from transformers import (
 )
 
 import reflective as rf
+from reflective.transformers_internals import (
+    cache_of,
+    compiled_everywhere,
+    give_compiled_call,
+    take_compiled_call,
+    with_cache,
+)
 
 NO_TAGS = [2, tiny.THINK, tiny.END_THINK]  # nor an end: the sampled text is long enough to have steps
 BACKENDS = [name for name, info in rf.backends().items() if info.available and name != "triton"]
@@ -80,7 +87,7 @@ def test_a_compiled_loop_is_compiled_once_more_and_never_again(way):
             model = first if begin == 0 else step
             if scorer and begin == 0:
                 scorer.begin(text[:, :6])
-            model(input_ids=text[:, begin:end], position_ids=position, past_key_values=cache, use_cache=True)
+            model(input_ids=text[:, begin:end], position_ids=position, **with_cache(net, cache), use_cache=True)
 
     graphs = []
     for scored in (False, True, False, True, True):
@@ -102,12 +109,12 @@ def test_generate_with_a_static_cache_and_its_own_compilation(schedule, compiled
     torch._dynamo.reset()
     net, (ids, mask) = tiny.model().to(device_for("cuda")), prompts((6, 9, 4))
     ids, mask = ids.to(net.device), mask.to(net.device)
-    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
-    config._compile_all_devices = True
+    config = compiled_everywhere(CompileConfig(backend="eager", mode=None, fullgraph=True))
     how = {"cache_implementation": "static", "compile_config": config, "suppress_tokens": [2]}
     if compiled_before:
         net.generate(ids, attention_mask=mask, **SAMPLING, **how)
-        before = vars(net)["_compiled_call"]
+        before = take_compiled_call(net)
+        give_compiled_call(net, before)
     torch._dynamo.utils.counters.clear()
     for seed in (3, 4):
         scorer = scorer_of(net, schedule=schedule)
@@ -119,7 +126,7 @@ def test_generate_with_a_static_cache_and_its_own_compilation(schedule, compiled
         torch.testing.assert_close(scorer.result(out).score, eager.result(same).score, rtol=1e-4, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert not compiled_before or vars(net)["_compiled_call"] is before
+    assert not compiled_before or take_compiled_call(net) is before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -142,8 +149,7 @@ def test_a_prompt_in_pieces_after_a_compiled_generation():
     torch._dynamo.reset()
     net, (ids, mask) = tiny.model(), prompts((12, 12))
     ids[:, 6], ids[:, 5] = tiny.STEP_IDS[0], 7
-    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
-    config._compile_all_devices = True
+    config = compiled_everywhere(CompileConfig(backend="eager", mode=None, fullgraph=True))
     scorer = scorer_of(net)
     decode(scorer, net, ids, mask, cache_implementation="static", compile_config=config)
     out = decode(scorer, net, ids, mask, prefill_chunk_size=5, suppress_tokens=NO_TAGS)
@@ -158,11 +164,11 @@ def test_inductor_calls_the_op_on_the_state_itself():
     text[:, 8] = tiny.STEP_IDS[0]
     scorer, cache = scorer_of(net, max_steps=777), StaticCache(config=net.config, max_cache_len=16)
     with scorer:
-        net(text[:, :6], past_key_values=cache)
+        net(text[:, :6], **with_cache(net, cache))
         where = [t.data_ptr() for t in scorer._state.tensors()]
         forward, codes = torch.compile(net.__call__, fullgraph=True), set()
         for t in range(6, 10):
-            inputs = {"input_ids": text[:, t : t + 1], "position_ids": torch.tensor([[t]]), "past_key_values": cache}
+            inputs = {"input_ids": text[:, t : t + 1], "position_ids": torch.tensor([[t]])} | with_cache(net, cache)
             codes |= set(run_and_get_code(forward, **inputs)[1])
     code = "".join(codes)
     assert code.count("torch.ops.reflective.decode_step.default(") == 1
@@ -173,8 +179,7 @@ def test_inductor_calls_the_op_on_the_state_itself():
 
 def test_what_cannot_be_compiled_is_refused_by_name():
     net, (ids, mask) = tiny.model(), prompts((6, 6))
-    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
-    config._compile_all_devices = True
+    config = compiled_everywhere(CompileConfig(backend="eager", mode=None, fullgraph=True))
     with pytest.raises(ValueError, match="record_features=True needs eager forwards"):
         decode(
             scorer_of(net, record_features=True), net, ids, mask, cache_implementation="static", compile_config=config
@@ -265,12 +270,12 @@ def test_a_cache_cut_back_too_far_is_noticed():
     net, (ids, _) = tiny.model(), prompts((9,))
     scorer = scorer_of(net)
     with torch.no_grad(), scorer:
-        cache = net(ids).past_key_values
+        cache = cache_of(net(ids))
         for t in (5, 6, 7):
-            net(torch.tensor([[t]]), past_key_values=cache)
+            net(torch.tensor([[t]]), **with_cache(net, cache))
         cache.crop(-2)
         with pytest.raises(RuntimeError, match="rolled back by more than the tokens of its last forward"):
-            net(torch.tensor([[8]]), past_key_values=cache)
+            net(torch.tensor([[8]]), **with_cache(net, cache))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5])
@@ -286,11 +291,11 @@ def test_a_prefilled_cache_needs_no_announcement_in_generate():
     net, (ids, _) = tiny.model(), prompts((12,))
     ids[0, 3] = tiny.THINK
     with torch.no_grad():
-        cache = net(ids[:, :9]).past_key_values
+        cache = cache_of(net(ids[:, :9]))
     cache.batch_repeat_interleave(6)
     ids = ids.expand(6, -1)
     scorer = scorer_of(net)
-    out = decode(scorer, net, ids, torch.ones_like(ids), past_key_values=cache, suppress_tokens=[2])
+    out = decode(scorer, net, ids, torch.ones_like(ids), **with_cache(net, cache), suppress_tokens=[2])
     assert_agrees(scorer.result(out), net, tiny.head(), out, torch.ones_like(ids), "predict")
 
 
@@ -363,7 +368,7 @@ def test_the_state_follows_what_is_done_to_the_cache():
     text[:, :8] = ids.repeat_interleave(3, 0)
     scorer = scorer_of(net)
     with torch.no_grad(), scorer:
-        cache = net(ids).past_key_values
+        cache = cache_of(net(ids))
         cache.batch_repeat_interleave(3)
         order = torch.arange(6)
         for t in range(8, 59):
@@ -377,7 +382,7 @@ def test_the_state_follows_what_is_done_to_the_cache():
                 text = torch.cat([text, text[order[1:2]]])
                 text[-1, 40:] = text[-1, 40:].flip(0)
                 order[1] = 6
-            net(text[order, t : t + 1], past_key_values=cache)
+            net(text[order, t : t + 1], **with_cache(net, cache))
     rows = text[order]
     assert_finished_agrees(scorer.result(rows), net, rows, 8)
     assert type(cache) is DynamicCache, "the cache has its own class again"
@@ -392,7 +397,7 @@ def test_states_by_hand():
 
     def run(state, text, begin, end, cache):
         scorer.assign([state])
-        return net(text[None, begin:end], past_key_values=cache).past_key_values
+        return cache_of(net(text[None, begin:end], **with_cache(net, cache)))
 
     with torch.no_grad(), scorer:
         a, b = scorer.admit(torch.stack([texts[0][:6], texts[1][:6]]))

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 
 import pytest
+import tiny
 from rich.console import Console
 from rich.progress import Progress
 
@@ -525,7 +526,9 @@ def test_it_needs_neither_torch_nor_transformers(tmp_path):
         "import sys; from reflective.evaluate import evaluate; report = evaluate(sys.argv[1:]); report.table();"
         "sys.exit(' '.join({'torch', 'transformers', 'matplotlib'} & {*sys.modules}) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=tiny.PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -247,7 +247,7 @@ def run(server, cache, code, *, cwd=None, stderr=subprocess.PIPE, **env):
         if not k.startswith(("HF_", "TRANSFORMERS_", "TQDM_")) and "token" not in k.lower()
     }
     done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=600, check=False, cwd=cwd,
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=tiny.PATIENCE, check=False, cwd=cwd,
         env={**kept, **given, **env},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -434,7 +434,7 @@ def test_progress_is_shown_on_a_terminal(server, tmp_path):
     reader.start()
     ask(server, tmp_path / "shown", '("acme/head", {})', stderr=end)
     os.close(end)
-    reader.join(60)
+    reader.join(tiny.PATIENCE)
     assert "Fetching 2 files: 100%" in b"".join(shown).decode()
     _, stderr = run(server, tmp_path / "quiet", ASK.format(asked='[("acme/head", {})]'), TQDM_DISABLE="1")
     assert stderr == ""

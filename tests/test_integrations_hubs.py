@@ -13,6 +13,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from test_search import QUESTIONS, STEPS, reflective_model
 
@@ -332,7 +333,7 @@ def test_its_hub_outcome_reward_model(its, engine, model):
 def test_its_hub_event_loop_goes_on_while_the_model_is_busy(its, engine, lm, model):
     prm = its.ReflectiveProcessRewardModel(engine)
     gate = threading.Event()
-    engine.submit(lambda: gate.wait(240))
+    engine.submit(lambda: gate.wait(tiny.PATIENCE))
 
     async def run():
         jobs = [
@@ -374,7 +375,7 @@ def test_its_hub_concurrent_calls_do_not_mix(its, engine, lm, model):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(240)
+        thread.join(tiny.PATIENCE)
     assert not wrong
 
 

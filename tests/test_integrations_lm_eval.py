@@ -234,7 +234,7 @@ def test_command_line(place, bare, tmp_path, processes):
         "--output_path", tmp_path, "--log_samples", "--device", "cpu",
     ]  # fmt: skip
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=tiny.PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = tmp_path.rglob("samples_written*.jsonl")
     samples = [json.loads(line) for line in file.read_text().splitlines()]

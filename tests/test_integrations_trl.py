@@ -18,6 +18,7 @@ import reflective as rf
 from reflective.integrations.trl import SPRMReward, evaluating, from_stepwise, to_stepwise
 from reflective.model import Config
 from reflective.train.data import read_rollouts, write_rollouts
+from reflective.transformers_internals import checkpointing_setting
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL, transformers and torch announce what they will deprecate
 TEXTS = ["ab", "a longer prompt", "x 1 y", "why?"]
@@ -96,7 +97,7 @@ def test_trainers_are_rewarded_by_the_score_of_what_they_sampled(tmp_path, kind,
     settings = getattr(trl, f"{kind}Config")(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, max_steps=3,
         per_device_train_batch_size=8, num_generations=4, max_completion_length=24, logging_steps=1, save_strategy="no",
-        learning_rate=1e-2, beta=0.0, gradient_checkpointing=scorer == "policy", chat_template_kwargs={"mark": "!"},
+        learning_rate=1e-2, beta=0.0, **checkpointing_setting(scorer == "policy"), chat_template_kwargs={"mark": "!"},
     )  # fmt: skip
     trainer = Trainer(
         policy.model, reward, settings, train_dataset=Dataset.from_dict({"prompt": prompts}),

@@ -8,11 +8,12 @@ import test_scorer
 import tiny
 import torch
 import torch.nn.functional as F
-from transformers import IdeficsConfig, IdeficsForVisionText2Text, cache_utils
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.utils import is_flash_attn_2_available
 
 import reflective as rf
 from reflective.backbone import Backbone
+from reflective.transformers_internals import attention_of, has_float8_cache
 
 SLIDING = ["mistral_sliding", "gemma2", "gemma3"]
 VISION = ["llava", "qwen2_vl"]
@@ -130,7 +131,7 @@ def test_attention_implementations(attention, kind, device):
     head, (ids, mask) = tiny.head(dtype).to(device), test_scorer.prompts()
     net.set_attn_implementation(attention)
     plain.set_attn_implementation("eager")
-    assert net.config._attn_implementation == attention
+    assert attention_of(net.config) == attention
     # Inductor's flex attention takes 20 s to compile for a CPU, and fails with left padding (torch 2.13): run it as written.
     with torch.compiler.set_stance("force_eager" if device.type == "cpu" else "default"):
         scores, out = stream(net, ids, mask, head, max_new_tokens=24)
@@ -214,7 +215,7 @@ def test_quantised_caches(backend, device):
     groups = {"q_group_size": 16, "residual_length": 8}
     if backend == "fp8":
         groups = {}
-        if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        if not has_float8_cache():
             pytest.skip("this transformers has no float8 cache")
     elif backend == "hqq":
         pytest.importorskip("hqq")

@@ -22,6 +22,7 @@ from transformers.utils import is_accelerate_available
 import reflective as rf
 from reflective import kernels, parallel
 from reflective.model import Candidate, Config
+from reflective.transformers_internals import cache_of, with_cache
 
 WORLD, UNITS = 2, 37  # units that two ranks cannot share evenly
 STREAMS = {  # name: keywords of StreamScorer
@@ -100,13 +101,13 @@ def work(rank, folder):
 
     ids, mask = (t[1:2].expand(4, -1) for t in prompts())
     with torch.no_grad():
-        cache = net(ids[:1, :6]).past_key_values
+        cache = cache_of(net(ids[:1, :6]))
     cache.batch_repeat_interleave(4)
     scorer = rf.StreamScorer(net, head(), tiny.steps(), buffer_rows=14, record_features=True, process_group=group)
     with scorer:
         scorer.begin(ids)
         torch.manual_seed(3)
-        out = net.generate(ids, attention_mask=mask, past_key_values=cache, **test_scorer.SAMPLING)
+        out = net.generate(ids, attention_mask=mask, **with_cache(net, cache), **test_scorer.SAMPLING)
     found["cached prefix"] = out, scorer.result(out), scorer.features()
 
     half = tiny.model(dtype=torch.bfloat16)
@@ -171,7 +172,7 @@ def ranks(tmp_path_factory):
         for rank in range(WORLD)
     ]  # fmt: skip
     try:
-        texts = [process.communicate(timeout=240)[0] for process in processes]
+        texts = [process.communicate(timeout=tiny.PATIENCE)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -312,7 +313,11 @@ def assert_close(ours, expected, rtol=1e-5, atol=1e-6):
 if __name__ == "__main__":
     home, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
     dist.init_process_group(
-        "gloo", init_method=f"file://{home / 'meeting'}", rank=own_rank, world_size=WORLD, timeout=timedelta(minutes=1)
+        "gloo",
+        init_method=f"file://{home / 'meeting'}",
+        rank=own_rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=tiny.PATIENCE),
     )
     (home / f"{own_rank}.pickle").write_bytes(pickle.dumps(work(own_rank, home)))
     dist.destroy_process_group()

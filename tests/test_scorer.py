@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
 
 import reflective as rf
+from reflective.transformers_internals import cache_of, with_cache
 
 BACKENDS = [name for name, info in rf.backends().items() if info.available]
 SAMPLING = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_new_tokens": 40}
@@ -184,9 +185,9 @@ def test_tags_missing_single_and_doubled(tags):
         row[torch.randperm(40)[: tags[1]] + 100] = tiny.END_THINK
     scorer = rf.StreamScorer(net, head, tiny.steps())
     with scorer:
-        cache = net(text[:, :5]).past_key_values
+        cache = cache_of(net(text[:, :5]))
         for t in range(5, 150):
-            net(text[:, t : t + 1], past_key_values=cache)
+            net(text[:, t : t + 1], **with_cache(net, cache))
     assert_agrees(scorer.result(text), net, head, text, torch.ones(2, 5, dtype=torch.long), "predict")
     assert scorer.counts() == scorer.result().n_steps.tolist()
 
@@ -243,13 +244,13 @@ def test_cached_prefix_announced_by_begin():
     ids[0, 3] = tiny.THINK
     ids, mask = ids.expand(6, -1), mask.expand(6, -1)
     with torch.no_grad():
-        cache = net(ids[:1, :9]).past_key_values
+        cache = cache_of(net(ids[:1, :9]))
     cache.batch_repeat_interleave(6)
     scorer = rf.StreamScorer(net, head, tiny.steps())
     torch.manual_seed(3)
     with scorer:
         scorer.begin(ids)
-        out = net.generate(ids, attention_mask=mask, past_key_values=cache, **SAMPLING)
+        out = net.generate(ids, attention_mask=mask, **with_cache(net, cache), **SAMPLING)
     assert_agrees(scorer.result(out), net, head, out, mask, "predict")
 
 
@@ -260,10 +261,10 @@ def test_a_prompt_in_pieces_must_be_announced():
     text[:, 6], text[:, 5] = tiny.STEP_IDS[0], 7
 
     def loop():
-        cache = net(text[:, :5]).past_key_values
-        net(text[:, 5:12], past_key_values=cache)
+        cache = cache_of(net(text[:, :5]))
+        net(text[:, 5:12], **with_cache(net, cache))
         for t in range(12, 60):
-            net(text[:, t : t + 1], past_key_values=cache)
+            net(text[:, t : t + 1], **with_cache(net, cache))
 
     scorer = rf.StreamScorer(net, head, tiny.steps())
     with torch.no_grad(), pytest.raises(RuntimeError, match="announce the whole of it with scorer.begin"), scorer:
@@ -374,7 +375,7 @@ def test_a_nonfinite_state_spoils_its_own_sequence_only():
 
     scorer = rf.StreamScorer(net, head, tiny.steps())
     with scorer:
-        cache = net(out[:, :6]).past_key_values
+        cache = cache_of(net(out[:, :6]))
         for t in range(6, out.shape[1]):
 
             def poison(module, args, kwargs, output, t=t):
@@ -382,7 +383,7 @@ def test_a_nonfinite_state_spoils_its_own_sequence_only():
                     output[1, -1, 5] = float("inf")
 
             handle = net.model.layers[-2].register_forward_hook(poison, with_kwargs=True)
-            net(out[:, t : t + 1], past_key_values=cache)
+            net(out[:, t : t + 1], **with_cache(net, cache))
             handle.remove()
     with pytest.warns(rf.NonFiniteWarning, match=f"sequence 1: the hidden state at column {column} "):
         scores = scorer.result(out)
@@ -479,18 +480,18 @@ def test_streams_that_cannot_be_scored():
     with pytest.raises(ValueError, match="at least one prompt of at least one token"):
         scorer.begin(torch.empty(0, 3, dtype=torch.long))
     with torch.no_grad():
-        cache = net(ids).past_key_values
+        cache = cache_of(net(ids))
     with pytest.raises(RuntimeError, match="announce the whole prompt with scorer.begin"), scorer:
-        net(torch.full((2, 1), 7), past_key_values=cache)
+        net(torch.full((2, 1), 7), **with_cache(net, cache))
     with scorer, pytest.raises(RuntimeError, match="attached already"):
         scorer.__enter__()
 
     with scorer:
-        cache = net(ids).past_key_values
-        net(torch.full((2, 1), 7), past_key_values=cache)
+        cache = cache_of(net(ids))
+        net(torch.full((2, 1), 7), **with_cache(net, cache))
         cache.crop(-1)
         with pytest.raises(RuntimeError, match="rolled back"):
-            net(torch.full((2, 1), 8), past_key_values=cache)
+            net(torch.full((2, 1), 8), **with_cache(net, cache))
 
 
 def test_sequences_that_were_not_decoded():

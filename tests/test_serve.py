@@ -56,7 +56,7 @@ def live(model, *, batch_rows=8, max_queue=64, **settings):
     while not server.started:
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    with httpx.Client(base_url=url, timeout=300) as http:
+    with httpx.Client(base_url=url, timeout=tiny.PATIENCE) as http:
         yield SimpleNamespace(url=url, http=http, engine=engine, model=model)
     server.should_exit = True
     thread.join()
@@ -78,7 +78,7 @@ def slowed(model, seconds=0.02):
 
 
 def until(condition):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + tiny.PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -187,7 +187,7 @@ def test_the_published_pipeline_runs_against_a_server_process(published):
 
     def call(url, body):
         try:
-            answer = httpx.post(url, json=body, timeout=300)
+            answer = httpx.post(url, json=body, timeout=tiny.PATIENCE)
             answer.raise_for_status()
             return answer.json()
         except httpx.HTTPError as error:
@@ -222,7 +222,9 @@ def test_the_published_pipeline_runs_against_a_server_process(published):
             server.send_signal(signal.SIGTERM)
             assert len(last.result()["results"]) == 8, "what is under way is finished"
         rest = server.stderr.read()
-        assert server.wait(120) in (0, -signal.SIGTERM) and "Traceback" not in rest and "cancelled" not in rest
+        assert (
+            server.wait(tiny.PATIENCE) in (0, -signal.SIGTERM) and "Traceback" not in rest and "cancelled" not in rest
+        )
     records = [json.loads(line) for line in lines]
     steps = 0
     for output in (record["output"] for record in records):
@@ -951,7 +953,7 @@ def test_a_failure_of_the_engine_is_told(letters, monkeypatch):
 def test_shutting_down_cancels_what_is_not_finished_in_time_and_says_so(published):
     body = {"messages": [{"role": "user", "content": "q"}], "max_tokens": 300, "n": 2, "temperature": 1.0, "seed": 1}
     with process(published, seconds=0.05, grace=1.0, batch_rows=2) as (server, url):
-        with ThreadPoolExecutor(4) as pool, httpx.Client(base_url=url, timeout=300) as http:
+        with ThreadPoolExecutor(4) as pool, httpx.Client(base_url=url, timeout=tiny.PATIENCE) as http:
             whole = pool.submit(http.post, "/v1/chat/completions", json=body)
             until(lambda: "reflective_rows 2.0" in http.get("/metrics").text)
             streamed = pool.submit(http.post, "/v1/chat/completions", json={**body, "stream": True})
@@ -963,7 +965,7 @@ def test_shutting_down_cancels_what_is_not_finished_in_time_and_says_so(publishe
         assert json.loads(events[-3][6:])["error"]["code"] == 503 and events[-2] == "data: [DONE]"
         lines = [line for line in server.stderr.read().splitlines() if line.startswith("cancelled at shutdown: ")]
         assert len(lines) == 2 and "tokens decoded" in lines[0] and "still queued" in lines[1]
-        assert server.wait(120) == 0
+        assert server.wait(tiny.PATIENCE) == 0
 
 
 # -- text as it comes ------------------------------------------------------------------------------------------------

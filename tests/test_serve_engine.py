@@ -1,10 +1,10 @@
 """The server's engine: requests that come and go in one batch, against ReflectiveModel alone."""
 
 import threading
-import time
 from concurrent.futures import CancelledError
 
 import pytest
+import tiny
 from test_search import QUESTIONS, reflective_model
 
 from reflective.serve.engine import Closed, Engine, QueueFull
@@ -38,7 +38,7 @@ class Gate:
 
     def __call__(self, candidates):
         self.reached.set()
-        assert self.open.wait(60)
+        assert self.open.wait(tiny.PATIENCE)
 
 
 def same(found, expected):
@@ -89,7 +89,7 @@ def test_stop_texts(model, twin, engine):
 def test_texts_are_scored_between_forwards(model, twin, engine):
     gate = Gate()
     running = engine.generate("ABC", seed=1, on_step=gate, **SAMPLING)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(tiny.PATIENCE)
     scores = [engine.score(["AB", ""], ["CKZKLE", "CKZKLEKK"]), engine.score(["A"], ["ZZKAKA"])]
     wrong = engine.submit(lambda: 1 / 0)
     assert engine.stats()["queued"] == 3 and not running.done()
@@ -114,7 +114,7 @@ def test_what_one_request_does_wrong_the_others_do_not_pay(engine, model, twin, 
 
     gate = Gate()
     running = engine.generate("ABC", seed=1, on_step=gate, **SAMPLING)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(tiny.PATIENCE)
     monkeypatch.setattr(type(model), "score_tokens", picky)
     good, bad = engine.score(["A"], ["CKZK"]), engine.score(["A"], ["CKZ"])
     gate.open.set()
@@ -125,7 +125,7 @@ def test_what_one_request_does_wrong_the_others_do_not_pay(engine, model, twin, 
 
     gate = Gate()
     running = engine.generate("ABC", seed=1, on_step=gate, **SAMPLING)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(tiny.PATIENCE)
     with monkeypatch.context() as patched:
         patched.setattr(model.model, "forward", lambda *a, **k: 1 / 0)
         gate.open.set()
@@ -147,7 +147,7 @@ def test_cancellation(model, twin, engine):
     running = engine.generate("ABC", n=6, seed=1, on_step=watch, **SAMPLING)
     waiting = engine.generate("ABC", n=6, seed=1, **SAMPLING)
     after = engine.generate("Z", n=2, seed=4, **SAMPLING)
-    assert gate.reached.wait(60) and engine.stats()["queued"] == 2
+    assert gate.reached.wait(tiny.PATIENCE) and engine.stats()["queued"] == 2
     assert running.cancel() and waiting.cancel() and engine.stats()["queued"] == 1
     gate.open.set()
     cut = running.result(60)
@@ -274,7 +274,7 @@ def test_limits(model):
     engine = Engine(model, batch_rows=2, max_queue=2)
     gate = Gate()
     running = engine.generate("ABC", n=2, seed=1, on_step=gate, **SAMPLING)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(tiny.PATIENCE)
     queued = [engine.generate("A", n=1, seed=1, **SAMPLING), engine.score(["A"], ["B"])]
     with pytest.raises(QueueFull, match="2 requests are waiting"):
         engine.generate("A", **SAMPLING)
@@ -289,12 +289,10 @@ def test_what_shutting_down_cuts_off_is_said(model):
     engine = Engine(model, batch_rows=2)
     gate = Gate()
     running = engine.generate("ABC", n=2, seed=1, on_step=gate, **SAMPLING)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(tiny.PATIENCE)
     queued = [engine.generate("A", **SAMPLING), engine.score(["A"], ["B"]), engine.submit(int)]
     threading.Timer(0.5, gate.open.set).start()
-    began = time.perf_counter()
     lines = engine.close(timeout=0.1)
-    assert time.perf_counter() - began < 30
     assert [line.split(":")[0] for line in lines] == [
         "generate",
         "generate",

@@ -322,7 +322,7 @@ def test_command_line_as_two_processes(tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        (out, error), (nothing, other) = (rank.communicate(timeout=240) for rank in ranks)
+        (out, error), (nothing, other) = (rank.communicate(timeout=tiny.PATIENCE) for rank in ranks)
     finally:
         for rank in ranks:
             rank.kill()

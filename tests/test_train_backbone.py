@@ -22,6 +22,7 @@ from reflective.model import Config
 from reflective.train.backbone import _Reader, tune
 from reflective.train.data import Rollouts
 from reflective.train.objective import sprm_objective
+from reflective.transformers_internals import cache_of, checkpoints, set_checkpointing, with_cache
 
 PROMPT = 6
 
@@ -68,8 +69,7 @@ def test_listening_gets_the_state_with_its_graph_once(reentrant, wrapped):
     truth = net(ids, output_hidden_states=True).hidden_states[-2]
     expected = torch.autograd.grad(truth.square().mean(), net.model.layers[0].mlp.up_proj.weight)[0]
     if reentrant is not None:
-        kind = "activation" if hasattr(net, "activation_checkpointing_enable") else "gradient"
-        getattr(net, f"{kind}_checkpointing_enable")({"use_reentrant": reentrant})
+        set_checkpointing(net, True, reentrant)
         net.enable_input_require_grads()  # as reentrant checkpoints need
     whole = peft.get_peft_model(net, peft.LoraConfig(target_modules=["q_proj"])) if wrapped else net
     weight = net.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
@@ -188,9 +188,9 @@ def streamed(net, head, steps, text, prompt, at):
     """Columns of the steps that a StreamScorer finds in ``text``, fed the prompt and then token by token."""
     scorer, prompt = rf.StreamScorer(net, head, steps, at=at), max(prompt, 1)
     with scorer, torch.no_grad():
-        cache = net(text[None, :prompt], use_cache=True).past_key_values
+        cache = cache_of(net(text[None, :prompt], use_cache=True))
         for t in range(prompt, len(text) - 1):
-            cache = net(text[None, t : t + 1], past_key_values=cache, use_cache=True).past_key_values
+            cache = cache_of(net(text[None, t : t + 1], **with_cache(net, cache), use_cache=True))
     return scorer.result(text[None]).step_positions[0].tolist()
 
 
@@ -258,7 +258,7 @@ def test_learns_what_the_backbone_has_to_bring(flags):
         assert all(torch.equal(before[n], after[n]) for n in before if n in after), "the base is as it was"
         trained = {n for n in after if "lora_" in n}
         assert trained and not any("layers.3" in n for n in trained)
-    assert not model.model.training and not model.model.is_gradient_checkpointing
+    assert not model.model.training and not checkpoints(model.model)
     assert all(p.grad is None for p in model.model.parameters())
 
 
@@ -319,7 +319,7 @@ def test_after_an_exception_the_model_is_as_found(lora):
         tune(model, rollouts(4), **{**FAST, "lora": lora}, gradient_checkpointing=True, on_step=lambda step: kill())
     assert model.head is old and {name: type(m) for name, m in model.model.named_modules()} == modules
     assert not any(m.training or m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
-    assert not model.model.is_gradient_checkpointing
+    assert not checkpoints(model.model)
     assert {name for name, p in model.model.named_parameters() if not p.requires_grad} == {"lm_head.weight"}
 
 

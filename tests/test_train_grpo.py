@@ -26,6 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 from reflective.train.data import question_weights
 from reflective.train.grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts
 from reflective.train.objective import sprm_objective
+from reflective.transformers_internals import checkpointing_setting
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL, transformers and torch announce what they will deprecate
 RIGHT, WRONG, STEP, THINK, END_THINK, EOS = 30, 31, 40, 50, 51, 1
@@ -83,7 +84,7 @@ def trainer_of(
     settings = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
         "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8, "max_steps": 1,
-        "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "learning_rate": 1e-3,
+        "logging_steps": 1, "save_strategy": "no", **checkpointing_setting(False), "learning_rate": 1e-3,
         "lr_scheduler_type": "linear", "loss_type": "grpo",
     } | changes  # fmt: skip
     ours = kind is not GRPOTrainer
@@ -147,7 +148,7 @@ class Gradients(TrainerCallback):
 def test_the_loss_is_that_of_a_forward_of_its_own(tmp_path, at, scope, checkpointing, peft):
     """Of shuffled micro-batches, padded on both sides, twice a rollout; masks, steps and scores are those of rf.score."""
     trainer = trainer_of(
-        tmp_path, Watched, at=at, scope=scope, sprm=head(), gradient_checkpointing=checkpointing, peft=peft, sprm_weight=0.5,
+        tmp_path, Watched, at=at, scope=scope, sprm=head(), **checkpointing_setting(checkpointing), peft=peft, sprm_weight=0.5,
         per_device_train_batch_size=4, gradient_accumulation_steps=2, num_iterations=2, max_steps=2, sprm_warmup_steps=1,
         head_learning_rate=1e-3,
     )  # fmt: skip
@@ -197,7 +198,7 @@ def test_prompts_that_begin_alike_run_once(tmp_path, monkeypatch, peft):
 
 
 def test_without_weight_it_is_grpo_bit_for_bit(tmp_path):
-    settings = {"rollout": None, "rewards": even, "max_steps": 3, "gradient_checkpointing": True}
+    settings = {"rollout": None, "rewards": even, "max_steps": 3, **checkpointing_setting(True)}
     ours = trainer_of(tmp_path, steps=OFTEN, sprm_weight=0.0, **settings)
     ours.train()
     theirs = trainer_of(tmp_path, GRPOTrainer, **settings)
@@ -388,7 +389,7 @@ def test_two_processes_are_one(tmp_path):
     ]  # fmt: skip
     try:
         one, log, _ = train_for(tmp_path, 8)
-        texts = [process.communicate(timeout=120)[0] for process in processes]
+        texts = [process.communicate(timeout=tiny.PATIENCE)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

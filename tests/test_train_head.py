@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 
 import reflective as rf
@@ -188,7 +189,7 @@ def in_two_processes(program, folder):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        texts = [rank.communicate(timeout=240)[0] for rank in ranks]
+        texts = [rank.communicate(timeout=tiny.PATIENCE)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -22,6 +22,7 @@ from transformers import (
 import reflective as rf
 from reflective.model import Config
 from reflective.train.sampler import Sampler, _common
+from reflective.transformers_internals import attention_of
 
 CHARACTERS = string.ascii_letters + " .?\n"
 PROMPTS = ["why now?", "why not?", "who", "why not so soon after that?"]
@@ -251,23 +252,23 @@ def hooks(net):
 def test_the_model_is_the_caller_s_between_answers_and_after():
     net, prompts = network("llama"), ids_of(PROMPTS)
     ids, found = torch.tensor(prompts[:1]), {}
-    before, plain = net.config._attn_implementation, net(ids).logits
+    before, plain = attention_of(net.config), net(ids).logits
     for q, draws in sampler(net, batch_rows=1).run(prompts, 3):
         found[q] = counted(draws)
-        assert torch.is_grad_enabled() and net.config._attn_implementation == before and not hooks(net)
+        assert torch.is_grad_enabled() and attention_of(net.config) == before and not hooks(net)
         assert torch.equal(net(ids).logits, plain) and net(ids).logits.requires_grad
         assert not any(d.state(-1).requires_grad for d in draws)
     assert found == run(net, prompts, 3)
     early = sampler(net, batch_rows=1).run(prompts, 3)
     next(early)
     early.close()
-    assert net.config._attn_implementation == before and not hooks(net)
+    assert attention_of(net.config) == before and not hooks(net)
 
     handle = net.model.layers[2].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dict(sampler(net).run(prompts, 3))
     handle.remove()
-    assert torch.is_grad_enabled() and net.config._attn_implementation == before and not hooks(net)
+    assert torch.is_grad_enabled() and attention_of(net.config) == before and not hooks(net)
     with torch.no_grad():
         dict(sampler(net, batch_rows=1).run(prompts, 3))
         assert not torch.is_grad_enabled()
@@ -278,7 +279,7 @@ def test_sub_models_keep_their_attention():
     net.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa", "": "sdpa"})
     list(sampler(net).run(ids_of(PROMPTS), 2))
     parts = net.config, net.config.text_config, net.config.vision_config
-    assert [part._attn_implementation for part in parts] == ["sdpa", "eager", "sdpa"]
+    assert [attention_of(part) for part in parts] == ["sdpa", "eager", "sdpa"]
 
 
 @pytest.mark.parametrize(
@@ -293,10 +294,10 @@ def test_sub_models_keep_their_attention():
 )
 def test_models_that_it_would_get_wrong_are_refused(kind, message):
     net = network(kind)
-    before = net.config._attn_implementation
+    before = attention_of(net.config)
     with pytest.raises(ValueError, match=message):
         list(sampler(net).run(ids_of(PROMPTS), 2))
-    assert net.config._attn_implementation == before and not hooks(net)
+    assert attention_of(net.config) == before and not hooks(net)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, "ab"], ids=["prefix", "no_prefix"])

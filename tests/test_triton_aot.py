@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 CAPABILITIES = [80, 90, 100]
@@ -132,7 +133,7 @@ def compile_for_every_target(program: str, scratch: Path, config: pytest.Config)
     running = [subprocess.Popen([sys.executable, program, str(c)], env=env, **pipes) for c in CAPABILITIES]
     rows = []
     for process in running:
-        out, error = process.communicate(timeout=400)
+        out, error = process.communicate(timeout=tiny.PATIENCE)
         assert process.returncode == 0, error
         rows += json.loads(out)
     if cache:

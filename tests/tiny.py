@@ -29,6 +29,7 @@ from transformers import (
 
 import reflective as rf
 
+PATIENCE = 3600  # seconds after which a process or thread hangs: no measure of how fast a machine is
 VOCAB, HIDDEN, THINK, END_THINK, PAD = 61, 64, 3, 4, 0
 IMAGE, VIDEO, VISION_START = range(VOCAB, VOCAB + 3)  # of vision-language models only
 STEP_IDS = list(range(10, 22))  # about one sampled token in five ends a step

@@ -11,6 +11,7 @@ from reflective.model import CONFIG_NAME, ReflectiveModel
 from reflective.sprm import SPRM
 from reflective.tasks import Question
 from reflective.train.verify import verifier
+from reflective.transformers_internals import checkpointing_setting
 
 from .families import FAMILIES
 from .rollouts import MAX_NEW_TOKENS, TEMPERATURE, policy, questions, trained
@@ -51,7 +52,7 @@ def train(model: ReflectiveModel, head: SPRM, path: Path, seed: int, steps: int 
         output_dir=str(path), max_steps=steps, seed=seed, shuffle_dataset=False, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, max_completion_length=MAX_NEW_TOKENS,
         temperature=TEMPERATURE, top_p=1.0, learning_rate=POLICY_LR, lr_scheduler_type="constant_with_warmup",
-        warmup_steps=3, beta=0.0, bf16=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+        warmup_steps=3, beta=0.0, bf16=True, use_cpu=not torch.cuda.is_available(), **checkpointing_setting(False),
         logging_steps=1, save_steps=max(1, steps // 4), save_total_limit=1, head_learning_rate=HEAD_LR,
         sprm_warmup_steps=None, within_questions=True, class_balance=False,
     )  # fmt: skip

@@ -11,7 +11,6 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..backbone import Backbone
 from ..finished import batches_by_length, read_positions
@@ -19,6 +18,7 @@ from ..loss import sprm_loss_rows
 from ..model import CONFIG_NAME, ReflectiveModel
 from ..outputs import json_text, write_text
 from ..sprm import SPRM
+from ..transformers_internals import Conv1D, checkpoints, set_checkpointing
 from .checkpoint import Checkpoint, fingerprint
 from .data import Rollouts
 from .head import Batches, Standardised
@@ -336,7 +336,7 @@ def _in_training(
         raise ValueError("model: full training loses small updates in its dtype; load it in float32, or use LoRA")
     flags = {p: p.requires_grad for p in net.parameters()}
     modes = {m: m.training for m in net.modules()}
-    adapter, checkpoints = lora if isinstance(lora, peft.PeftModel) else None, net.is_gradient_checkpointing
+    adapter, before = lora if isinstance(lora, peft.PeftModel) else None, checkpoints(net)
     try:
         if isinstance(lora, (int, peft.LoraConfig)):
             if isinstance(lora, int):
@@ -350,8 +350,8 @@ def _in_training(
         for name, p in net.named_parameters():
             p.requires_grad_(adapter is None or "lora_" in name)
         net.train()
-        if gradient_checkpointing and not checkpoints:
-            _checkpointing(net, True)
+        if gradient_checkpointing and not before:
+            set_checkpointing(net, True)
         # Autocast casts what enters a matrix product anyway; peft would cast to float32 before.
         with disable_input_dtype_casting(net, autocast is not None):
             with _autocast(backbone, autocast):
@@ -367,17 +367,8 @@ def _in_training(
             p.grad = None
         for m in net.modules():
             m.training = modes.get(m, False)
-        if gradient_checkpointing and not checkpoints:
-            _checkpointing(net, False)
-
-
-def _checkpointing(net: nn.Module, on: bool) -> None:
-    kind = "activation" if hasattr(net, "activation_checkpointing_enable") else "gradient"  # the name until 5.2x
-    if on:
-        getattr(net, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(net, f"{kind}_checkpointing_disable")()
-        net.disable_input_require_grads()  # which enabling brought along
+        if gradient_checkpointing and not before:
+            set_checkpointing(net, False)
 
 
 def _trained(net: nn.Module, backbone: Backbone) -> list[nn.Parameter]:

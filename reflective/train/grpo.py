@@ -20,6 +20,7 @@ from ..finished import read_positions
 from ..scorer import At, one_of
 from ..sprm import NAMES, SPRM
 from ..steps import StepTokens
+from ..transformers_internals import with_cache
 from .data import question_weights
 from .objective import sprm_objective
 from .processes import Processes
@@ -223,10 +224,10 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
         rest = ids.gather(1, column).masked_fill(~real, 0)
         heard = len(self._heard)
         with self.accelerator.autocast():
-            decoder(input_ids=ids[:1, pad[0] : pad[0] + shared], past_key_values=cache, use_cache=True)
+            decoder(input_ids=ids[:1, pad[0] : pad[0] + shared], **with_cache(decoder, cache), use_cache=True)
             cache.batch_repeat_interleave(len(ids))
             out = model(
-                input_ids=rest, past_key_values=cache, labels=rest.masked_fill(~real, -100), fused_lm_head=True,
+                input_ids=rest, **with_cache(model, cache), labels=rest.masked_fill(~real, -100), fused_lm_head=True,
                 attention_mask=torch.cat([real.new_ones(len(ids), shared), real], 1).to(mask.dtype),
                 position_ids=(shared + torch.arange(width, device=ids.device)).expand_as(rest),
             )  # fmt: skip

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..model import ReflectiveModel
 from ..tasks import Question
+from ..transformers_internals import checkpointing_setting
 from .backbone import Tuned
 from .grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts
 from .settings import Settings
@@ -69,7 +70,7 @@ def train_jointly(
         output_dir=str(path), max_steps=s.steps, seed=s.seed, shuffle_dataset=False, report_to="none",
         disable_tqdm=True, logging_steps=1, save_strategy="steps", save_steps=max(1, s.steps // 10), save_total_limit=1,
         use_cpu=net.device.type == "cpu",
-        bf16=s.dtype != "float32", gradient_checkpointing=s.gradient_checkpointing, per_device_train_batch_size=rows,
+        bf16=s.dtype != "float32", **checkpointing_setting(s.gradient_checkpointing), per_device_train_batch_size=rows,
         gradient_accumulation_steps=share // rows, num_generations=s.group, max_completion_length=s.max_new_tokens,
         temperature=s.temperature, top_p=s.top_p, beta=0.0, learning_rate=s.backbone_lr, warmup_steps=3,
         lr_scheduler_type="constant_with_warmup", head_learning_rate=s.lr, sprm_warmup_steps=s.warmup,

