@@ -399,7 +399,7 @@ struct TilePass {
     }
   }
 
-  __device__ __forceinline__ void run_loading() const {
+  __device__ __forceinline__ void produce() const {
     Source<W, MAX_GROUPS * GROUP> weights;
     Source<T, S::ROWS> features;
     Walk ahead(*this);
@@ -428,7 +428,7 @@ struct TilePass {
     meet<H::THREADS>();
   }
 
-  __device__ __forceinline__ void run_multiplying() const {
+  __device__ __forceinline__ void consume() const {
     Products<T> products[S::WARP_GROUPS][S::TILES], folded[S::WARP_GROUPS][S::TILES];
     const auto each_sum = [](auto& some, auto& others, const auto& visit) {
 #pragma unroll
@@ -470,9 +470,9 @@ struct TilePass {
 
   __device__ void run() const {
     if (threadIdx.x < COMPUTE_THREADS) {
-      run_multiplying();
+      consume();
     } else {
-      run_loading();
+      produce();
     }
   }
 

@@ -418,6 +418,7 @@ def test_one_of_several_is_chosen(alone, client, asked, settings, stream):
         assert made.usage.completion_tokens == expected.tokens
     assert text == expected.text and same(scores, expected.best)
     assert run["scores"] == pytest.approx([c.score for c in expected.candidates], rel=1e-4)
+    assert run["chosen_by"] == [expected.chosen_by]
 
 
 @pytest.mark.parametrize(

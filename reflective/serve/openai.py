@@ -17,10 +17,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ..model import Candidate, Generation, ReflectiveModel
+from ..outputs import finite, json_text
 from ..scores import aggregate
 from ..search import Live
 from .schemas import ChatCompletion, Completion, Message, Sampling
-from .service import Service, Shared, error_body, finite, settled
+from .service import Service, Shared, error_body, settled
 from .text import Incoming, before
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # as published
@@ -232,7 +233,7 @@ class _Answer:
             piece = texts[i].feed(tokens)
             steps[i] += scores
             if piece or scores:
-                said = {"score": finite(aggregate(steps[i])), "n_steps": len(steps[i]), "step_scores": _numbers(scores)}
+                said = {"score": finite(aggregate(steps[i])), "n_steps": len(steps[i]), "step_scores": finite(scores)}
                 yield self._chunk(
                     {"index": i, **form.part(piece), "finish_reason": None} | ({"reflective": said} if scores else {})
                 )
@@ -260,7 +261,7 @@ class _Answer:
         """How a choice ended, and its scores. Spans are of ``text``, which lacks the stop text that ended it."""
         size = len(text)
         scores = {
-            "score": finite(c.score), "n_steps": len(c.step_scores), "step_scores": _numbers(c.step_scores),
+            "score": finite(c.score), "n_steps": len(c.step_scores), "step_scores": finite(c.step_scores),
             "step_spans": [[min(begin, size), min(end, size)] for begin, end in c.step_spans], "answer": c.answer,
             "error": c.error,
         }  # fmt: skip
@@ -302,13 +303,10 @@ def _run(generations: list[Generation]) -> dict[str, Any]:
     """With which the run can be repeated, and what all of its candidates scored, prompt by prompt."""
     return {
         "strategy": generations[0].strategy, "seed": generations[0].seed,
-        "scores": _numbers([c.score for generation in generations for c in generation.candidates]),
+        "chosen_by": [generation.chosen_by for generation in generations],
+        "scores": finite([c.score for generation in generations for c in generation.candidates]),
     }  # fmt: skip
 
 
-def _numbers(scores: Sequence[float]) -> list[float | None]:
-    return [finite(score) for score in scores]
-
-
 def _sse(event: dict[str, Any]) -> str:
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+    return f"data: {json_text(event, ensure_ascii=False)}\n\n"

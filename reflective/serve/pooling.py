@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 
 from ..model import Candidate
+from ..outputs import finite
 from .openai import prompt_of
 from .schemas import Message, PairScore, Pooling
-from .service import Service, Shared, finite
+from .service import Service, Shared
 
 Pairs = tuple[list[str], list[str | list[int]]]  # formatted prompts, each empty where a whole text counts; responses
 router = APIRouter()

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -154,11 +153,6 @@ def error_body(status: int, message: str) -> dict[str, Any]:
 
 def error_response(status: int, message: str, headers: Any = None) -> JSONResponse:
     return JSONResponse(error_body(status, message), status, headers)
-
-
-def finite(value: float) -> float | None:
-    """``value``, or None where JSON has no number for it."""
-    return value if math.isfinite(value) else None
 
 
 def _forget(asked: "Future[Future[Any]]") -> None:
