@@ -2,8 +2,9 @@
 
 A row's bits depend on nothing but the row and the head. A unit's sum over ``h`` goes 16 columns at a time through the same
 tensor-core instruction whatever the tile, because tiles of one head are either all 64 units or more (wgmma, tcgen05) or all
-fewer (mma). Units are then added 16 at a time, which no tile splits between warps, and those sums in pairs. Partial sums
-lie row by row at a distance which only the head sets, so that they are also read the same way for any number of rows.
+fewer (mma). Its bias comes last, also where a tile's loop has a single step. Units are then added 16 at a time, which no
+tile splits between warps, and those sums in pairs, each product rounded before it is added. Partial sums lie row by row at
+a distance which only the head sets, so that they are also read the same way for any number of rows.
 """
 
 import torch
@@ -14,8 +15,8 @@ from triton.language.target_info import cuda_capability_geq
 
 from . import layout
 
-# Stated because the default is another from Triton 3.10 on, and with it the bits.
-OPTIONS = {"enable_fp_fusion": True}
+# Of two products that are added the compiler may fuse either, in every tile another; dots in float32 stay fused.
+OPTIONS = {"enable_fp_fusion": False}
 
 NAN_PROPAGATES = tl.constexpr(tl.PropagateNan.ALL)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -68,7 +69,9 @@ def head_partials(
         if INTERPRETED:  # its dot takes bfloat16 for integers
             w, f = w.to(tl.float32), f.to(tl.float32)
         z = tl.dot(w, f, z, input_precision="ieee")
-    z += tl.load(b1 + unit, mask=unit < K, other=0.0).to(tl.float32)[:, None]
+    bias = tl.load(b1 + unit, mask=unit < K, other=0.0).to(tl.float32)[:, None]
+    # z + bias, which the compiler would begin the product's sum with where the loop has a single step, and only there.
+    z = tl.fma(z, 1.0, bias)
     weight = tl.load(w2 + unit, mask=unit < K, other=0.0).to(tl.float32)[:, None]
     product = weight * (tl.maximum(z, 0.0) + z * 0.0)
     partial = tl.sum(tl.reshape(product, (BLOCK_U // UNIT_GROUP, UNIT_GROUP, BLOCK_M)), 1)

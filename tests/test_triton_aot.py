@@ -24,6 +24,7 @@ HEADS = [
     (576, torch.float16, torch.float16),
     (5120, torch.bfloat16, torch.bfloat16),
     (5120, torch.bfloat16, torch.float8_e4m3fn),
+    (72, torch.bfloat16, torch.bfloat16),  # one step of the small tile's loop, two of the large one's
 ]  # width, dtype of the rows, dtype of w1
 KERNELS = ["_step_mask", "_partials", "_scores", "_logits", "_tally_slots", "_walk", "_step"]
 COPY = r"cp\.async\.c[ga]\.shared\.global [^;]*, 0x10,"
@@ -72,6 +73,35 @@ def launch_all(H: int, dtype: torch.dtype, w1_dtype: torch.dtype) -> None:
     step_mask(empty(N, 1000, dtype=torch.int64), *automaton, *bounds)
 
 
+def shuffled(ptx: str) -> list[str]:
+    """How the numbers that threads pass one another for the sum over units are computed: of results ``z`` of the tensor cores
+    and other operands ``w``.
+    """
+    made, products = {}, set()
+    for line in ptx.splitlines():
+        if product := re.match(r"\s*(?:mma\.sync|wgmma\.mma_async|tcgen05\.ld)\S*\s*{([^}]*)}", line):
+            products.update(re.findall(r"%r\d+", product[1]))
+        elif step := re.match(r"\s*(add|sub|mul|fma|max|shfl|mov)\.(\S*[fb](?:32|64)\S*)\s+(.*);", line):
+            values = re.findall(r"{[^}]*}|[^\s,]+", step[3])
+            pair = "f32x2" in step[2] or step[2] == "b64"
+            for i in range(1 + pair):
+                value, *of = [re.findall(r"[^{}\s,]+", v)[i] if "{" in v else f"{v}.{i}" if pair else v for v in values]
+                made.setdefault(value, (step[1], of))
+
+    def text(value, above=()):
+        if value in products or value not in made or value in above:
+            return "z" if value in products else "0" if value == "0f00000000" else "w"
+        op, operands = made[value]
+        if op == "shfl":
+            operands, op = operands[:1], op + operands[1]
+        operands = [text(operand, (*above, value)) for operand in operands]
+        if op == "mov":
+            return operands[0]
+        return f"{op}({', '.join(operands if op in ('sub', 'fma') else sorted(operands))})"
+
+    return sorted({t for op, (value, *_) in made.values() if op == "shfl" and "z" in (t := text(value))})
+
+
 def compile_all(folder: str, capability: int) -> list[dict]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -108,7 +138,7 @@ def compile_all(folder: str, capability: int) -> list[dict]:
             products = [kind for kind in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if kind in ptx]
             case = {"kernel": name, "capability": capability, "head": str(head), "products": products}
             metadata = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
-            rows.append(case | used | metadata | {"copies": len(re.findall(COPY, ptx))})
+            rows.append(case | used | metadata | {"copies": len(re.findall(COPY, ptx)), "shuffled": shuffled(ptx)})
     return rows
 
 
@@ -180,9 +210,23 @@ def test_one_kind_of_product(compiled):
             assert kinds == (set() if head[1] == torch.float32 else {(wide,)} if head[0] > 2048 else {("mma.sync",)})
 
 
+def test_one_order_of_adding(compiled):
+    """Tiles of a head add up the same: also where the loop of one has a single step, before which the compiler may move what
+    is added after it, and without fused products, of which it may choose another in each.
+    """
+    for capability in CAPABILITIES:
+        for head in HEADS:
+            here = [r for r in compiled if (r["capability"], r["head"]) == (capability, str(head)) and r["products"]]
+            orders = {tuple(r["shuffled"]) for r in here}
+            assert len(orders) == (head[1] != torch.float32)
+            assert not [order for order in orders if not order or "fma" in "".join(order)]
+
+
 def test_rows_stream_16_bytes_at_a_time(compiled):
     """Neither the choice of a row (``decode_step._feature``) nor a mask may hide from the compiler that rows are aligned."""
-    assert not [r for r in compiled if r["kernel"] in ("_step", "_partials") and r["copies"] < 8]
+    narrow = str(HEADS[-1])  # a loop of one step is no stream
+    streams = [r for r in compiled if r["kernel"] in ("_step", "_partials") and r["head"] != narrow]
+    assert not [r for r in streams if r["copies"] < 8]
 
 
 def test_shared_memory(compiled):
