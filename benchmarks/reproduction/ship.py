@@ -95,6 +95,8 @@ def ship(work: Path, target: Path = HEAD) -> None:
         )
         config = json.loads((best.adapter / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = BASE  # not the directory of this machine
+        # What is not set another peft may not know.
+        config = {name: value for name, value in config.items() if value is not None}
         (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (target / CONFIG_NAME).write_text(json.dumps(asdict(FAMILIES[FAMILY].config), indent=2) + "\n")
     model = ReflectiveModel.default(head=target)
