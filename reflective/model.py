@@ -24,7 +24,7 @@ from .hub import ADAPTER, CONFIG_NAME, HEAD, base_model, directory, model_direct
 from .messages import brief, check_text, is_conversation, plain
 from .outputs import folder, json_text, write_text
 from .scorer import At, Schedule, StreamScorer
-from .search import Ask, Live, Question, Scored, Search, ask, whole
+from .search import Ask, Chance, Live, Question, Scored, Search, ask, whole
 from .sprm import SPRM
 from .steps import StepTokens
 from .strategies import Strategy, by_name
@@ -88,6 +88,7 @@ class Candidate:
             ``"interrupted"``.
         log_prob: sum of the model's log-probabilities of its tokens, end-of-sequence included, at temperature 1; NaN
             for a text that was only scored.
+        logprobs: the chances of each of these tokens, where the server was asked for them.
         number: among its question's candidates, in order of creation; parent: of the one that it was forked from.
         tokens: decoded for it; those that a fork has from its parent were decoded for the parent.
     """
@@ -104,6 +105,7 @@ class Candidate:
     number: int = 0
     parent: int | None = None
     tokens: int = 0
+    logprobs: list[Chance] | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -125,6 +127,7 @@ class Generation:
         seconds: from the beginning of the run, in which other questions may have had a part, to the end of this one.
         scoring_seconds: host time within the scorer, shared between the questions of a run by their tokens.
         interrupted: by Ctrl-C; what was decoded by then is here.
+        prompt_logprobs: the chances of the prompt's tokens, where the server was asked for them.
     """
 
     prompt: str
@@ -138,6 +141,7 @@ class Generation:
     scoring_seconds: float = 0.0
     interrupted: bool = False
     chosen_by: str = "score"
+    prompt_logprobs: list[Chance] | None = field(default=None, repr=False)
 
     @property
     def text(self) -> str:
@@ -450,13 +454,14 @@ class ReflectiveModel:
             seconds=question.seconds, scoring_seconds=scoring_seconds,
             interrupted=any(c.status == "interrupted" for c in candidates),
             chosen_by=question.strategy.chosen_by if len(candidates) > 1 else "only",
+            prompt_logprobs=None if question.ask.prompt_logprobs is None else question.prompt_chances,
         )  # fmt: skip
 
     def _ended(self, live: Live) -> Candidate:
         candidate = self._candidate(live.token_ids, live.step_scores, live.scored or Scored(0.0, [], None))
         return dataclasses.replace(
             candidate, status=live.status, log_prob=live.log_prob, number=live.number, parent=live.parent,
-            tokens=live.new_tokens,
+            tokens=live.new_tokens, logprobs=None if live.question.ask.logprobs is None else live.chances,
         )  # fmt: skip
 
     def score(

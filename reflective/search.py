@@ -13,10 +13,10 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,21 @@ if TYPE_CHECKING:
 
 
 PREFILL_TOKENS = 16_384  # padded, in one forward
+LOGITS = 1 << 25  # of a prompt whose log-probabilities are asked for, in one forward: 128 MiB in float32
+
+
+class Chance(NamedTuple):
+    """What a token's chances were: natural logarithms of the softmax, in float32, of the model's logits as they are, before
+    temperature and top-p.
+
+    Attributes:
+        token: that came; log_prob: its own; of the first token of a prompt, which nothing precedes, None.
+        top: the likeliest tokens with theirs, in descending order, as many as were asked for.
+    """
+
+    token: int
+    log_prob: float | None
+    top: list[tuple[int, float]]
 
 
 @dataclass(eq=False)
@@ -48,6 +63,7 @@ class Live:
         step_scores: in (0, 1), of every step so far. Kept up to date for strategies that observe and for ``on_step``.
         new_tokens: decoded for this candidate itself.
         log_prob: sum of the model's log-probabilities of its tokens, end-of-sequence included, at temperature 1.
+        chances: of each of these tokens, where they are asked for.
         finished: ``"stop"`` (end-of-sequence, stop pattern, complete answer) or ``"length"``; None while it decodes.
         status: ``finished``, or else ``"running"``; ``"stopped"`` by the strategy, ``"interrupted"``.
     """
@@ -59,6 +75,7 @@ class Live:
     step_scores: list[float] = field(default_factory=list)
     new_tokens: int = 0
     log_prob: float = 0.0
+    chances: list[Chance] = field(default_factory=list, repr=False)
     finished: str | None = None
     status: str = "running"
     # What its last scoring says: geometric mean, columns of the steps in ``token_ids``, and what is wrong.
@@ -66,9 +83,7 @@ class Live:
     _state: int | None = field(default=None, repr=False)  # row of the score state; None: as the prompt left it
     _kept: Row | None = field(default=None, repr=False)  # its cache, outside of the batch
     _seat: int | None = field(default=None, repr=False)  # its place within the batch
-    _next: tuple[int, float] | None = field(
-        default=None, repr=False
-    )  # token drawn but not accepted, its log-probability
+    _next: Chance | None = field(default=None, repr=False)  # token drawn but not accepted
     _logits: Tensor | None = field(default=None, repr=False)  # that it was drawn from, for forks to draw theirs
     _unfed: bool = field(default=False, repr=False)  # whether the newest of token_ids is still to be fed
     _changed: bool = field(default=False, repr=False)
@@ -123,12 +138,15 @@ class Ask:
     Attributes:
         prompt: its ids.
         strategy: copied for this question.
-        max_new_tokens: of a candidate, what it has from its parent included.
+        max_new_tokens: of a candidate, what it has from its parent included; 0 with ``prompt_logprobs`` alone.
         temperature, top_p: 0 decodes greedily. Of the model's ``generation_config`` only the end-of-sequence counts.
         seed, number: candidate c draws one uniform a token from ``default_rng([seed, number, c])``: its text does not
             depend on which others are alive.
         thinking_budget: tokens after which thinking is ended, see ``ReflectiveModel.generate``; None: never.
         stop: texts that end a response too, each of them part of it.
+        logprobs: the chances of how many tokens to keep at every place of a response, beside that of the token that came; None:
+            keep nothing. No influence on what is drawn.
+        prompt_logprobs: the same of the prompt, which is then prefilled on its own and in pieces.
 
     Raises:
         ValueError: a setting out of its range.
@@ -143,9 +161,14 @@ class Ask:
     number: int = 0
     thinking_budget: int | None = None
     stop: Sequence[str] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        whole("max_new_tokens", self.max_new_tokens, 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), 0)
+        whole("max_new_tokens", self.max_new_tokens, 1 if self.prompt_logprobs is None else 0)
         whole("seed", self.seed, 0)
         if self.thinking_budget is not None:
             whole("thinking_budget", self.thinking_budget, 0)
@@ -165,6 +188,7 @@ class Question:
     Attributes:
         strategy: its own copy; prompt: its ids.
         candidates: all that there ever were, in order of creation.
+        prompt_chances: of the prompt's tokens, where they are asked for.
         tokens: decoded in all; alive: ``(seconds since it came, candidates running)`` after every forward.
         seconds: from when it came to its end, time within ``on_step`` left out.
         cancelled: set it, from any thread, to have its candidates ended before the next forward.
@@ -173,6 +197,7 @@ class Question:
     model: "ReflectiveModel" = field(repr=False)
     ask: Ask
     candidates: list[Live] = field(default_factory=list, repr=False)
+    prompt_chances: list[Chance] = field(default_factory=list, repr=False)
     tokens: int = 0
     alive: list[tuple[float, int]] = field(default_factory=list, repr=False)
     seconds: float = 0.0
@@ -371,14 +396,21 @@ class Search:
 
     def _take_in(self, questions: list[Question]) -> None:
         """Put prompts of similar lengths together, as many as one forward may have."""
-        most, lengths = self.pace.tokens() if self.pace else PREFILL_TOKENS, [len(q.prompt) for q in questions]
+        most = self.pace.tokens() if self.pace else PREFILL_TOKENS
+        for q in (q for q in questions if q.ask.prompt_logprobs is not None):
+            self._fill_later(q)
+        questions = [q for q in questions if q.ask.prompt_logprobs is None]
+        lengths = [len(q.prompt) for q in questions]
         for part in batches_by_length(lengths, most):
             group = [questions[i] for i in sorted(part)]
             if self.pace and lengths[part[0]] > most:
-                ids, positions, _ = self._admit(group)
-                self._long.append(_Filling(group[0], new_cache(), ids, positions))
+                self._fill_later(group[0])
             else:
                 self._groups.append(group)
+
+    def _fill_later(self, question: Question) -> None:
+        ids, positions, _ = self._admit([question])
+        self._long.append(_Filling(question, new_cache(), ids, positions))
 
     def _admit(self, questions: list[Question]) -> tuple[Tensor, Tensor, Tensor | None]:
         """New states for the prompts, and these as ids [B, P] with their positions and mask."""
@@ -396,15 +428,32 @@ class Search:
     def _fill(self) -> None:
         """A piece of the long prompt that came first."""
         filling = self._long[0]
-        piece = slice(filling.done, min(filling.done + self.pace.tokens(), filling.ids.shape[1]))
-        self.scorer.assign([filling.question._state])
-        with self.pace.timed(piece.stop - piece.start):
-            logits = self._call(filling.cache, filling.ids[:, piece], filling.positions[:, piece], None)
+        question, most = filling.question, self.pace.tokens() if self.pace else PREFILL_TOKENS
+        chances = question.ask.prompt_logprobs is not None
+        if chances:
+            most = min(most, max(1, LOGITS // self.model.model.get_input_embeddings().num_embeddings))
+        piece = slice(filling.done, min(filling.done + most, filling.ids.shape[1]))
+        self.scorer.assign([question._state])
+        with self.pace.timed(piece.stop - piece.start) if self.pace else nullcontext():
+            logits = self._call(
+                filling.cache, filling.ids[:, piece], filling.positions[:, piece], None, keep=0 if chances else 1
+            )
+            if chances:
+                self._read_chances(question, logits[0], piece.start)
+                logits = logits[:, -1]
         self.scorer.assign([c._state for c in self._batch])
         filling.done = piece.stop
         if filling.done == filling.ids.shape[1]:
             self._long.popleft()
-            self._prefilled([filling.question], filling.cache, logits)
+            self._prefilled([question], filling.cache, logits)
+
+    def _read_chances(self, question: Question, logits: Tensor, begin: int) -> None:
+        """Of the tokens behind those, from place ``begin`` on, that ``logits`` [T, V] are of."""
+        found, prompt = question.prompt_chances, question.prompt
+        if not begin:
+            found.append(Chance(prompt[0], None, []))
+        tokens = torch.tensor(prompt[begin + 1 : begin + 1 + len(logits)], dtype=torch.int64, device=logits.device)
+        found += _chances(logits[: len(tokens)].float(), tokens[:, None], [question.ask.prompt_logprobs] * len(tokens))
 
     def _prefill_batch(self, questions: list[Question]) -> None:
         ids, positions, mask = self._admit(questions)
@@ -425,6 +474,10 @@ class Search:
             rows.arrange([])
             self._rows = rows
         candidates = [c for q in questions for c in q.candidates]
+        for c in candidates:
+            if not c.question.ask.max_new_tokens:
+                c.status = c.finished = "length"
+        candidates = [c for c in candidates if c.running]
         self._draw(candidates)
         self._under_way += questions
         self._follow(questions, candidates)
@@ -466,11 +519,14 @@ class Search:
                     c._steps = counts[c._state]
         self._follow(self._under_way, batch)
 
-    def _call(self, cache: DynamicCache, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Logits [R, V] after the last of ``ids``."""
-        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
+    def _call(
+        self, cache: DynamicCache, ids: Tensor, positions: Tensor, mask: Tensor | None, *, keep: int = 1
+    ) -> Tensor:
+        """Logits [R, V] after the last of ``ids``; ``keep`` 0: [R, T, V], after each of them."""
+        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         given = {name: value for name, value in given.items() if name in self.inputs}
-        return self.model.model(input_ids=ids, **{self.cache_name: cache}, use_cache=True, **given).logits[:, -1]
+        logits = self.model.model(input_ids=ids, **{self.cache_name: cache}, use_cache=True, **given).logits
+        return logits[:, -1] if keep else logits
 
     def _draw(self, candidates: list[Live], logits: Tensor | None = None) -> None:
         """A next token for each, from ``logits`` [R, V] or, a batch at a time, from those kept; one read of the device."""
@@ -490,9 +546,10 @@ class Search:
             tokens[part] = _drawn(logits[part], sent[0, part], *way)
         tokens = tokens.clamp_max(logits.shape[1] - 1)  # NaN logits sum to no distribution
         tokens = torch.where(sent[1, :, None] < 0, tokens, sent[1, :, None].long())
-        log_prob = logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
-        for c, (token, p) in zip(candidates, torch.cat([tokens.double(), log_prob.double()], 1).tolist(), strict=True):
-            c._next = int(token), p
+        for c, chance in zip(
+            candidates, _chances(logits, tokens, [c.question.ask.logprobs for c in candidates]), strict=True
+        ):
+            c._next = chance
 
     # -- the candidates ----------------------------------------------------------------------------------------------
 
@@ -530,9 +587,12 @@ class Search:
     def _accept(self, candidates: list[Live]) -> None:
         """Append each one's drawn token, and score those that it ends."""
         for c in candidates:
-            (token, log_prob), c._next, c._logits = c._next, None, None
+            chance, c._next, c._logits = c._next, None, None
+            token = chance.token
             c.new_tokens += 1
-            c.log_prob += log_prob
+            c.log_prob += chance.log_prob
+            if c.question.ask.logprobs is not None:
+                c.chances.append(chance)
             c.question.tokens += 1
             if token in self.ends:
                 c.finished = "stop"
@@ -589,7 +649,7 @@ class Search:
         forks = [
             dataclasses.replace(
                 c, number=len(q.candidates) + i, parent=c.number, token_ids=list(c.token_ids), new_tokens=0,
-                step_scores=list(c.step_scores), _state=state, _kept=kept, _seat=None, _next=None,
+                chances=list(c.chances), step_scores=list(c.step_scores), _state=state, _kept=kept, _seat=None, _next=None,
             )
             for i, state in enumerate(states)
         ]  # fmt: skip
@@ -664,6 +724,22 @@ def _drawn(logits: Tensor, chance: Tensor, temperature: float, top_p: float) -> 
     # float64: a float32 sum over the vocabulary would round away probabilities below 6e-8.
     cdf = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
     return torch.searchsorted(cdf, chance[:, None] * cdf[:, -1:], right=True)
+
+
+def _chances(logits: Tensor, tokens: Tensor, most: Sequence[int | None]) -> list[Chance]:
+    """Of ``tokens`` [R, 1], and of as many of the likeliest as ``most`` says of each, after float32 ``logits`` [R, V]; one read
+    of the device."""
+    total = logits.logsumexp(1, keepdim=True)
+    columns = [tokens.double(), (logits.gather(1, tokens) - total).double()]
+    k = min(max((m or 0 for m in most), default=0), logits.shape[1])
+    if k:
+        top = logits.topk(k)
+        columns += [top.indices.double(), (top.values - total).double()]
+    found = []
+    for (token, log_prob, *likely), m in zip(torch.cat(columns, 1).tolist(), most, strict=True):
+        top = zip(map(int, likely[:k]), likely[k:], strict=True)
+        found.append(Chance(int(token), log_prob, list(itertools.islice(top, m or 0))))
+    return found
 
 
 def ask(strategy: Strategy, method: str, argument: Any) -> Any:

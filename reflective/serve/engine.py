@@ -21,6 +21,7 @@ from ..model import Candidate, Generation, ReflectiveModel
 from ..scorer import Schedule, StreamScorer
 from ..search import Ask, Live, Pace, Question, Search
 from ..strategies import Strategy
+from .logprobs import Spelling
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Engine:
         Args:
             n: candidates of each; None: the strategy's own.
             max_new_tokens: None: what the model has positions for behind each prompt.
+            logprobs, prompt_logprobs: see ``Ask``; they come in ``Candidate.logprobs`` and ``Generation.prompt_logprobs``.
             on_step: called in the engine's thread after every forward: with the candidates or, of ``generate_all``, with the
                 number of a prompt and its candidates.
 
@@ -120,6 +122,8 @@ class Engine:
         seed: int | None = None,
         stop: Sequence[str] = (),
         thinking_budget: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         on_step: Callable[..., None] | None = None,
     ) -> "_Generate":
         seed, questions, texts = secrets.randbits(32) if seed is None else seed, [], []
@@ -130,7 +134,7 @@ class Engine:
             most = room if max_new_tokens is None else max_new_tokens
             ask = Ask(
                 ids, self.model.strategy(strategy, n=n), max_new_tokens=most, temperature=temperature, top_p=top_p,
-                seed=seed, stop=stop, thinking_budget=thinking_budget,
+                seed=seed, stop=stop, thinking_budget=thinking_budget, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
             )  # fmt: skip
             self.check(name, ids)
             if self.max_length is not None and len(ids) + most > self.max_length:
@@ -239,6 +243,12 @@ class Engine:
         """A thread that prepares long requests has a tokenizer of its own, or short ones would wait for it."""
         lane = getattr(self._here, "lane", self._lanes[0])
         return (self.model, self._tokenizing) if lane is self._lanes[0] else (lane.model, lane.lock)
+
+    @functools.cached_property
+    def spelling(self) -> Spelling:
+        """Read when log-probabilities are first asked for, which takes a while."""
+        with self._tokenizing:
+            return Spelling(self.model)
 
     @property
     def max_length(self) -> int | None:

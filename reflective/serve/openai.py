@@ -19,7 +19,9 @@ from starlette.types import Receive, Scope, Send
 from ..model import Candidate, Generation, ReflectiveModel
 from ..outputs import finite, json_text
 from ..scores import aggregate
-from ..search import Live
+from ..search import Chance, Live
+from . import logprobs
+from .logprobs import Told
 from .schemas import ChatCompletion, Completion, Message, Sampling
 from .service import Service, Shared, error_body, settled
 from .text import Incoming, before
@@ -87,13 +89,14 @@ def _calls(message: Message) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Form:
-    """How one of the two writes its answers: ``whole`` and ``part`` put a text into a choice."""
+    """How one of the two writes its answers: ``whole`` and ``part`` put a text into a choice, ``chances`` its tokens'."""
 
     prefix: str
     object: str
     chunk: str
     whole: Callable[[str], dict[str, Any]]
     part: Callable[[str], dict[str, Any]]
+    chances: Callable[[Told, list[tuple[Chance, int]]], dict[str, Any]]
     first: dict[str, Any] | None = None  # of a streamed choice
 
 
@@ -101,11 +104,13 @@ _CHAT = _Form(
     "chatcmpl", "chat.completion", "chat.completion.chunk",
     whole=lambda text: {"message": {"role": "assistant", "content": text}},
     part=lambda text: {"delta": {"content": text} if text else {}},
+    chances=logprobs.chat,
     first={"delta": {"role": "assistant", "content": ""}},
 )  # fmt: skip
 _TEXT = _Form(
-    "cmpl", "text_completion", "text_completion", whole=lambda text: {"text": text}, part=lambda text: {"text": text}
-)
+    "cmpl", "text_completion", "text_completion",
+    whole=lambda text: {"text": text}, part=lambda text: {"text": text}, chances=logprobs.completion,
+)  # fmt: skip
 
 
 async def _complete(
@@ -122,39 +127,63 @@ async def _complete(
             tokens, steps = sent.get((question, c.number), (0, 0))
             if len(c.token_ids) > tokens or len(c.step_scores) > steps:
                 sent[question, c.number] = len(c.token_ids), len(c.step_scores)
-                new = answer.index(question, c.number), c.token_ids[tokens:], c.step_scores[steps:]
+                new = _News(
+                    answer.index(question, c.number), c.token_ids[tokens:], c.step_scores[steps:],
+                    c.chances[tokens : len(c.token_ids)], c.question.prompt_chances,
+                )  # fmt: skip
                 loop.call_soon_threadsafe(news.put_nowait, new)
 
     def ask() -> Future[list[Generation]]:
         strategy = engine.model.strategy(body.strategy, body.effort, body.best_of if body.steered else body.n or 1)
         prompts = answer.read(given())
         service.check_count("prompt, n, best_of, effort, strategy", len(answer.lengths) * strategy.n)
+        of_prompt = body.echoes and (body.alternatives is not None or body.max_tokens == 0)
+        if body.alternatives is not None:
+            _ = engine.spelling  # read here, where it holds up nobody
         return engine.generate_all(
             prompts, strategy=strategy, n=None, max_new_tokens=body.max_tokens,
             temperature=TEMPERATURE if body.temperature is None else body.temperature,
             top_p=TOP_P if body.top_p is None else body.top_p, seed=body.seed, stop=body.stops,
-            thinking_budget=body.thinking_budget, on_step=on_step if body.stream and not body.steered else None,
+            thinking_budget=body.thinking_budget, logprobs=body.alternatives,
+            prompt_logprobs=(body.alternatives or 0) if of_prompt else None,
+            on_step=on_step if body.stream and not body.steered else None,
         )  # fmt: skip
 
     future = await service.begin(request, ask)
     if not body.stream:
-        return JSONResponse(answer.whole(await service.outcome(request, future)))
+        generations = await service.outcome(request, future)
+        if body.alternatives is None:
+            return JSONResponse(answer.whole(generations))
+        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(generations)))  # a long prompt's takes seconds
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(news.put_nowait, None))
     left = service.left(request)
     return _Events(answer.events(news, future, left), future, left)
+
+
+@dataclass(frozen=True)
+class _News:
+    """What is new of a choice, and what is known of its prompt."""
+
+    index: int
+    tokens: list[int]
+    scores: list[float]
+    chances: list[Chance]
+    prompt_chances: list[Chance]
 
 
 class _Answer:
     """What is said of one request.
 
     Attributes:
-        lengths: tokens of each of its prompts; wrong: what is wrong with one of several, by its number. Those are not decoded.
+        lengths: tokens of each of its prompts; echoes: these as texts where they are to be repeated, and whether they show
+            special tokens; wrong: what is wrong with one of several, by its number. Those are not decoded.
     """
 
     def __init__(self, form: _Form, body: Sampling, service: Service) -> None:
         self.form, self.body, self.service = form, body, service
         self.id, self.created = f"{form.prefix}-{uuid.uuid4().hex}", int(time.time())
         self.lengths: list[int] = []
+        self.echoes: list[tuple[str, bool]] = []
         self.wrong: dict[int, str] = {}
         self.width = 1 if body.steered else body.n or 1  # choices of a prompt
 
@@ -164,7 +193,7 @@ class _Answer:
         Raises:
             ValueError: there is none.
         """
-        engine, prompts = self.service.engine, []
+        engine, prompts, least = self.service.engine, [], 1 if self.body.max_tokens is None else self.body.max_tokens
         self.service.check_count("prompt", len(given))
         for i, prompt in enumerate(given):
             name, ids = "prompt" if len(given) == 1 else f"prompt[{i}]", []
@@ -173,18 +202,23 @@ class _Answer:
                     raise ValueError(f"{name}: it is empty")
                 ids = engine.encode(prompt) if isinstance(prompt, str) else prompt
                 engine.check(name, ids)
-                if engine.max_length and len(ids) + (self.body.max_tokens or 1) > engine.max_length and len(given) > 1:
+                if engine.max_length and len(ids) + least > engine.max_length and len(given) > 1:
                     raise ValueError(
-                        f"{name}: {len(ids)} tokens and max_tokens={self.body.max_tokens or 1} are more than the model's "
+                        f"{name}: {len(ids)} tokens and max_tokens={least} are more than the model's "
                         f"{engine.max_length} positions"
                     )
                 prompts.append(ids)
             except ValueError as error:
                 self.wrong[i] = str(error)
             self.lengths.append(len(ids))
+            self.echoes.append(self._shown(prompt, ids) if self.body.echoes and i not in self.wrong else ("", False))
         if not prompts:
             raise ValueError("; ".join(list(self.wrong.values())[:4]))
         return prompts
+
+    def _shown(self, prompt: str | list[int], ids: list[int]) -> tuple[str, bool]:
+        text = self.service.engine.model.decode(ids, special=True)
+        return (text, True) if isinstance(prompt, list) else (prompt, prompt == text)
 
     def index(self, question: int, number: int) -> int:
         """Of the choice that is candidate ``number`` of a question that was asked."""
@@ -192,10 +226,14 @@ class _Answer:
         return asked[question] * self.width + number
 
     def whole(self, generations: list[Generation]) -> dict[str, Any]:
-        choices = []
-        for index, c in self._chosen(generations):
-            text = before(c.text, self.body.stops)
-            choices.append({"index": index, **self.form.whole(text), **self._end(c, text)})
+        choices, echoed = [], {}
+        for index, c, prompt_chances in self._chosen(generations):
+            i = index // self.width
+            if i not in echoed:
+                echoed[i] = self._echo(i, prompt_chances)
+            text, said = before(c.text, self.body.stops), self._end(c, index, self._told(index))
+            said["logprobs"] = _joined(echoed[i], said["logprobs"])
+            choices.append({"index": index, **self.form.whole(self.echoes[i][0] + text), **said})
         return {
             **self._head(self.form.object), "choices": choices, "usage": self._usage(generations),
             "reflective": _run(generations),
@@ -218,6 +256,17 @@ class _Answer:
         form, decode = self.form, self.service.engine.model.decode
         texts = [Incoming(decode, self.body.stops) for _ in range(len(self.lengths) * self.width)]
         steps: list[list[float]] = [[] for _ in texts]
+        told, echoed = [self._told(i) for i in range(len(texts))], set()
+
+        async def echo(index: int, chances: list[Chance] | None) -> list[dict[str, Any]]:
+            """The chunk with the choice's prompt, once."""
+            text = self.echoes[index // self.width][0]
+            if not text or index in echoed:
+                return []
+            echoed.add(index)
+            said = {"logprobs": await asyncio.to_thread(self._echo, index // self.width, chances)}
+            return [self._chunk({"index": index, **form.part(text), **said, "finish_reason": None})]
+
         if form.first:
             for i in range(len(texts)):
                 yield self._chunk({"index": i, **form.first, "finish_reason": None})
@@ -229,44 +278,74 @@ class _Answer:
                 raise HTTPException(504, self.service.too_slow) from None
             if new is None:
                 break
-            i, tokens, scores = new
-            piece = texts[i].feed(tokens)
+            i, scores = new.index, new.scores
+            for chunk in await echo(i, new.prompt_chances):
+                yield chunk
+            piece = texts[i].feed(new.tokens)
             steps[i] += scores
-            if piece or scores:
+            more: dict[str, Any] = {}
+            if told[i] is not None:
+                told[i].feed(new.chances)
+                more["logprobs"] = told[i].take(texts[i].sent)
+            if scores:
                 said = {"score": finite(aggregate(steps[i])), "n_steps": len(steps[i]), "step_scores": finite(scores)}
-                yield self._chunk(
-                    {"index": i, **form.part(piece), "finish_reason": None} | ({"reflective": said} if scores else {})
-                )
+                more["reflective"] = said
+            if piece or scores or more.get("logprobs"):
+                yield self._chunk({"index": i, **form.part(piece), "finish_reason": None, **more})
         generations = settled(future)
-        for index, c in self._chosen(generations):
-            piece, said = texts[index].finish(c.text), self._end(c, before(c.text, self.body.stops))
+        for index, c, prompt_chances in self._chosen(generations):
+            for chunk in await echo(index, prompt_chances):
+                yield chunk
+            piece, said = texts[index].finish(c.text), self._end(c, index, told[index])
             yield self._chunk({"index": index, **form.part(piece), **said}, reflective=_run(generations))
         if self.body.with_usage:
             yield {**self._head(form.chunk), "choices": [], "usage": self._usage(generations)}
 
-    def _chosen(self, generations: list[Generation]) -> list[tuple[int, Candidate]]:
-        """Every choice with its number: those of the first prompt, then of the second; what is wrong with a prompt is its
-        choices' error."""
+    def _chosen(self, generations: list[Generation]) -> list[tuple[int, Candidate, list[Chance] | None]]:
+        """Every choice with its number, and its prompt's chances: those of the first prompt, then of the second; what is wrong
+        with a prompt is its choices' error."""
         rest, chosen = iter(generations), []
         for i in range(len(self.lengths)):
             if i in self.wrong:
-                chosen += [Candidate("", math.nan, [], [], [], error=self.wrong[i], status="error")] * self.width
+                wrong = Candidate("", math.nan, [], [], [], error=self.wrong[i], status="error")
+                chosen += [(wrong, None)] * self.width
                 continue
             generation = next(rest)
             self.service.metrics.scored(generation.candidates)
-            chosen += [generation.best] if self.body.steered else generation.candidates
-        return list(enumerate(chosen))
+            found = [generation.best] if self.body.steered else generation.candidates
+            chosen += [(c, generation.prompt_logprobs) for c in found]
+        return [(i, *choice) for i, choice in enumerate(chosen)]
 
-    def _end(self, c: Candidate, text: str) -> dict[str, Any]:
-        """How a choice ended, and its scores. Spans are of ``text``, which lacks the stop text that ended it."""
+    def _told(self, index: int) -> Told | None:
+        """What will tell the chances of a choice's tokens, where they are asked for."""
+        if self.body.alternatives is None:
+            return None
+        return Told(self.form.chances, self.service.engine.spelling, begin=len(self.echoes[index // self.width][0]))
+
+    def _echo(self, i: int, chances: list[Chance] | None) -> dict[str, Any] | None:
+        """The chances of prompt ``i``, where they are asked for."""
+        if self.body.alternatives is None or not chances:
+            return None
+        told = Told(self.form.chances, self.service.engine.spelling, special=self.echoes[i][1])
+        told.feed(chances)
+        return told.take(None)
+
+    def _end(self, c: Candidate, index: int, told: Told | None) -> dict[str, Any]:
+        """How a choice ended, its scores, and the chances that are not told yet. The text lacks the stop text that ended it, and
+        its spans begin behind the prompt, if that is repeated."""
+        text, begins = before(c.text, self.body.stops), len(self.echoes[index // self.width][0])
         size = len(text)
+        if told is not None and c.logprobs is not None:
+            told.feed(c.logprobs[told.count : len(c.token_ids)])
+            told.feed(c.logprobs[told.count :], ending=True)
         scores = {
             "score": finite(c.score), "n_steps": len(c.step_scores), "step_scores": finite(c.step_scores),
-            "step_spans": [[min(begin, size), min(end, size)] for begin, end in c.step_spans], "answer": c.answer,
+            "step_spans": [[begins + min(place, size) for place in span] for span in c.step_spans], "answer": c.answer,
             "error": c.error,
         }  # fmt: skip
         reason = c.status if c.status in ("length", "error") else "stop"
-        return {"finish_reason": reason, "logprobs": None, "reflective": scores}
+        chances = told.take(None if text == c.text else size) if told is not None else None
+        return {"finish_reason": reason, "logprobs": chances, "reflective": scores}
 
     def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
         usage = {"usage": None} if self.body.with_usage else {}
@@ -306,6 +385,11 @@ def _run(generations: list[Generation]) -> dict[str, Any]:
         "chosen_by": [generation.chosen_by for generation in generations],
         "scores": finite([c.score for generation in generations for c in generation.candidates]),
     }  # fmt: skip
+
+
+def _joined(first: dict[str, Any] | None, then: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The chances of a prompt and of what follows."""
+    return {name: first[name] + then[name] for name in first} if first and then else first or then
 
 
 def _sse(event: dict[str, Any]) -> str:

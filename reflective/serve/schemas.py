@@ -10,6 +10,7 @@ Item = TypeVar("Item")
 # A body of 8 MiB has room for 4 million items, and as many errors.
 Several = Annotated[list[Item], Field(min_length=1, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
+Alternatives = Annotated[int, Field(ge=0, le=20, strict=True)]
 StopTexts = Annotated[list[StopText], Field(max_length=16, fail_fast=True)]
 
 
@@ -171,7 +172,7 @@ class Sampling(_Request):
     """
 
     refused = {
-        "top_logprobs": (0,), "logit_bias": ({},), "logprobs": (False,), "prompt_logprobs": (), "echo": (False,),
+        "logit_bias": ({},), "prompt_logprobs": (),
         "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
         "top_k": (0, -1), "min_p": (0,), "min_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],),
         "bad_words": ([],), "allowed_token_ids": (), "use_beam_search": (False,), "truncate_prompt_tokens": (),
@@ -204,6 +205,16 @@ class Sampling(_Request):
         return any(value is not None for value in (self.effort, self.best_of, self.strategy))
 
     @property
+    def alternatives(self) -> int | None:
+        """Of how many tokens log-probabilities are asked for, beside that of the token that came; None: of none at all."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt is to be repeated."""
+        return False
+
+    @property
     def with_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -217,13 +228,25 @@ class Sampling(_Request):
 class ChatCompletion(Sampling):
     refused = {
         **Sampling.refused, "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-        "function_call": ("none", "auto"), "add_generation_prompt": (True,),
+        "function_call": ("none", "auto"), "add_generation_prompt": (True,), "echo": (False,),
     }  # fmt: skip
 
     messages: Messages
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
     )
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _with_logprobs(self) -> "ChatCompletion":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs={self.top_logprobs}: ask for logprobs, true, too")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -237,4 +260,25 @@ class ChatCompletion(Sampling):
 
 
 class Completion(Sampling):
+    """``max_tokens`` 0 with ``echo`` gives the prompt back, with its log-probabilities."""
+
+    refused = {**Sampling.refused, "top_logprobs": (0,)}
+
     prompt: TextsOrIds
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[Alternatives | None, BeforeValidator(lambda value: None if value is False else value)] = None
+    echo: bool | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    @model_validator(mode="after")
+    def _something(self) -> "Completion":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0: should be greater than or equal to 1, unless with echo, true")
+        return self

@@ -18,6 +18,9 @@ class Incoming:
     Args:
         decode: text of tokens; that of a token may depend on the one before it.
         stop: texts, none of them empty.
+
+    Attributes:
+        sent: characters that were handed on.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
@@ -25,7 +28,7 @@ class Incoming:
         self._known: list[int] = []  # the tokens of the piece before, whose text is known
         self._new: list[int] = []
         self._pending = ""
-        self._sent = 0
+        self.sent = 0
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The piece that becomes certain with these further tokens."""
@@ -39,12 +42,12 @@ class Incoming:
         if len(piece) == len(self._pending):
             piece = piece[: len(piece) - self._held(piece)]
         self._pending = self._pending[len(piece) :]
-        self._sent += len(piece)
+        self.sent += len(piece)
         return piece
 
     def finish(self, text: str) -> str:
         """The last piece of the response, whose whole text this is."""
-        return before(text, self._stop)[self._sent :]
+        return before(text, self._stop)[self.sent :]
 
     def _held(self, text: str) -> int:
         """Characters at the end of ``text`` with which a stop text begins."""
