@@ -242,3 +242,46 @@ def test_command_line(place, bare, tmp_path, processes):
     for sample in samples:
         context = f"Question: {QUESTIONS[sample['doc_id']]}\nAnswer:"
         assert sample["resps"] == [[cut(best(bare, context, n=3, temperature=1.0).text)]]
+
+
+# -- the harness as a client of the server -------------------------------------------------------------------------------
+
+
+def alone(net, ids, length):
+    """Log-likelihood of what follows the first ``length`` of ``ids``, and whether it is what greedy decoding gives."""
+    with torch.no_grad():
+        rows = net(torch.tensor([ids])).logits[0].float().log_softmax(-1)[length - 1 : -1]
+    after = torch.tensor(ids[length:])
+    return rows.gather(1, after[:, None]).sum().item(), bool((rows.argmax(-1) == after).all())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_size": 3}, {"num_concurrent": 4}], ids=["defaults", "batch", "concurrent"]
+)
+def test_local_completions(place, bare, settings):
+    from test_serve import live
+
+    net = LlamaForCausalLM.from_pretrained(place / "model").eval()
+    model = rf.ReflectiveModel(bare.model, bare.tokenizer, bare.head, replace(bare.config, answer=None))
+    with live(model) as server:
+        results = lm_eval.simple_evaluate(
+            model="local-completions",
+            model_args={
+                "model": "tiny", "base_url": f"{server.url}/v1/completions", "tokenizer": str(place / "model"), **settings
+            },
+            tasks=["written", "chosen"], task_manager=tasks(place), log_samples=True, bootstrap_iters=0,
+        )  # fmt: skip
+    seen = 0
+    for sample in results["samples"]["chosen"]:
+        for (context, continuation), ((found, greedy),) in zip(sample["arguments"], sample["resps"], strict=True):
+            ids = bare.tokenizer(context + continuation).input_ids
+            expected, likeliest = alone(net, ids, len(bare.tokenizer(context).input_ids))
+            assert (float(found), greedy in (True, "True")) == (pytest.approx(expected, abs=1e-4), likeliest)
+            seen += 1
+    assert seen == 3 * len(QUESTIONS)
+    for sample in results["samples"]["written"]:
+        ((context, given),) = sample["arguments"]
+        ids = bare.tokenizer(context, return_tensors="pt").input_ids
+        out = net.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0)
+        text = bare.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert sample["resps"] == [[cut(text)]] and set(UNTIL) <= set(given["until"])

@@ -424,8 +424,6 @@ def test_one_of_several_is_chosen(alone, client, asked, settings, stream):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"logprobs": True}, "logprobs is not supported"),
-        ({"top_logprobs": 3}, "top_logprobs is not supported"),
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
         ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
@@ -622,8 +620,8 @@ def test_errors_are_those_that_the_openai_client_knows(client):
     ask = {"messages": [{"role": "user", "content": "ABC"}], "max_tokens": 4}
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
         client.chat.completions.create(model="other", **ask)
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        client.chat.completions.create(model="tiny", logprobs=True, stream=True, **ask)
+    with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
+        client.chat.completions.create(model="tiny", logit_bias={"5": 1}, stream=True, **ask)
 
 
 def test_a_chat_goes_through_the_template(metastone):
