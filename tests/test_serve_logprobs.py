@@ -112,8 +112,8 @@ def test_streamed_chunks_have_those_of_their_text(client, stop):  # noqa: F811
     whole = client.completions.create(model="tiny", prompt="ABCDE", seed=4, n=3, logprobs=2, **SAMPLING)
     for choice in whole.choices:
         own = [p.choices[0].logprobs for p in parts if p.choices[0].index == choice.index and p.choices[0].logprobs]
-        assert sum((p.tokens for p in own), []) == choice.logprobs.tokens
-        assert sum((p.text_offset for p in own), []) == choice.logprobs.text_offset
+        assert [t for p in own for t in p.tokens] == choice.logprobs.tokens
+        assert [i for p in own for i in p.text_offset] == choice.logprobs.text_offset
 
 
 def test_completions(alone, client):  # noqa: F811
@@ -143,7 +143,7 @@ def test_echo(letters, alone, client, monkeypatch, limit, stream):  # noqa: F811
         text = alone.decode(ids)
         sizes = []
         hook = letters.model.model.register_forward_pre_hook(
-            lambda m, a, k: sizes.append(k["input_ids"].shape[1]), with_kwargs=True
+            lambda m, a, k, sizes=sizes: sizes.append(k["input_ids"].shape[1]), with_kwargs=True
         )
         ask = {
             "model": "tiny",
@@ -283,6 +283,11 @@ def test_a_response_that_ends_at_once_has_its_end_token():
         ("completions", {"top_logprobs": 2}, "top_logprobs is not supported"),
         ("completions", {"max_tokens": 0}, "max_tokens=0: should be greater than or equal to 1"),
         ("completions", {"max_tokens": -1, "echo": True}, "max_tokens: "),
+        (
+            "completions",
+            {"prompt": ["A" * 500] * 50, "logprobs": 20, "echo": True},
+            "525000 of the prompts in one answer",
+        ),
     ],
 )
 def test_refusals(letters, path, more, says):  # noqa: F811

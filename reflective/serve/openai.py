@@ -27,6 +27,7 @@ from .service import Service, Shared, error_body, settled
 from .text import Incoming, before
 
 TEMPERATURE, TOP_P = 0.6, 0.95  # as published
+CHANCES = 1 << 19  # of prompts' tokens in one answer: 50 MB of JSON
 UNREAD = 5.0  # seconds, beyond the limit, in which the last events may be read
 ONE_MODEL = "/v1/models/"
 router = APIRouter()
@@ -139,6 +140,12 @@ async def _complete(
         service.check_count("prompt, n, best_of, effort, strategy", len(answer.lengths) * strategy.n)
         of_prompt = body.echoes and (body.alternatives is not None or body.max_tokens == 0)
         if body.alternatives is not None:
+            count = sum(answer.lengths) * answer.width * (1 + body.alternatives) if body.echoes else 0
+            if count > CHANCES:
+                raise ValueError(
+                    f"prompt, n, logprobs: {count} of the prompts in one answer; this server gives {CHANCES}; leave out echo, or "
+                    "send fewer prompts at once"
+                )
             _ = engine.spelling  # read here, where it holds up nobody
         return engine.generate_all(
             prompts, strategy=strategy, n=None, max_new_tokens=body.max_tokens,
