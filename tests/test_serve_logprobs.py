@@ -261,7 +261,12 @@ def test_a_response_that_ends_at_once_has_its_end_token():
     with live(model) as server:
         body = {"prompt": "ABC", "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True}
         (choice,) = server.http.post("/v1/completions", json=body).json()["choices"]
+        ask = {"messages": [{"role": "user", "content": "ABC"}], "temperature": 0, "logprobs": True, "top_logprobs": 1}
+        chat = server.http.post("/v1/chat/completions", json=ask).json()
     assert choice["text"] == "ABC" and choice["finish_reason"] == "stop"
+    (entry,) = chat["choices"][0]["logprobs"]["content"]
+    assert chat["choices"][0]["message"]["content"] == "" and entry["bytes"] == [], "it is no part of the text"
+    assert entry["token"] == entry["top_logprobs"][0]["token"] == model.decode([likeliest])
     assert len(choice["logprobs"]["tokens"]) == 4 and choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
 
 
