@@ -86,6 +86,18 @@ def test_one_of_several_has_those_of_its_own(alone, client):  # noqa: F811
         check(alone, alone.encode("ABCDE")[0].tolist(), with_end(alone, best), of_chat(choice), 2)
 
 
+def test_one_of_several_streamed_behind_its_prompt(client):  # noqa: F811
+    ask = {"model": "tiny", "prompt": ["ABC", "Z"], "seed": 2, "extra_body": {"best_of": 4}, "logprobs": 1, "echo": True}
+    made = client.completions.create(**ask, **SAMPLING)
+    parts = [c for p in client.completions.create(stream=True, **ask, **SAMPLING) for c in p.choices]
+    for choice in made.choices:
+        own = [p for p in parts if p.index == choice.index]
+        assert "".join(p.text for p in own) == choice.text
+        assert [t for p in own if p.logprobs for t in p.logprobs.tokens] == choice.logprobs.tokens
+        assert [i for p in own if p.logprobs for i in p.logprobs.text_offset] == choice.logprobs.text_offset
+        assert own[-1].reflective["step_spans"] == choice.reflective["step_spans"]
+
+
 @pytest.mark.parametrize("stop", [None, 3], ids=["whole", "stop"])
 def test_streamed_chunks_have_those_of_their_text(client, stop):  # noqa: F811
     ask = {"model": "tiny", "messages": CHAT, "n": 3, "seed": 4, "logprobs": True, "top_logprobs": 2, **SAMPLING}
