@@ -19,6 +19,7 @@ from reflective.search import Chance
 from reflective.serve import logprobs
 from reflective.serve.engine import Engine
 from reflective.serve.logprobs import Spelling, Told
+from reflective.serve.text import Incoming
 
 CHAT = [{"role": "user", "content": "ABCDE"}]
 EXACT = {"rel": 0, "abs": 1e-4}
@@ -87,7 +88,14 @@ def test_one_of_several_has_those_of_its_own(alone, client):  # noqa: F811
 
 
 def test_one_of_several_streamed_behind_its_prompt(client):  # noqa: F811
-    ask = {"model": "tiny", "prompt": ["ABC", "Z"], "seed": 2, "extra_body": {"best_of": 4}, "logprobs": 1, "echo": True}
+    ask = {
+        "model": "tiny",
+        "prompt": ["ABC", "Z"],
+        "seed": 2,
+        "extra_body": {"best_of": 4},
+        "logprobs": 1,
+        "echo": True,
+    }
     made = client.completions.create(**ask, **SAMPLING)
     parts = [c for p in client.completions.create(stream=True, **ask, **SAMPLING) for c in p.choices]
     for choice in made.choices:
@@ -417,25 +425,52 @@ def test_special_tokens(metastone):  # noqa: F811
         assert choice["logprobs"]["text_offset"] == [0, 7, 8, 9]
 
 
+class Decoding:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def decode(self, tokens, *, special=False):
+        return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+
 def test_a_space_that_decoding_drops():
-    core = Tokenizer(models.WordLevel({"<unk>": 0, "▁a": 1, "▁b": 2, "c": 3}, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "▁a": 1, "▁b": 2, "c": 3, "▁▁a": 4, "▁": 5}, unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
 
-    class Decoding:
-        def __init__(self):
-            self.tokenizer = tokenizer
-
-        def decode(self, tokens, *, special=False):
-            return tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
-
-    spelling = Spelling(Decoding())
+    spelling = Spelling(Decoding(tokenizer))
     told = Told(logprobs.chat, spelling)
     told.feed([Chance(token, -1.0, [(2, -0.5)]) for token in (1, 3, 2, 1)])
     content = told.take(None)["content"]
     assert [e["token"] for e in content] == ["a", "c", " b", " a"]
     assert [e["top_logprobs"][0]["token"] for e in content] == ["b", " b", " b", " b"]
     assert b"".join(bytes(e["bytes"]) for e in content).decode() == tokenizer.decode([1, 3, 2, 1]) == "ac b a"
+    assert spelling.bytes(4) == b"  a" and spelling.bytes(4, first=True).decode() == tokenizer.decode([4])
+    told = Told(logprobs.chat, spelling)
+    told.feed([Chance(token, -1.0, []) for token in (5, 1)])
+    assert [e["bytes"] for e in told.take(None)["content"]] == [[], [32, 97]] and tokenizer.decode([5, 1]) == " a"
+
+
+def test_a_space_with_part_of_a_character():
+    """Byte-level tokenizers merge the two: what follows begins behind the space."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate([*alphabet, "Ġâ"])}, [("Ġ", "â")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    spelling = Spelling(Decoding(tokenizer))
+    ids = tokenizer("a ☃!").input_ids
+    told = Told(logprobs.completion, spelling, begin=5)
+    streamed, pieces, incoming = [], [], Incoming(spelling.decode)
+    for i in ids:
+        told.feed([Chance(i, -1.0, [])])
+        pieces.append(incoming.feed([i]))
+        said = told.take(incoming.sent)
+        streamed.append(said and (said["tokens"], said["text_offset"]))
+    assert pieces == ["a", "", "", " ☃", "!"]
+    assert streamed == [
+        (["a"], [5]), None, None, (["bytes:\\x20\\xe2", "bytes:\\x98", "bytes:\\x83"], [6, 7, 7]), (["!"], [8])
+    ]  # fmt: skip
 
 
 def test_numbers_that_json_lacks():

@@ -19,12 +19,14 @@ class Spelling:
         self.decode, self._texts = model.decode, token_bytes(model.tokenizer)
 
     def bytes(self, token: int, *, first: bool = False, special: bool = False) -> bytes:
-        """``first``: of a text, where some tokenizers leave a space out; ``special``: with the texts of special tokens."""
+        """``first``: of a text, where some tokenizers leave spaces out; ``special``: with the texts of special tokens."""
         text = self._texts[token] if token < len(self._texts) else None
         if text is None:
             return self.decode([token], special=True).encode(errors="surrogatepass") if special else b""
-        dropped = first and text.startswith(b" ") and not self.decode([token], special=special).startswith(" ")
-        return text[1:] if dropped else text
+        if first and text.startswith(b" "):
+            alone = self.decode([token], special=special).encode(errors="surrogatepass")
+            return alone if alone.lstrip(b" ") == text.lstrip(b" ") else text
+        return text
 
     def name(self, token: int, text: bytes, mark: str = "") -> str:
         """Of a token whose text is ``text``: that or, of part of a character, its bytes behind ``mark``, so that no two parts
@@ -51,7 +53,6 @@ class Told:
         self.write, self.spelling, self.special, self.begin = write, spelling, special, begin
         self.count = 0  # of tokens that were fed
         self._text = Incoming(lambda tokens: spelling.decode(tokens, special=special))
-        self._length = 0  # of their text, as far as it is certain
         self._waiting: list[tuple[Chance, int]] = []  # each with the place at which it begins
         self._first = True
         self._ended = False
@@ -59,9 +60,9 @@ class Told:
     def feed(self, chances: Sequence[Chance], *, ending: bool = False) -> None:
         """Further tokens; ``ending``: which end the text and are no part of it."""
         for chance in chances:
-            self._waiting.append((chance, -1 if ending else self._length))
+            self._waiting.append((chance, -1 if ending else self._text.length))
             if not ending:
-                self._length += len(self._text.feed([chance.token]))
+                self._text.feed([chance.token])
         self.count += len(chances)
 
     def take(self, length: int | None) -> dict[str, Any] | None:
@@ -76,7 +77,7 @@ class Told:
         """What the token adds to the text, and what each of the likeliest would have added."""
         first, ending = self._first, place < 0
         own = b"" if ending else self.spelling.bytes(chance.token, first=first, special=self.special)
-        self._first = first and not own
+        self._first = first and not self.spelling.bytes(chance.token, special=self.special)
         return own, [(t, self.spelling.bytes(t, first=first, special=self.special), p) for t, p in chance.top]
 
 
@@ -106,7 +107,7 @@ def completion(told: Told, taken: list[tuple[Chance, int]]) -> dict[str, Any]:
         said["tokens"].append(name)
         said["token_logprobs"].append(number)
         said["top_logprobs"].append(None if chance.log_prob is None else likely)
-        said["text_offset"].append(told.begin + (place if place >= 0 else told._length))
+        said["text_offset"].append(told.begin + (place if place >= 0 else told._text.length))
     return said
 
 

@@ -45,6 +45,12 @@ class Incoming:
         self.sent += len(piece)
         return piece
 
+    @property
+    def length(self) -> int:
+        """Characters so far, those that are held back too, but for one of which bytes are missing."""
+        new = self._decode(self._known + self._new)[len(self._decode(self._known)) :] if self._new else ""
+        return self.sent + len(self._pending) + len(new.rstrip(_UNFINISHED))
+
     def finish(self, text: str) -> str:
         """The last piece of the response, whose whole text this is."""
         return before(text, self._stop)[self.sent :]
