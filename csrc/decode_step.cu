@@ -589,6 +589,7 @@ template <class H>
 void launch_step(const Device& on, Step<H> step, cudaStream_t stream) {
   step.found_bytes = Found::bytes(step.ids.batch);
   step.ring_bytes = on.shared_bytes - FIXED_BYTES - step.found_bytes;
+  // As there are no fewer slots than sequences, what holds this is room for two stages of the largest tile, too.
   check_fits(step.state.slot_capacity + step.ids.batch, step.ring_bytes);
   const Stream& state = step.state;
   const Rows3 kept{state.last_hidden, 2, state.sequences, 2 * step.head.width};

@@ -19,10 +19,6 @@
 
 #include <cuda.h>
 
-#ifndef REFLECTIVE_CLUSTER
-#define REFLECTIVE_CLUSTER 2
-#endif
-
 namespace reflective {
 
 template <class T_>
@@ -33,7 +29,7 @@ struct Sm90Head : Tiling {
   static constexpr int CONSUMERS = 2 * 4 * WARP;
   static constexpr int THREADS = CONSUMERS + WARP;
   static constexpr int COPIERS = CONSUMERS;
-  static constexpr int CLUSTER = REFLECTIVE_CLUSTER;
+  static constexpr int CLUSTER = 2;
 
   // As the copy engine sees them: boxes of 64 columns. Rows are [any, planes, width].
   struct Maps {

@@ -155,7 +155,7 @@ class Backbone:
             )
         return hidden
 
-    def hidden(self, ids: Tensor, attention_mask: Tensor | None, shared: int = 0, cache: Cache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, attention_mask: Tensor | None, shared: int = 0, kv: Cache | None = None) -> Tensor:
         """States [B, T - shared, H] that enter the last layer, with their autograd graph, for ``ids`` [B, T].
 
         The last layer, the final norm and the LM head never run, and no other layer's states are kept.
@@ -164,7 +164,7 @@ class Backbone:
         Args:
             shared: this many columns, alike in all rows and without padding, run once for all rows and are not returned.
                 See ``can_share``.
-            cache: of the columns before ``ids``, which are added to it: a text is run a piece at a time. Without padding.
+            kv: the cache of the columns before ``ids``, which are added to it: a text is run a piece at a time. Without padding.
 
         Raises:
             ValueError: an id stands for an image, a video or a sound, which the ids do not hold.
@@ -172,12 +172,12 @@ class Backbone:
         self._check_text_only(ids)
         first = _device_of(self.model.get_input_embeddings())  # several devices: the last layer's may be another
         ids, inputs = ids.to(first), {"use_cache": False}
-        if shared or cache is not None:
-            cache = DynamicCache(config=self._text_config()) if cache is None else cache
-            inputs = {"use_cache": True, **with_cache(self.decoder, cache)}
+        if shared or kv is not None:
+            kv = DynamicCache(config=self._text_config()) if kv is None else kv
+            inputs = {"use_cache": True, **with_cache(self.decoder, kv)}
         if shared:
             self._states({"input_ids": ids[:1, :shared], **inputs})
-            cache.batch_repeat_interleave(len(ids))
+            kv.batch_repeat_interleave(len(ids))
         # No token sees padding on its right. Without a mask attention is faster, and a sliding window over nothing but padding
         # does not make its row NaN.
         if attention_mask is not None and not (attention_mask[:, 0] != 0).all():
@@ -211,11 +211,11 @@ class Backbone:
         raise unknown(f"model: the last layer of {type(self.model).__name__} never ran", self.model)
 
     def features(
-        self, ids: Tensor, attention_mask: Tensor | None, row: Tensor, column: Tensor, cache: Cache | None = None
+        self, ids: Tensor, attention_mask: Tensor | None, row: Tensor, column: Tensor, kv: Cache | None = None
     ) -> Tensor:
-        """States [M, H] at ``(row, column)`` of ``hidden(ids, attention_mask, cache=cache)``, without a graph."""
+        """States [M, H] at ``(row, column)`` of ``hidden(ids, attention_mask, kv=kv)``, without a graph."""
         with torch.no_grad(), self._narrow_mlps():
-            return self.hidden(ids, attention_mask, cache=cache)[row, column]
+            return self.hidden(ids, attention_mask, kv=kv)[row, column]
 
     def _check_text_only(self, ids: Tensor) -> None:
         for kind in ("image", "video", "audio"):
