@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from forked import error_of
 from test_model import byte_tokenizer, small  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -271,6 +272,7 @@ def test_a_directory_that_is_read_only(tmp_path):
         os.chmod(folder, 0o555)
         root = os.geteuid() == 0
         try:
+            codecs.lookup("utf-8-sig")  # Python remembers it as unknown if its library is root's alone
             if root:  # who may write anywhere
                 os.seteuid(65534)
             with pytest.raises(OSError, match=r"out\.jsonl cannot be written: the folder .* is read-only"):
@@ -645,21 +647,12 @@ def test_a_full_disk_loses_nothing_that_is_done(small, tmp_path, name):  # noqa:
 
     def limited(size):
         """The error of a run in a process whose files may have ``size`` bytes."""
-        reader, writer = os.pipe()
-        if (pid := os.fork()) == 0:
-            said = "nothing"
-            try:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-                batch.score_file(lambda: small, source, output, batch_tokens=200, report=lambda text: None)
-            except BaseException as error:  # noqa: BLE001
-                said = f"{type(error).__name__}: {error}"
-            os.write(writer, said.encode())
-            os._exit(0)
-        os.close(writer)
-        with open(reader) as told:
-            said = told.read()
-        os.waitpid(pid, 0)
-        return said
+
+        def run():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            batch.score_file(lambda: small, source, output, batch_tokens=200, report=lambda text: None)
+
+        return error_of(run)
 
     said = limited(20_000)
     assert said.startswith(f"OSError: {journal} cannot be written: ") and "the same command goes on there" in said, said

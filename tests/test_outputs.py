@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from forked import error_of
 
 from reflective import outputs
 from reflective.plot import draw, image, pyplot
@@ -133,24 +134,15 @@ def test_links_that_lead_nowhere(tmp_path):
 
 def as_nobody(do):
     """What error ``do`` ends with, in a process of a user that may not write everywhere, as root may."""
-    reader, writer = os.pipe()
-    if (pid := os.fork()) == 0:
-        said = ""
-        try:
-            if os.geteuid() == 0:
-                os.setgroups([])
-                os.setgid(65534)
-                os.setuid(65534)
-            do()
-        except BaseException as error:  # noqa: BLE001
-            said = f"{type(error).__name__}: {error}"
-        os.write(writer, said.encode())
-        os._exit(0)
-    os.close(writer)
-    with open(reader) as told:
-        said = told.read()
-    os.waitpid(pid, 0)
-    return said
+
+    def without_rights():
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        do()
+
+    return error_of(without_rights)
 
 
 @posix
