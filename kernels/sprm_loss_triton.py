@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .logit_rows_triton import INTERPRETED, NAN_PROPAGATES, OPTIONS
+from .logit_rows_triton import INTERPRETED, NAN_PROPAGATES
 from .sprm_loss import dropout_scale, dropout_threshold
+
+# Fused, unlike in logit_rows: every sum here has one tile, and unfused `_terms` spills on sm_100 under Triton 3.7.1.
+OPTIONS = {"enable_fp_fusion": True}
 
 BLOCK_P = tl.constexpr(32)  # lines of partial sums read at once
 SMALLEST = tl.constexpr(2.0**-100)  # its reciprocal is finite

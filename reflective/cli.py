@@ -20,7 +20,7 @@ from .strategies import NAMES as STRATEGIES
 from .train.settings import Settings
 
 if TYPE_CHECKING:  # at run time inside the commands, so that --help need not wait for torch
-    from .model import Candidate, Generation, ReflectiveModel
+    from .model import Generation, ReflectiveModel
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -518,15 +518,9 @@ def _record(question: str, generation: "Generation") -> dict[str, Any]:
         "best": generation.candidates.index(generation.best),
         "text": generation.text,
         "score": generation.score,
-        "candidates": [_fields(c) for c in generation.candidates],
+        "candidates": [c.record() for c in generation.candidates],
         **{name: getattr(generation, name) for name in _COSTS},
     }
-
-
-def _fields(candidate: "Candidate") -> dict[str, Any]:
-    fields = dataclasses.asdict(candidate)
-    del fields["logprobs"]  # of the server alone
-    return fields
 
 
 def _complain(text: str) -> None:

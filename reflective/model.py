@@ -107,6 +107,12 @@ class Candidate:
     tokens: int = 0
     logprobs: list[Chance] | None = field(default=None, repr=False)
 
+    def record(self) -> dict[str, Any]:
+        """As files hold it: every field but ``logprobs``, which is the server's alone."""
+        fields = asdict(self)
+        del fields["logprobs"]
+        return fields
+
 
 @dataclass
 class Generation:

@@ -723,7 +723,7 @@ def test_questions_are_answered_as_each_is_alone(small, tmp_path, given, wanted)
         assert [c["token_ids"] for c in row["candidates"]] == [c.token_ids for c in alone.candidates]
         assert row["text"] == alone.text == row["candidates"][row["best"]]["text"]
         assert row["score"] == pytest.approx(alone.score, rel=1e-5) and row["tokens"] == alone.tokens
-        assert row["candidates"][0].keys() == dataclasses.asdict(alone.best).keys()
+        assert row["candidates"][0].keys() == alone.best.record().keys()
     answered(small, source, tmp_path / "single.jsonl", together=1)
     assert [r["text"] for r in read(tmp_path / "single.jsonl")] == [r["text"] for r in found]
 

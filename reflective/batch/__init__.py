@@ -481,7 +481,7 @@ def _answered(found: "Generation | Exception") -> dict[str, Any]:
     return finite(
         {
             "text": found.text, "score": found.score, "best": found.candidates.index(found.best),
-            "candidates": [dataclasses.asdict(c) | {"error": _reason(c)} for c in found.candidates],
+            "candidates": [c.record() | {"error": _reason(c)} for c in found.candidates],
             "strategy": found.strategy, "seed": found.seed, "tokens": found.tokens, "error": _reason(found.best),
         }
     )  # fmt: skip
