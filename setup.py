@@ -6,7 +6,8 @@ C++ kernels alone. Nothing is downloaded, and no GPU is looked for: what is buil
 
 ============================== =======================================================================================
 ``CUDA_HOME``, ``CUDA_PATH``   the CUDA toolkit; else the ``nvcc`` on ``PATH``, else ``/usr/local/cuda``
-``TORCH_CUDA_ARCH_LIST``       as for torch; default ``8.0;9.0;10.0+PTX``. GPUs between run the code of the next lower one of
+``TORCH_CUDA_ARCH_LIST``       as for torch; default ``8.0;9.0;10.0+PTX``, of which 9.0 is compiled as 9.0a, for Hopper's own
+                               instructions. GPUs between run the code of the next lower one of
                                their generation (8.6 and 8.9 that of 8.0), later ones (12.0) compile the PTX when first used
 ``REFLECTIVE_SKIP_CUDA_BUILD`` 1: C++ only, whatever else is set
 ``FORCE_CUDA``                 1: no nvcc, or one that fails, is an error
