@@ -134,9 +134,7 @@ class StreamState:
 
     def counts(self) -> list[int]:
         """Of every sequence, how many scored steps count for the tags seen so far. One read of the device."""
-        n_think, n_end = self.seq[:, [layout.N_THINK, layout.N_END]].clamp_max(2).unbind(1)
-        counted = _COUNTED.to(self.seq.device)[n_think, n_end]  # [N, N_REGIONS]
-        return (self.tally[:, :, layout.COUNT] * counted).sum(1).int().tolist()
+        return (self.tally[:, :, layout.COUNT] * _counted(self.seq)).sum(1).int().tolist()
 
     def sequences(self, rows: Sequence[int]) -> list["SequenceTally"]:
         """What each of the sequences ``rows`` has by now, of the regions that count for the tags seen so far.
@@ -145,8 +143,7 @@ class StreamState:
         """
         at = torch.as_tensor(rows, dtype=torch.int64, device=self.seq.device)
         seq, tally = self.seq[at], self.tally[at]
-        n_think, n_end = seq[:, [layout.N_THINK, layout.N_END]].clamp_max(2).unbind(1)
-        counts = _COUNTED.to(self.seq.device)[n_think, n_end]  # [n, N_REGIONS]
+        counts = _counted(seq)
         n_steps, n_logged = (tally[..., layout.COUNT] * counts).sum(1).long(), seq[:, layout.N_STEPS]
         # Summed on the host, in the order of the regions; a region without a step has no sum.
         log_sums = [
@@ -164,9 +161,7 @@ class StreamState:
     def counted_order(self, owners: Tensor) -> Tensor:
         """Which rows of ``owners`` [M, OWNER_FIELDS] are of steps that count, ordered by sequence, then by step."""
         sequence, step, region = owners.long().unbind(1)
-        counted = torch.zeros(len(self.seq), layout.N_REGIONS, dtype=torch.bool, device=owners.device)
-        for i, seq in enumerate(self.seq.tolist()):
-            counted[i, layout.counted_regions(seq[layout.N_THINK], seq[layout.N_END])] = True
+        counted = _counted(self.seq)
         order = (sequence << 32 | step).argsort()
         return order[counted[sequence, region][order]]
 
@@ -175,6 +170,12 @@ class StreamState:
 _COUNTED = torch.tensor(
     [[[r in layout.counted_regions(a, b) for r in range(layout.N_REGIONS)] for b in range(3)] for a in range(3)]
 )
+
+
+def _counted(seq: Tensor) -> Tensor:
+    """[n, N_REGIONS]: which regions count for the tags that each of ``seq`` [n, SEQ_FIELDS] has seen."""
+    n_think, n_end = seq[:, [layout.N_THINK, layout.N_END]].clamp_max(2).unbind(1)
+    return _COUNTED.to(seq.device)[n_think, n_end]
 
 
 def static(tensor: Tensor) -> Tensor:

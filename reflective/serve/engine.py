@@ -253,7 +253,7 @@ class Engine:
     @property
     def max_length(self) -> int | None:
         """Tokens of prompt and response together, as far as the model's configuration says."""
-        return getattr(self.model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return self.model.max_length
 
     def stats(self) -> dict[str, int]:
         """``queued`` requests, ``running`` ones, that decode or are scored, ``rows`` (candidates that decode), and what was done
