@@ -25,7 +25,7 @@ import torch
 import reflective as rf
 from reflective.batch import score_file
 from reflective.benchmarks.record import RESULTS, write
-from reflective.finished import batches_by_length
+from reflective.engines.hf.finished import batches_by_length
 from reflective.published import second_pass
 
 Scores = list[list[float]]  # of the steps of each text

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from reflective import ops
 from reflective.benchmarks import cases
 from reflective.benchmarks.cases import Cell
 from reflective.benchmarks.record import write
+from reflective.scoring import ops
 
 pytestmark = pytest.mark.skipif(ops.WHY_NO_EXTENSION is not None, reason=str(ops.WHY_NO_EXTENSION))
 

@@ -31,7 +31,7 @@ from reflective.benchmarks.decode_modes import fixed_length
 from reflective.benchmarks.finished_text import status
 from reflective.benchmarks.record import RESULTS, write
 from reflective.published import second_pass
-from reflective.state import StreamState
+from reflective.scoring.state import StreamState
 
 WAYS = ("reflective", "published")
 QUESTION = "8 + 13 + 6"

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from reflective import backend, kernels, sprm
+from reflective import kernels
 from reflective.benchmarks import peers
 from reflective.kernels import layout
-from reflective.state import StreamState
+from reflective.scoring import backend, sprm
+from reflective.scoring.state import StreamState
 
 FLOAT8 = torch.float8_e4m3fn
 OURS = ("cuda", "triton", "cpu")

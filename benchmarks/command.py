@@ -12,7 +12,7 @@ from rich.table import Table
 
 from reflective.benchmarks import cases, plots, suite
 from reflective.benchmarks.suite import DTYPES, Row, Settings
-from reflective.outputs import folder
+from reflective.utils.outputs import folder
 
 SAVE_EVERY = 10  # seconds: what was measured survives an end by force
 

@@ -46,8 +46,9 @@ from transformers import (
 
 import reflective as rf
 from reflective.benchmarks.record import RESULTS, write
-from reflective.scorer import At, Schedule
-from reflective.transformers_internals import with_cache
+from reflective.engines.hf.internals import with_cache
+from reflective.engines.hf.scorer import Schedule
+from reflective.scoring.steps import At
 
 SCHEDULES: tuple[Schedule, ...] = ("deferred", "immediate")
 WARM_UP = 4  # forwards: the prompt's, and what compilation and CUDA graphs need

@@ -36,9 +36,9 @@ from transformers import CompileConfig, PreTrainedTokenizerFast, Qwen2Config, St
 import reflective as rf
 from reflective.benchmarks.decode_modes import SCHEDULES, STEP_EVERY, Player, Subject, another, fixed_length, wait
 from reflective.benchmarks.record import RESULTS, write
+from reflective.engines.hf.internals import compiled_everywhere, with_cache
+from reflective.engines.hf.scorer import Schedule
 from reflective.published import second_pass
-from reflective.scorer import Schedule
-from reflective.transformers_internals import compiled_everywhere, with_cache
 
 CHUNK = 64  # tokens whose ops are one graph where they are timed by themselves
 PAST = 16  # tokens of a prompt

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from reflective import SPRM, TrajectoryScores, kernels
-from reflective.backend import choose_backend
 from reflective.benchmarks.record import write
-from reflective.default import HEAD
+from reflective.checkpoints.default import HEAD
 from reflective.kernels.score_rows import log_score
+from reflective.scoring.backend import choose_backend
 from reflective.train import Rollouts, evaluate
 
 CPU, FLOAT8 = torch.device("cpu"), torch.float8_e4m3fn

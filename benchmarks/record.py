@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import reflective
-from reflective import outputs
+from reflective.utils import outputs
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -28,10 +28,10 @@ from reflective.benchmarks.reproduction import ship
 from reflective.benchmarks.reproduction.families import FAMILIES
 from reflective.benchmarks.reproduction.rollouts import questions as held_out
 from reflective.benchmarks.reproduction.rollouts import trained
-from reflective.default import HEAD
+from reflective.checkpoints.default import HEAD
 from reflective.plot import pyplot
-from reflective.strategies import NAMES, Strategy, by_name
-from reflective.strategies.votes import same_answer
+from reflective.search.strategies import NAMES, Strategy, by_name
+from reflective.search.strategies.votes import same_answer
 from reflective.tasks import Question
 
 AT_A_TIME = 16  # questions in one call

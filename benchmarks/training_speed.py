@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from reflective.backbone import Backbone
 from reflective.benchmarks.record import RESULTS, write
 from reflective.benchmarks.reproduction.families import FAMILIES
 from reflective.benchmarks.reproduction.rollouts import MAX_NEW_TOKENS, TEMPERATURE, policy, questions, untrained
-from reflective.generation import end_tokens
+from reflective.engines.hf.backbone import Backbone
+from reflective.engines.hf.generation import end_tokens
 from reflective.model import ReflectiveModel
 from reflective.train.sampler import Sampler
 

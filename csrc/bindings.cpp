@@ -1,6 +1,6 @@
 // torch.ops.reflective.* on CPU and, with REFLECTIVE_CUDA, on CUDA tensors. The only file that knows torch, and of it
 // only libtorch's stable ABI: one build serves every torch from 2.11 and every Python from 3.10, with and without CUDA.
-// The schemas are stated in reflective/ops.py. With REFLECTIVE_EMULATION the CUDA kernels answer for CPU tensors under
+// The schemas are stated in reflective/scoring/ops.py. With REFLECTIVE_EMULATION the CUDA kernels answer for CPU tensors under
 // torch.ops.reflective_emulation.*, and nothing else is there: see tests/emulation.
 #ifndef REFLECTIVE_EMULATION
 #include <Python.h>

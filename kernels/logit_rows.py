@@ -14,7 +14,7 @@ def logit_rows(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor 
     Args:
         features: [M, H].
         w1, b1, w2, b2: [K, H], [K], [1, K], [1], of the features' dtype. Or ``w1`` is float8_e4m3fn and the others are
-            float32, with the scale of each row of ``w1`` folded into ``b1`` and ``w2`` (``reflective.sprm.quantize``).
+            float32, with the scale of each row of ``w1`` folded into ``b1`` and ``w2`` (``reflective.scoring.sprm.quantize``).
 
     Returns:
         [M] logits, float32 (float64 for float64 inputs: what tests call the truth).

@@ -4,14 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backend import backends
-    from .finished import score
-    from .loss import sprm_loss, sprm_loss_rows
+    from .engines.hf.finished import score
+    from .engines.hf.scorer import StreamScorer
     from .model import ReflectiveModel
-    from .scorer import StreamScorer
-    from .scores import NonFiniteWarning, TrajectoryScores
-    from .sprm import SPRM
-    from .steps import StepTokens
+    from .scoring.backend import backends
+    from .scoring.loss import sprm_loss, sprm_loss_rows
+    from .scoring.scores import NonFiniteWarning, TrajectoryScores
+    from .scoring.sprm import SPRM
+    from .scoring.steps import StepTokens
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,16 +27,16 @@ __all__ = [
     "sprm_loss_rows",
 ]
 _HOME = {
-    "SPRM": "sprm",
-    "NonFiniteWarning": "scores",
+    "SPRM": "scoring.sprm",
+    "NonFiniteWarning": "scoring.scores",
     "ReflectiveModel": "model",
-    "StepTokens": "steps",
-    "StreamScorer": "scorer",
-    "TrajectoryScores": "scores",
-    "backends": "backend",
-    "score": "finished",
-    "sprm_loss": "loss",
-    "sprm_loss_rows": "loss",
+    "StepTokens": "scoring.steps",
+    "StreamScorer": "engines.hf.scorer",
+    "TrajectoryScores": "scoring.scores",
+    "backends": "scoring.backend",
+    "score": "engines.hf.finished",
+    "sprm_loss": "scoring.loss",
+    "sprm_loss_rows": "scoring.loss",
 }
 
 

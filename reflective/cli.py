@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .outputs import destination, json_text, partial
-from .strategies import NAMES as STRATEGIES
+from .search.strategies import NAMES as STRATEGIES
 from .train.settings import Settings
+from .utils.outputs import destination, json_text, partial
 
 if TYPE_CHECKING:  # at run time inside the commands, so that --help need not wait for torch
     from .model import Generation, ReflectiveModel
@@ -490,7 +490,7 @@ def bench(
 
 
 def _load(model: str, head: str | None, fetch: bool, *, untrained: bool = False) -> "ReflectiveModel":
-    from .hub import is_repository
+    from .checkpoints.hub import is_repository
     from .model import ReflectiveModel
 
     if model == "default":

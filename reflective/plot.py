@@ -4,14 +4,33 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from .model import Candidate, Generation
-from .outputs import destination, replacing
-from .scores import aggregate
+from .scoring.scores import aggregate
+from .utils.outputs import destination, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+class Candidate(Protocol):
+    """What of a ``search.results.Candidate`` is drawn."""
+
+    text: str
+    score: float
+    step_scores: list[float]
+    step_spans: list[tuple[int, int]]
+    status: str
+
+
+class Generation(Protocol):
+    """What of a ``search.results.Generation`` is drawn."""
+
+    candidates: Sequence[Candidate]
+    best: Candidate
+    strategy: str
+    tokens: int
+    alive: list[tuple[float, int]]
 
 
 def plot_trajectory(candidate: Candidate, path: str | Path, *, title: str = "") -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
-from reflective import ops
+from reflective.scoring import ops
 
 ROOT = Path(__file__).parents[1]
 MULTIPROCESSORS = 5  # of the emulated GPU: several tiles a block, and blocks with one tile less than others

@@ -13,7 +13,7 @@ from typing import Any
 from test_search import QUESTIONS, reflective_model
 
 from reflective.model import Generation, ReflectiveModel
-from reflective.strategies import HOLD, KEEP, NAMES, STOP, Strategy, by_name
+from reflective.search.strategies import HOLD, KEEP, NAMES, STOP, Strategy, by_name
 
 FILE = Path(__file__).parent / "recorded" / "search.json"
 SAMPLING = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 28}

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import reflective as rf
-from reflective import backend, ops
+from reflective.scoring import backend, ops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 compiled_for_cpu = pytest.mark.skipif(ops.WHY_NO_EXTENSION is not None, reason=str(ops.WHY_NO_EXTENSION))

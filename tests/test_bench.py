@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reflective import kernels, ops
+from reflective import kernels
 from reflective.benchmarks import (
     best_of_n,
     cases,
@@ -33,6 +33,7 @@ from reflective.benchmarks import (
 )
 from reflective.benchmarks.cases import CASES, FLOAT8, Cell
 from reflective.benchmarks.suite import Item, Settings
+from reflective.scoring import ops
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

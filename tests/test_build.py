@@ -34,13 +34,13 @@ SOURCES = sorted(
 
 # Runs from anywhere with the package on PYTHONPATH: the fresh automaton has one class whose only entry ends a step.
 RUN_AN_OP = """
-import torch, reflective.ops
+import torch, reflective.scoring.ops
 from reflective.kernels import layout
 ids = torch.zeros(1, 3, dtype=torch.int64)
 tables = torch.zeros(1, dtype=torch.int32), torch.tensor([[layout.STEP]], dtype=torch.int32)
 column = torch.zeros(1, dtype=torch.int64)
 print(torch.ops.reflective.step_mask(ids, *tables, column, column + 3, column).tolist())
-print(reflective.ops.WHY_NO_EXTENSION)
+print(reflective.scoring.ops.WHY_NO_EXTENSION)
 """
 
 

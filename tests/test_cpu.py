@@ -24,8 +24,9 @@ from cases import (
 )
 from torch import Tensor
 
-from reflective import kernels, ops
+from reflective import kernels
 from reflective.kernels import layout
+from reflective.scoring import ops
 
 extension = pytest.importorskip("reflective._C", reason=ops.WHY_NO_EXTENSION)
 cpu = torch.ops.reflective

@@ -22,8 +22,8 @@ from cases import (
 
 import reflective as rf
 from reflective import backends, kernels
-from reflective.backend import Backend
 from reflective.kernels import layout
+from reflective.scoring.backend import Backend
 
 ON_GPU = backends()["cuda"].available
 WHY_NOT = None if ON_GPU else emulated.missing()

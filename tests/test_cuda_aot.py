@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import reflective
-from reflective import ops
+from reflective.scoring import ops
 
 ROOT = Path(__file__).parents[1]
 CAPABILITIES = [80, 90, 100]

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import reflective as rf
-from reflective.transformers_internals import (
+from reflective.engines.hf.internals import (
     cache_of,
     compiled_everywhere,
     give_compiled_call,

@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from reflective import default
+from reflective.checkpoints import default
 
 
 @pytest.fixture

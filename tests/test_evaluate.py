@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from reflective.evaluate import CHOICES, Report, evaluate
-from reflective.scores import aggregate
-from reflective.selection import any_of, best_of, saturation, select, subsets
+from reflective.scoring.scores import aggregate
+from reflective.search.selection import any_of, best_of, saturation, select, subsets
 
 
 def candidate(answer, score, *, steps=None, tokens=10, **more):

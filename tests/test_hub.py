@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 import reflective as rf
 from reflective import hub
-from reflective.default import HEAD as SHIPPED
+from reflective.checkpoints.default import HEAD as SHIPPED
 from reflective.train.settings import Settings
 
 

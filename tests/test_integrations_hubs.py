@@ -20,7 +20,7 @@ from test_search import QUESTIONS, STEPS, reflective_model
 from reflective.integrations import aggregation, prompt_of
 from reflective.integrations.search_and_learn import ReflectivePRM
 from reflective.model import Candidate
-from reflective.scores import AGGREGATIONS, NonFiniteWarning, aggregate
+from reflective.scoring.scores import AGGREGATIONS, NonFiniteWarning, aggregate
 from reflective.serve.engine import Engine
 
 TEXTS = ["AFBGZCZDHZE", "ZF", "KLMZZJ", "ABCDE", "", "NAF"]  # F to Q end steps, of adjacent ones the first

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import reflective as rf
 from reflective.model import Config
-from reflective.strategies import Strategy
+from reflective.search.strategies import Strategy
 
 lm_eval = pytest.importorskip("lm_eval", minversion="0.4.13")
 from lm_eval.api.instance import Instance

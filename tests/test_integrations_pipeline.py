@@ -122,7 +122,7 @@ def test_best_of_is_the_record_with_the_highest_score(parts):
     assert run(scored(parts, best_of=5, aggregation="last"), PROMPTS) == last
 
 
-@pytest.mark.filterwarnings("ignore::reflective.scores.NonFiniteWarning")
+@pytest.mark.filterwarnings("ignore::reflective.scoring.scores.NonFiniteWarning")
 def test_a_response_without_a_score_is_never_the_best(parts):
     net = copy.deepcopy(parts[0])
     with torch.no_grad():

@@ -15,10 +15,10 @@ from test_model import DELIMITERS, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 import reflective as rf
+from reflective.engines.hf.internals import checkpointing_setting
 from reflective.integrations.trl import SPRMReward, evaluating, from_stepwise, to_stepwise
 from reflective.model import Config
 from reflective.train.data import read_rollouts, write_rollouts
-from reflective.transformers_internals import checkpointing_setting
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL, transformers and torch announce what they will deprecate
 TEXTS = ["ab", "a longer prompt", "x 1 y", "why?"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import reflective as rf
-from reflective import loss as losses
 from reflective.kernels.sprm_loss import dropout_mask
-from reflective.loss import sprm_loss_rows
+from reflective.scoring import loss as losses
+from reflective.scoring.loss import sprm_loss_rows
 
 NAN = float("nan")
 

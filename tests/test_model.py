@@ -188,7 +188,7 @@ def test_a_merged_weight_is_rounded_once(adapted, tmp_path):
 
 
 def test_the_default_model_takes_an_adapter(adapted, tmp_path, monkeypatch):
-    monkeypatch.setattr("reflective.default.converted", lambda fetch: tmp_path / "base")
+    monkeypatch.setattr("reflective.checkpoints.default.converted", lambda fetch: tmp_path / "base")
     model = rf.ReflectiveModel.default(head=tmp_path / "tuned")
     torch.testing.assert_close(logits_of(model.model), logits_of(adapted), rtol=1e-5, atol=1e-6)
 

@@ -12,8 +12,8 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.utils import is_flash_attn_2_available
 
 import reflective as rf
-from reflective.backbone import Backbone
-from reflective.transformers_internals import attention_of, has_float8_cache
+from reflective.engines.hf.backbone import Backbone
+from reflective.engines.hf.internals import attention_of, has_float8_cache
 
 SLIDING = ["mistral_sliding", "gemma2", "gemma3"]
 VISION = ["llava", "qwen2_vl"]

@@ -18,11 +18,11 @@ import tiny
 import torch
 from forked import error_of
 
-from reflective import outputs
 from reflective.plot import draw, image, pyplot
-from reflective.strategies.prune import Prune
+from reflective.search.strategies.prune import Prune
 from reflective.train.checkpoint import Checkpoint
 from reflective.train.data import Rollouts
+from reflective.utils import outputs
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs the files of Unix")
 

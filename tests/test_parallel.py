@@ -20,9 +20,10 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import is_accelerate_available
 
 import reflective as rf
-from reflective import kernels, parallel
+from reflective import kernels
+from reflective.engines.hf.internals import cache_of, with_cache
 from reflective.model import Candidate, Config
-from reflective.transformers_internals import cache_of, with_cache
+from reflective.scoring import sharded as parallel
 
 WORLD, UNITS = 2, 37  # units that two ranks cannot share evenly
 STREAMS = {  # name: keywords of StreamScorer

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from reflective.benchmarks import record
 from reflective.benchmarks.reproduction import heads, results, rollouts, separate, tables
 from reflective.benchmarks.reproduction.families import FAMILIES
-from reflective.default import HEAD, converted
+from reflective.checkpoints.default import HEAD, converted
 from reflective.train.data import Rollouts
 
 ANSWERS = {

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
 
 import reflective as rf
-from reflective.transformers_internals import cache_of, with_cache
+from reflective.engines.hf.internals import cache_of, with_cache
 
 BACKENDS = [name for name, info in rf.backends().items() if info.available]
 SAMPLING = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_new_tokens": 40}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reflective as rf
-from reflective.scores import AGGREGATIONS, aggregate
+from reflective.scoring.scores import AGGREGATIONS, aggregate
 
 STEPS = [0.5, 0.25, 0.8]
 BY_HAND = {"geometric_mean": 0.1 ** (1 / 3), "mean": 1.55 / 3, "min": 0.25, "last": 0.8, "product": 0.1}

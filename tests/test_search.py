@@ -22,10 +22,10 @@ from transformers import (
 )
 
 import reflective as rf
-from reflective.kv import Rows, new_cache
+from reflective.engines.hf.kv import Rows, new_cache
 from reflective.model import Config
-from reflective.search import Ask, Pace, Search
-from reflective.strategies import HOLD, KEEP, STOP, Strategy
+from reflective.search.loop import Ask, Pace, Search
+from reflective.search.strategies import HOLD, KEEP, STOP, Strategy
 
 LETTERS = "".join(chr(ord("A") + i) for i in range(tiny.VOCAB - 5))  # the text of ids 5 to 60
 STEPS = [LETTERS[i - 5] for i in tiny.STEP_IDS]

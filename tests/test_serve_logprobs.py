@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import reflective as rf
-from reflective import search
-from reflective.search import Chance
+from reflective.search.loop import Chance
+from reflective.search.loop import loop as search
 from reflective.serve import logprobs
 from reflective.serve.engine import Engine
 from reflective.serve.logprobs import Spelling, Told

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import reflective as rf
 from reflective import kernels
-from reflective.sprm import quantize
+from reflective.scoring.sprm import quantize
 
 
 @pytest.mark.parametrize("name", ["score_module.pt", "score_module.safetensors", "."])

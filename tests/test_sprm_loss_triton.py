@@ -12,7 +12,7 @@ import test_triton_aot as aot
 import torch
 from cases import NAN, assert_2x, assert_identical, random_head, random_rows
 
-from reflective import kernels, ops  # noqa: F401  registers torch.ops.reflective
+from reflective import kernels
 from reflective.kernels.sprm_loss import dropout_mask
 
 triton = pytest.importorskip("triton")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from reflective.kernels.layout import END, NEXT_STATE, STEP, THINK
-from reflective.steps import StepTokens, padding, token_bytes
+from reflective.scoring.steps import StepTokens, padding, token_bytes
 
 THINK_TAG, END_TAG, SPECIAL = "<think>", "</think>", "<|special|>"
 

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import reflective as rf
 from reflective.model import Config
-from reflective.scores import AGGREGATIONS, TrajectoryScores, aggregate
-from reflective.strategies import HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
-from reflective.strategies.particles import systematic
-from reflective.strategies.prune import Prune
-from reflective.strategies.rpc import RPC, fit_mixture, unlikely
-from reflective.strategies.votes import classes, same_answer, same_text
+from reflective.scoring.scores import AGGREGATIONS, TrajectoryScores, aggregate
+from reflective.search.strategies import HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
+from reflective.search.strategies.particles import systematic
+from reflective.search.strategies.prune import Prune
+from reflective.search.strategies.rpc import RPC, fit_mixture, unlikely
+from reflective.search.strategies.votes import classes, same_answer, same_text
 
 _OTHERS = itertools.count(2)
 
@@ -367,7 +367,7 @@ def test_prune_is_calibrated_on_what_generation_returns():
 
 
 def test_the_embedded_head_comes_with_a_rule():
-    from reflective.default import HEAD
+    from reflective.checkpoints.default import HEAD
 
     rule = by_name("prune", HEAD)
     assert rule.risk == 0.05 and rule.questions >= 19 and rule.n == 8 and 0 <= rule.threshold < 5

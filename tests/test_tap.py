@@ -23,9 +23,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 import reflective as rf
-from reflective import tap
-from reflective import transformers_internals as internals
-from reflective.transformers_internals import cache_argument, compiled_everywhere, small_model
+from reflective.engines.hf import internals, tap
+from reflective.engines.hf.internals import cache_argument, compiled_everywhere, small_model
 
 TODAY = cache_argument(small_model())  # what this release calls a cache
 NO_END = {"suppress_tokens": [2, tiny.THINK, tiny.END_THINK]}  # long enough to have steps

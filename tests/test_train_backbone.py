@@ -16,13 +16,13 @@ from test_train_head import Killed, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reflective as rf
-from reflective.backbone import Backbone
-from reflective.finished import read_positions
+from reflective.engines.hf.backbone import Backbone
+from reflective.engines.hf.finished import read_positions
+from reflective.engines.hf.internals import cache_of, checkpoints, set_checkpointing, with_cache
 from reflective.model import Config
 from reflective.train.backbone import _Reader, tune
 from reflective.train.data import Rollouts
 from reflective.train.objective import sprm_objective
-from reflective.transformers_internals import cache_of, checkpoints, set_checkpointing, with_cache
 
 PROMPT = 6
 
@@ -161,9 +161,9 @@ def test_training_reads_what_scoring_reads(marked, monkeypatch, at, side, rule):
         ids[i, begin : begin + n], mask[i, begin : begin + n] = row, 1
     prompts = torch.tensor([4, 0, 9, 20])
     read = []
-    score_rows = sys.modules["reflective.finished"].ShardedHead.score_rows
+    score_rows = sys.modules["reflective.engines.hf.finished"].ShardedHead.score_rows
     monkeypatch.setattr(
-        "reflective.parallel.ShardedHead.score_rows", lambda self, f: read.append(f[:, 0]) or score_rows(self, f)
+        "reflective.scoring.sharded.ShardedHead.score_rows", lambda self, f: read.append(f[:, 0]) or score_rows(self, f)
     )
     scores = rf.score(net, head, steps, ids, mask, at, prompts, batch_tokens=1)
     training = Recording(tiny.HIDDEN)

@@ -23,10 +23,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from reflective.engines.hf.internals import checkpointing_setting
 from reflective.train.data import question_weights
 from reflective.train.grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts
 from reflective.train.objective import sprm_objective
-from reflective.transformers_internals import checkpointing_setting
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL, transformers and torch announce what they will deprecate
 RIGHT, WRONG, STEP, THINK, END_THINK, EOS = 30, 31, 40, 50, 51, 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reflective as rf
-from reflective.scores import AGGREGATIONS, aggregate
+from reflective.scoring.scores import AGGREGATIONS, aggregate
 from reflective.train.data import Rollouts
 from reflective.train.metrics import calibration, evaluate, evaluate_seeds, log_scores, saturation, trajectory_scores
 

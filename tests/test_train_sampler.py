@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import reflective as rf
+from reflective.engines.hf.internals import attention_of
 from reflective.model import Config
 from reflective.train.sampler import Sampler, _common
-from reflective.transformers_internals import attention_of
 
 CHARACTERS = string.ascii_letters + " .?\n"
 PROMPTS = ["why now?", "why not?", "who", "why not so soon after that?"]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, Cache, DynamicCache, StaticCache
 
 import reflective
-from reflective import transformers_internals as internals
+from reflective.engines.hf import internals
 
 # Private names, and public ones that a release has renamed.
 NAMES = (
@@ -26,7 +26,7 @@ def test_nobody_else_spells_these_names():
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("the sources are not at hand")
     spelled = {p.name for p in sources if re.search(NAMES, p.read_text())}
-    assert spelled == {"transformers_internals.py", Path(__file__).name} and len(sources) > 100
+    assert spelled == {"internals.py", Path(__file__).name} and len(sources) > 100
 
 
 def test_the_tested_releases_are_those_that_pyproject_admits_and_the_readme_shows():

@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from reflective.steps import RULES, StepTokens
-from reflective.vocabulary import read_vocabulary, token_bytes
+from reflective.scoring.steps import RULES, StepTokens
+from reflective.scoring.vocabulary import read_vocabulary, token_bytes
 
 FILES = [Path(path) for path in os.environ.get("REFLECTIVE_TOKENIZERS", "").split(os.pathsep) if path]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from reflective.sprm import SPRM
+from reflective.scoring.sprm import SPRM
 from reflective.train.data import Rollouts
 from reflective.train.head import fit
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reflective.default import HEAD, converted
+from reflective.checkpoints.default import HEAD, converted
 from reflective.model import Config, ReflectiveModel
-from reflective.sprm import SPRM
-from reflective.steps import StepTokens
+from reflective.scoring.sprm import SPRM
+from reflective.scoring.steps import StepTokens
 from reflective.tasks import Question, split
 from reflective.train.data import Rollouts
 from reflective.train.rollout import View, recorded, roll_out_views

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reflective.model import ReflectiveModel
-from reflective.sprm import SPRM
+from reflective.scoring.sprm import SPRM
 from reflective.tasks import Question
 from reflective.train.backbone import tune
 from reflective.train.data import Rollouts

@@ -7,11 +7,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from reflective.default import HEAD
-from reflective.hub import CONFIG_NAME, write_card
+from reflective.checkpoints.default import HEAD
+from reflective.checkpoints.hub import CONFIG_NAME, write_card
 from reflective.model import ReflectiveModel
-from reflective.sprm import SPRM
-from reflective.strategies.prune import Prune
+from reflective.scoring.sprm import SPRM
+from reflective.search.strategies.prune import Prune
 from reflective.train.head import fit
 from reflective.train.metrics import Metric, evaluate
 

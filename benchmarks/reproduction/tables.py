@@ -12,8 +12,8 @@ from torch import Tensor
 
 from reflective.benchmarks.record import RESULTS, read, write
 from reflective.plot import pyplot
-from reflective.scores import AGGREGATIONS
-from reflective.sprm import SPRM
+from reflective.scoring.scores import AGGREGATIONS
+from reflective.scoring.sprm import SPRM
 from reflective.train.data import Rollouts
 from reflective.train.head import fit
 from reflective.train.metrics import Metric, evaluate, evaluate_seeds, log_scores, saturation

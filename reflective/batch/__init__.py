@@ -19,7 +19,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
-from ..outputs import finite, replacing
+from ..utils.outputs import finite, replacing
 from .files import (
     PIECE_BYTES,
     Json,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # not at run time: with torch it takes seconds, and input tha
     import pyarrow as pa
 
     from ..model import Candidate, Generation, ReflectiveModel
-    from ..strategies import Strategy
+    from ..search.strategies import Strategy
 
 Given, Found = TypeVar("Given"), TypeVar("Found")
 Load = Callable[[], "ReflectiveModel"]
@@ -335,7 +335,7 @@ def _score(
 
     The batches do not depend on what is done. They come in a random order, so that the time left can be told.
     """
-    from ..finished import batches_by_length
+    from ..engines.hf.finished import batches_by_length
 
     faults: list[Result] = []
     texts: list[tuple[int, int, str, str]] = []
@@ -425,7 +425,7 @@ def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]])
 
 
 def _candidates(model: "ReflectiveModel", items: list[_Item], batch_tokens: int) -> "list[Candidate]":
-    from ..scores import NonFiniteWarning
+    from ..scoring.scores import NonFiniteWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NonFiniteWarning)  # it is told as that row's error
@@ -519,8 +519,8 @@ def _identity(model: "ReflectiveModel") -> dict[str, Any]:
 
 def _check_head(model: "ReflectiveModel") -> None:
     """Raises ValueError for a head that does not fit the model, which else every row would be told."""
-    from ..backbone import Backbone
-    from ..scorer import check_parts
+    from ..engines.hf.backbone import Backbone
+    from ..engines.hf.scorer import check_parts
 
     check_parts(Backbone.of(model.model), model.head, model.steps)
 
@@ -532,7 +532,7 @@ def _positions(model: "ReflectiveModel") -> float:
 
 def _check_settings(model: "ReflectiveModel", strategy: "Strategy", settings: dict[str, Any]) -> None:
     """Raises ValueError for settings that no question can be answered with."""
-    from ..search import Ask
+    from ..search.loop import Ask
 
     Ask([0], strategy, **settings)
     if settings["thinking_budget"] is not None:

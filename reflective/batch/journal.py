@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from typing_extensions import Self
 
-from ..outputs import destination, replacing
+from ..utils.outputs import destination, replacing
 
 WHOLE_ROW = -1
 Result = tuple[int, int, dict[str, Any]]  # row number, place within the row (or WHOLE_ROW), what came of it

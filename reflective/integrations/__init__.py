@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..messages import check_text, plain
+from ..utils.arguments import check_text
+from ..utils.messages import plain
 
 if TYPE_CHECKING:
     from ..model import Candidate, ReflectiveModel
@@ -22,7 +23,7 @@ _OTHER_NAMES = {"prod": "product", "model": "geometric_mean"}
 
 
 def aggregation(how: Any) -> str:
-    """The name in ``reflective.scores.AGGREGATIONS`` of what other projects call ``how``, by name or by enum member.
+    """The name in ``reflective.scoring.scores.AGGREGATIONS`` of what other projects call ``how``, by name or by enum member.
 
     ``"prod"`` is ``"product"``; ``"model"``, to them the model's own verdict on a response, is ``"geometric_mean"``, the
     score of a trajectory. The others bear the same names.
@@ -30,7 +31,7 @@ def aggregation(how: Any) -> str:
     Raises:
         ValueError: unknown name.
     """
-    from ..scores import AGGREGATIONS
+    from ..scoring.scores import AGGREGATIONS
 
     name = getattr(how, "value", how)
     if name not in AGGREGATIONS and name not in _OTHER_NAMES:

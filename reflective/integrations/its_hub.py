@@ -23,11 +23,11 @@ from its_hub.api import (
     GenerationUsage,
 )
 
-from ..messages import brief, check_text, text_of
 from ..model import Candidate
-from ..scores import aggregate
-from ..search import whole
+from ..scoring.scores import aggregate
 from ..serve.engine import Engine, QueueFull
+from ..utils.arguments import brief, check_text, whole
+from ..utils.messages import text_of
 from . import RETRY_S, aggregation, prompt_of, scored
 
 
@@ -180,7 +180,7 @@ class ReflectiveOutcomeRewardModel(_RewardModel, AbstractOutcomeRewardModel):
 
     Args:
         engine: of the model.
-        aggregation_method: name in ``reflective.scores.AGGREGATIONS``, or reward_hub's, see ``integrations.aggregation``.
+        aggregation_method: name in ``reflective.scoring.scores.AGGREGATIONS``, or reward_hub's, see ``integrations.aggregation``.
     """
 
     def score(

@@ -22,10 +22,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
+from ..engines.hf.scorer import StreamScorer
 from ..model import Generation, ReflectiveModel
-from ..scorer import StreamScorer
-from ..search import Ask, Question, Search, whole
-from ..strategies import Strategy
+from ..search.loop import Ask, Question, Search
+from ..search.strategies import Strategy
+from ..utils.arguments import whole
 
 _LOADING = (
     "autogptq", "backend", "delta", "gguf_file", "gptqmodel", "parallelize", "peft", "subfolder", "tokenizer", "tp_plan",

@@ -15,12 +15,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TextGenerationPipeline
 
-from ..messages import check_text
-from ..scorer import At, Schedule, StreamScorer
-from ..scores import aggregate
-from ..search import whole
-from ..sprm import SPRM
-from ..steps import StepTokens
+from ..engines.hf.scorer import Schedule, StreamScorer
+from ..scoring.scores import aggregate
+from ..scoring.sprm import SPRM
+from ..scoring.steps import At, StepTokens
+from ..utils.arguments import check_text, whole
 
 
 class ScoredTextGenerationPipeline(TextGenerationPipeline):
@@ -37,7 +36,7 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
         best_of: sample so many responses to a prompt and give the one with the highest score, in a list of one. Where none has
             a step, it is the text that comes most often, and of equally frequent ones the first; ``"chosen_by"`` in its record
             is ``"score"``, ``"majority"`` or ``"first"``. Here, or in a call.
-        aggregation: of step scores to ``"score"``, see ``reflective.scores.aggregate``. Here, or in a call.
+        aggregation: of step scores to ``"score"``, see ``reflective.scoring.scores.aggregate``. Here, or in a call.
         *args, **kwargs: as for ``TextGenerationPipeline``.
 
     Raises:

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from reward_hub.base import AbstractProcessRewardModel, AggregationMethod, PRMResult
 from tqdm import tqdm
 
-from ..messages import is_conversation, plain
-from ..scores import aggregate
+from ..scoring.scores import aggregate
 from ..serve.engine import Engine
+from ..utils.messages import is_conversation, plain
 from . import aggregation, prompt_of, scored
 
 _ROWS = 64  # conversations between two moves of the progress bar
@@ -54,7 +54,7 @@ class ReflectiveProcessRewardModel(AbstractProcessRewardModel):
                 them does not change by that, as the model is causal.
             step_sep: see the class.
             aggregation_method: ``prod``, ``min``, ``last``; ``model``: the geometric mean, the trajectory's score; or a name of
-                ``reflective.scores.AGGREGATIONS``.
+                ``reflective.scoring.scores.AGGREGATIONS``.
             return_full_prm_result: whether to return ``PRMResult``: ``step_scores``, and over the steps of the SPRM ``product``,
                 ``min``, ``last`` and, by ``aggregation_method``, ``score``. With ``model`` the response is one step.
             use_tqdm: show the progress.

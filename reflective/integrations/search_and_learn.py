@@ -11,9 +11,9 @@ base class; hence this module does not import it.
 from collections.abc import Sequence
 from typing import Any
 
-from ..messages import brief, check_text
 from ..model import ReflectiveModel
 from ..serve.engine import Engine
+from ..utils.arguments import brief, check_text
 from . import scored
 
 

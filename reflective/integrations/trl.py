@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from ..batch.files import Lines
-from ..finished import score
-from ..generation import end_tokens
-from ..messages import brief, is_conversation, plain
+from ..engines.hf.finished import score
+from ..engines.hf.generation import end_tokens
 from ..model import ReflectiveModel
-from ..outputs import replacing
-from ..scores import aggregate
+from ..scoring.scores import aggregate
 from ..train.data import Rollouts
+from ..utils.arguments import brief
+from ..utils.messages import is_conversation, plain
+from ..utils.outputs import replacing
 
 _NO_IMAGES = (
     "SPRMReward reads text alone, and would score as if there were none; leave it out of the rewards of such a run"
@@ -47,7 +48,7 @@ class SPRMReward:
         model: the scorer. Made of the module that the trainer is given as ``model``, it scores by the policy of the moment:
             LoRA included, not under FSDP or DeepSpeed stage 3, which keep a part of the weights elsewhere. Any other model
             stays as it is, and has the policy's tokenizer.
-        aggregation: see ``reflective.scores.aggregate``.
+        aggregation: see ``reflective.scoring.scores.aggregate``.
         chat_template_kwargs: with which conversational prompts are rendered: those of the trainer's settings, and its ``tools``
             if it has any.
         batch_tokens: padded tokens a forward.

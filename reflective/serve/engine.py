@@ -16,11 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..finished import Reading
+from ..engines.hf.finished import Reading
+from ..engines.hf.scorer import Schedule, StreamScorer
 from ..model import Candidate, Generation, ReflectiveModel
-from ..scorer import Schedule, StreamScorer
-from ..search import Ask, Live, Pace, Question, Search
-from ..strategies import Strategy
+from ..search.loop import Ask, Live, Pace, Question, Search
+from ..search.strategies import Strategy
 from .logprobs import Spelling
 
 T = TypeVar("T")

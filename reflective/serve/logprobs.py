@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..model import ReflectiveModel
-from ..search import Chance
-from ..vocabulary import token_bytes
+from ..scoring.vocabulary import token_bytes
+from ..search.loop import Chance
 from .text import Incoming
 
 LEAST = -9999.0  # in place of minus infinity, for which JSON has no number: as OpenAI and vLLM

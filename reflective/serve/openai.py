@@ -17,9 +17,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ..model import Candidate, Generation, ReflectiveModel
-from ..outputs import finite, json_text
-from ..scores import aggregate
-from ..search import Chance, Live
+from ..scoring.scores import aggregate
+from ..search.loop import Chance, Live
+from ..utils.outputs import finite, json_text
 from . import logprobs
 from .logprobs import Told
 from .schemas import ChatCompletion, Completion, Message, Sampling

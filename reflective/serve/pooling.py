@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 
 from ..model import Candidate
-from ..outputs import finite
+from ..utils.outputs import finite
 from .openai import prompt_of
 from .schemas import Message, PairScore, Pooling
 from .service import Service, Shared

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from fastapi import APIRouter, HTTPException, Request
 
-from ..finished import read_positions
+from ..engines.hf.finished import read_positions
 from ..model import Candidate, Generation
 from . import pooling
 from .schemas import PublishedGenerate, PublishedScore, ScoreBody

@@ -12,13 +12,13 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..backbone import Backbone
-from ..finished import batches_by_length, read_positions
-from ..loss import sprm_loss_rows
+from ..engines.hf.backbone import Backbone
+from ..engines.hf.finished import batches_by_length, read_positions
+from ..engines.hf.internals import Conv1D, checkpoints, set_checkpointing
 from ..model import CONFIG_NAME, ReflectiveModel
-from ..outputs import json_text, write_text
-from ..sprm import SPRM
-from ..transformers_internals import Conv1D, checkpoints, set_checkpointing
+from ..scoring.loss import sprm_loss_rows
+from ..scoring.sprm import SPRM
+from ..utils.outputs import json_text, write_text
 from .checkpoint import Checkpoint, fingerprint
 from .data import Rollouts
 from .head import Batches, Standardised

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..outputs import folder, replacing
+from ..utils.outputs import folder, replacing
 
 
 class Checkpoint:

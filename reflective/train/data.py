@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..batch.files import Lines, form_of, open_file
-from ..outputs import partial, replacing
-from ..strategies.votes import classes
+from ..search.strategies.votes import classes
 from ..tasks import Question
+from ..utils.outputs import partial, replacing
 
 Format = Literal["jsonl", "parquet"]
 

@@ -15,12 +15,12 @@ from transformers import DynamicCache, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from ..backbone import Backbone
-from ..finished import read_positions
-from ..scorer import At, one_of
-from ..sprm import NAMES, SPRM
-from ..steps import StepTokens
-from ..transformers_internals import with_cache
+from ..engines.hf.backbone import Backbone
+from ..engines.hf.finished import read_positions
+from ..engines.hf.internals import with_cache
+from ..scoring.sprm import NAMES, SPRM
+from ..scoring.steps import At, StepTokens
+from ..utils.arguments import one_of
 from .data import question_weights
 from .objective import sprm_objective
 from .processes import Processes

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..loss import sprm_loss_rows
-from ..sprm import SPRM
+from ..scoring.loss import sprm_loss_rows
+from ..scoring.sprm import SPRM
 from .checkpoint import Checkpoint, fingerprint
 from .data import Rollouts, question_weights
 from .processes import Processes, mix

@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..engines.hf.internals import checkpointing_setting
 from ..model import ReflectiveModel
 from ..tasks import Question
-from ..transformers_internals import checkpointing_setting
 from .backbone import Tuned
 from .grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts
 from .settings import Settings

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.score_rows import score_rows
-from ..scores import AGGREGATIONS, FLOOR
-from ..selection import Metric, saturation, select  # noqa: F401 (saturation: imported from here)
-from ..sprm import SPRM
+from ..scoring.scores import AGGREGATIONS, FLOOR
+from ..scoring.sprm import SPRM
+from ..search.selection import Metric, saturation, select  # noqa: F401 (saturation: imported from here)
 from .data import Rollouts
 
 _CALIBRATION_BINS = 10

@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..finished import read_positions
-from ..loss import sprm_loss_rows
-from ..scorer import At
-from ..sprm import SPRM
-from ..steps import StepTokens
+from ..engines.hf.finished import read_positions
+from ..scoring.loss import sprm_loss_rows
+from ..scoring.sprm import SPRM
+from ..scoring.steps import At, StepTokens
 
 
 def sprm_objective(

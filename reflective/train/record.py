@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from ..backbone import Backbone
-from ..finished import batches_by_length, read_positions
+from ..engines.hf.backbone import Backbone
+from ..engines.hf.finished import batches_by_length, read_positions
 from ..model import ReflectiveModel
 from .data import Rollouts
 

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..finished import read_positions
-from ..generation import end_tokens
+from ..engines.hf.finished import read_positions
+from ..engines.hf.generation import end_tokens
 from ..model import ReflectiveModel
-from ..outputs import folder, json_text
-from ..scorer import At
-from ..steps import StepTokens
+from ..scoring.steps import At, StepTokens
 from ..tasks import Question
+from ..utils.outputs import folder, json_text
 from .data import Rollouts, answer_numbers
 from .sampler import Draw, Sampler
 from .verify import Verifier, verifier

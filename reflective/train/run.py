@@ -22,9 +22,9 @@ from rich.table import Table
 
 from .. import __version__
 from ..model import CONFIG_NAME, ReflectiveModel
-from ..outputs import finite, folder, json_text, write_text
-from ..sprm import NAMES, SPRM
+from ..scoring.sprm import NAMES, SPRM
 from ..tasks import TASKS, Question, gym, split
+from ..utils.outputs import finite, folder, json_text, write_text
 from . import extras
 from .checkpoint import fingerprint
 from .data import Rollouts, read_questions, read_rollouts, split_questions

@@ -23,11 +23,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
 
-from ..backbone import Backbone
-from ..generation import TAIL
-from ..kv import check_cache
-from ..tap import Tap
-from ..transformers_internals import (
+from ..engines.hf.backbone import Backbone
+from ..engines.hf.generation import TAIL
+from ..engines.hf.internals import (
     cache_argument,
     can_exchange_attention,
     causal_mask_function,
@@ -36,6 +34,8 @@ from ..transformers_internals import (
     state_argument,
     state_in,
 )
+from ..engines.hf.kv import check_cache
+from ..engines.hf.tap import Tap
 
 _ATTENTION = "reflective_shared_prefix"
 _HARMLESS = ("position_ids", "position_embeddings", "cache_position", "use_cache")  # what attention may be told besides

@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from .. import compute_metric
-from ..strategies.votes import WORDS, bare, same_text
+from ..search.strategies.votes import WORDS, bare, same_text
 from ..tasks import Question
 
 _SHOWN = re.compile(r"^\\(?:text|textbf|textit|mathrm|mathbf|underline|mbox)\{([^{}]*)\}$")

@@ -1,0 +1,1 @@
+"""Models of transformers: decoded, heard while they decode, and run over finished text."""

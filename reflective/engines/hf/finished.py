@@ -1,0 +1,183 @@
+"""rf.score: scores of finished text, by the backbone up to the layer that the SPRM reads."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.utils.rnn import pad_sequence
+
+from ...scoring.scores import TrajectoryScores
+from ...scoring.sharded import ShardedHead
+from ...scoring.sprm import SPRM
+from ...scoring.steps import At, StepTokens, integers, padding
+from ...utils.arguments import one_of
+from .backbone import Backbone
+from .kv import new_cache
+from .scorer import check_parts
+
+FORWARD = 128  # tokens that a forward costs besides its own: launches, and weights that are read again
+
+
+def score(
+    model: nn.Module,
+    head: SPRM,
+    steps: StepTokens,
+    input_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
+    attention_mask: Tensor | None = None,
+    at: At = "predict",
+    prompt_lengths: Tensor | Sequence[int] | int | None = None,
+    *,
+    backend: str | None = None,
+    batch_tokens: int = 16_384,
+    w1_dtype: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
+) -> TrajectoryScores:
+    """Score finished trajectories: the answer that ``StreamScorer`` gives while they are decoded.
+
+    The backbone runs up to the input of its last layer and stops: no last layer, no logits, no other layer's states.
+
+    Args:
+        model, head, steps, at, backend, w1_dtype, process_group: as for ``StreamScorer``.
+        input_ids: [B, T], [T] for one, or a list of B sequences of any lengths.
+        attention_mask: [B, T], 0 at left or right padding. None: no padding.
+        prompt_lengths: tokens of each prompt, padding not counted; only steps after it are scored. None: the whole text.
+        batch_tokens: padded tokens a forward; rows are batched by length under this limit, one row at the least.
+
+    Raises:
+        ValueError: bad input, named.
+    """
+    one_of("at", at, ("predict", "token"))
+    backbone = Backbone.of(model)
+    steps = check_parts(backbone, head, steps)
+    placed = ShardedHead(head, backbone.device, backbone.dtype, backend, w1_dtype, process_group).load()
+
+    if not isinstance(input_ids, Tensor):
+        input_ids, attention_mask = _pad(input_ids, attention_mask)
+    ids = input_ids.to(backbone.device)
+    if ids.dim() == 1:
+        ids = ids[None]
+    mask = steps.mask(ids, attention_mask, prompt_lengths)  # [B, T]; checks the input
+    pad, length = padding(attention_mask, ids.shape, backbone.device)
+
+    log_scores = torch.zeros(ids.shape, dtype=torch.float32, device=backbone.device)
+    for rows in batches_by_length((length - pad).tolist(), batch_tokens):
+        if not mask[rows].any():
+            continue
+        # From the first token to the last state that is read; what follows it cannot change it.
+        left, right = int(pad[rows].min()), int(mask[rows].any(0).nonzero()[-1]) + 1
+        steps_here = mask[rows, left:right]
+        column = torch.arange(left, right, device=backbone.device)
+        real = (column >= pad[rows, None]) & (column < length[rows, None])
+        row, step = steps_here.nonzero(as_tuple=True)  # [M]
+        hidden = backbone.features(
+            ids[rows, left:right], None if real.all() else real.long(), row, read_at(step, at)
+        )  # [M, H]
+        log_scores[torch.tensor(rows, device=ids.device)[row], left + step] = placed.score_rows(hidden)
+
+    found = [log_scores[i][mask[i]] for i in range(len(ids))]
+    return TrajectoryScores.collect(
+        [float(f.double().sum()) for f in found],
+        [len(f) for f in found],
+        found,
+        [m.nonzero().flatten() for m in mask],
+        at,
+    )
+
+
+class Reading:
+    """``score`` of one text, a piece at a time: for who has other things to do between two forwards.
+
+    Args:
+        model, head, steps, at: as for ``score``; a model whose cache is ``check_cache``'s.
+        ids: of the whole text, prompt included.
+        prompt_length: as for ``score``.
+
+    Attributes:
+        left: tokens that are still to be run; those behind the last step never are.
+    """
+
+    def __init__(
+        self, model: nn.Module, head: SPRM, steps: StepTokens, ids: Sequence[int], at: At = "predict",
+        prompt_length: int = 0,
+    ) -> None:  # fmt: skip
+        one_of("at", at, ("predict", "token"))
+        self.at, self._backbone = at, Backbone.of(model)
+        steps = check_parts(self._backbone, head, steps)
+        self._placed = ShardedHead(head, self._backbone.device, self._backbone.dtype, None, None, None).load()
+        self._ids = integers("ids", ids)[None].to(self._backbone.device)
+        self._steps = steps.mask(self._ids, None, [prompt_length])[0].nonzero().flatten()  # [M]
+        self._reads = read_at(self._steps, at)
+        self._end = int(self._reads[-1]) + 1 if len(self._reads) else 0
+        self._done, self._found, self._cache = 0, [torch.zeros(0, device=self._backbone.device)], new_cache()
+
+    @property
+    def left(self) -> int:
+        return self._end - self._done
+
+    def read(self, tokens: int) -> None:
+        """Run so many further tokens at most."""
+        begin, self._done = self._done, min(self._done + tokens, self._end)
+        here = self._reads[(self._reads >= begin) & (self._reads < self._done)] - begin
+        ids = self._ids[:, begin : self._done]
+        hidden = self._backbone.features(ids, None, torch.zeros_like(here), here, self._cache)
+        if len(here):
+            self._found.append(self._placed.score_rows(hidden))
+        if not self.left:
+            self._cache = None
+
+    def scores(self) -> TrajectoryScores:
+        """What ``score`` gives, once nothing is left."""
+        found = torch.cat(self._found)
+        return TrajectoryScores.collect([float(found.double().sum())], [len(found)], [found], [self._steps], self.at)
+
+
+def read_at(step: Tensor, at: At) -> Tensor:
+    """Column of the state that stands for the step whose step-token is at column ``step``."""
+    return step - int(at == "predict")
+
+
+def read_positions(
+    steps: StepTokens,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    prompt_lengths: Tensor | Sequence[int] | int | None,
+    at: At,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(row, step, read)``, int64 [M] each: of every step that counts in [B, T], row by row, its step-token's column and
+    the column of the state that the head reads: those of ``score``, for training.
+
+    Raises:
+        ValueError: see ``StepTokens.mask``.
+    """
+    row, step = steps.mask(input_ids, attention_mask, prompt_lengths).nonzero(as_tuple=True)
+    return row, step, read_at(step, at)
+
+
+def _pad(sequences: Sequence, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A list of sequences as right-padded ids [B, T] and their mask."""
+    if attention_mask is not None:
+        raise ValueError("attention_mask: leave it out when input_ids is a list; each sequence has its own length")
+    rows = [integers(f"input_ids[{i}]", s) for i, s in enumerate(sequences)]
+    if not rows or any(r.dim() != 1 or not len(r) for r in rows):
+        raise ValueError("input_ids: expected at least one sequence, each a flat list of at least one token id")
+    mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True), mask
+
+
+def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Rows grouped by length, each group's padded size within ``batch_tokens`` (or a single row), so that all forwards
+    together cost the least: ``sum over groups of (rows x longest + FORWARD)``, found by dynamic programming."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    cost, begin = np.zeros(len(order) + 1), [0] * (len(order) + 1)  # of the first i rows; where their last group begins
+    for i, row in enumerate(order, 1):
+        first = max(0, i - max(1, batch_tokens // max(1, lengths[row])))
+        sums = cost[first:i] + lengths[row] * np.arange(i - first, 0, -1) + FORWARD
+        begin[i] = first + int(sums.argmin())
+        cost[i] = sums.min()
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[begin[end] : end])
+        end = begin[end]
+    return groups[::-1]

@@ -1,0 +1,109 @@
+"""The head on the model's device: all of it, or, where the model is tensor parallel, a part of its units on every rank."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from typing_extensions import Self
+
+from ..kernels.score_rows import log_score
+from .backend import NAMES, Backend, choose_backend
+from .sprm import SPRM
+from .state import StreamState
+
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def units(width: int, rank: int, world: int) -> slice:
+    """Which of ``width`` units are those of ``rank``: ``[width rank // world, width (rank + 1) // world)``.
+
+    Raises:
+        ValueError: fewer units than ranks, or a process that is no rank of the group.
+    """
+    if rank < 0:
+        raise ValueError("process_group: this process does not belong to it")
+    if width < world:
+        raise ValueError(f"process_group: {world} ranks for a head of {width} units; each rank needs at least one")
+    return slice(width * rank // world, width * (rank + 1) // world)
+
+
+def shard(weights: Weights, rank: int, world: int) -> Weights:
+    """The units of ``rank``: rows of ``w1`` with their ``b1`` and ``w2``. ``b2`` is nobody's part: all ranks have it.
+
+    ``logit_rows`` of the shards, without ``b2``, add up to that of the whole head.
+    """
+    w1, b1, w2, b2 = weights
+    part = units(len(w1), rank, world)
+    return w1[part], b1[part], w2[:, part], b2
+
+
+class ShardedHead:
+    """``head`` as the ops take it. With a process group every rank keeps the ``shard`` that is its own, and
+
+        logit(f) = sum over ranks (w2 . relu(W1 f + b1)) + b2
+
+    is one all-reduce of a float a row. All ranks must make the same calls with as many rows, and get the same bits.
+
+    Args:
+        head: read by ``load``.
+        device, dtype: of the hidden states.
+        backend: its name, or None for the first that runs. Ranks that do not choose alike take the most portable of their choices.
+        w1_dtype: see ``SPRM.weights``.
+        group: the ranks that the model's work is split over; each must hold the whole hidden states.
+
+    Attributes:
+        weights: on that device; empty before ``load``.
+
+    Raises:
+        ValueError: see ``choose_backend`` and ``units``.
+    """
+
+    def __init__(
+        self, head: SPRM, device: torch.device, dtype: torch.dtype, backend: str | None, w1_dtype: torch.dtype | None,
+        group: ProcessGroup | None,
+    ) -> None:  # fmt: skip
+        self.head, self.device, self.w1_dtype, self.group = head, device, w1_dtype, group
+        self.rank, self.world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        mine = units(head.width, self.rank, self.world)
+        # The choice depends on shape and dtype alone; the weights themselves are read when they are needed.
+        shape = mine.stop - mine.start, head.hidden_size
+        like = torch.empty(shape, dtype=head.w1_dtype(w1_dtype), device=self.device)
+        self.backend: Backend = choose_backend(backend, self.device, dtype, like)
+        if group is not None:
+            choice = torch.tensor(NAMES.index(self.backend.name), device=self.device)
+            dist.all_reduce(choice, dist.ReduceOp.MAX, group)
+            self.backend = choose_backend(NAMES[int(choice)], self.device, dtype, like)
+        self.weights: tuple[Tensor, ...] = ()
+
+    def load(self) -> Self:
+        """Read the head's weights."""
+        mine = shard(self.head.weights(self.w1_dtype), self.rank, self.world)
+        # A copy, or what belongs to other ranks would stay on the device as long as a view of it.
+        self.weights = tuple(w.to(self.device, copy=self.world > 1).contiguous() for w in mine)
+        return self
+
+    def score_rows(self, features: Tensor) -> Tensor:
+        """The op of this name: log-scores [M] of ``features`` [M, H]."""
+        if self.group is None:
+            return self.backend.score_rows(features, *self.weights)
+        logits = self._logits(features)
+        return log_score(logits + self.weights[3].to(logits.dtype))
+
+    def flush(self, state: StreamState, rows: int) -> None:
+        """The op of this name. ``rows``: no more than these wait in the buffer, on any rank.
+
+        A part of the head does not know how many really wait, because the host does not: it takes the first ``rows`` slots,
+        whatever is in the unused ones.
+        """
+        if self.group is None:
+            self.backend.flush(*self.weights, *state.buffer())
+        elif rows:
+            tally, step_score, slots, slot_owner, n_slots, _ = state.buffer()
+            logits = self._logits(slots[:rows])
+            self.backend.tally_slots(logits, self.weights[3], tally, step_score, slot_owner[:rows], n_slots)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """[M], without ``b2``."""
+        logits = self.backend.logit_rows(features, *self.weights[:3])
+        dist.all_reduce(logits, group=self.group)
+        return logits

@@ -1,0 +1,245 @@
+"""The SPRM head: a small MLP that scores a reasoning step from one hidden state."""
+
+import math
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..utils.outputs import folder, replacing
+from ..utils.repository import directory
+
+NAMES = ("score_module.safetensors", "score_module.pt")
+_KEYS = ("0.weight", "0.bias", "3.weight", "3.bias")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in files; widened when they are read
+_QUANTISED = re.compile("scale|zero|absmax|quant|qweight|packed|SCB")  # in what quantisers call their tensors
+
+
+class SPRM(nn.Sequential):
+    """``Linear(H, 2H) -> ReLU -> Dropout(0.5) -> Linear(2H, 1)``; ``score = sigmoid(logit)``.
+
+    The state dict is that of the published ``score_module.pt`` (keys ``0.weight 0.bias 3.weight 3.bias``), so published
+    checkpoints load and ours load there. Source: arXiv 2507.01951, section 3.1.
+    """
+
+    def __init__(self, hidden_size: int, width: int | None = None, *, dtype: torch.dtype | None = None) -> None:
+        width = width or 2 * hidden_size
+        super().__init__(
+            nn.Linear(hidden_size, width, dtype=dtype), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 1, dtype=dtype)
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        return self[0].in_features
+
+    @property
+    def width(self) -> int:
+        """Hidden units, K."""
+        return self[0].out_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self[0].weight.dtype
+
+    def w1_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of ``weights(dtype)[0]``. ValueError if there is none."""
+        if dtype not in (None, self.dtype, torch.float8_e4m3fn):
+            raise ValueError(f"w1_dtype={dtype}; expected None, the head's {self.dtype} or torch.float8_e4m3fn")
+        return dtype or self.dtype
+
+    def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(w1 [K, H], b1 [K], w2 [1, K], b2 [1])``, detached: what every op takes.
+
+        Args:
+            dtype: of ``w1``. None: the head's own. ``torch.float8_e4m3fn``: half of bfloat16's bytes, see ``quantize``; the
+                others are float32 then. Its error, and what it does to ranking: ``benchmarks/results/fp8_error.csv``.
+
+        Raises:
+            ValueError: another dtype, or weights that cannot be quantised.
+        """
+        w1, b1, w2, b2 = (t.detach() for layer in (self[0], self[3]) for t in (layer.weight, layer.bias))
+        if self.w1_dtype(dtype) == torch.float8_e4m3fn:
+            return *quantize(w1, b1, w2), b2.float()
+        return w1, b1, w2, b2
+
+    @staticmethod
+    def found(path: str | Path) -> Path | None:
+        """The head's file: ``path`` itself, or the one in that directory; None if there is none."""
+        place = Path(path).expanduser()
+        return next((f for f in (place, *(place / name for name in NAMES)) if f.is_file()), None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "SPRM":
+        """Load ``score_module.safetensors`` or ``score_module.pt`` from a file, a directory or a repository of the Hub;
+        returned in eval mode.
+
+        Pickled code is never run (``weights_only=True``).
+
+        Args:
+            path: file, directory or, where there is none of that name, ``ORG/NAME`` on the Hub.
+            dtype: None: that of the first weights; float32 for those of 8 bits, which it holds exactly.
+            revision, cache_dir, local_files_only: see ``utils.repository.directory``.
+
+        Raises:
+            FileNotFoundError: no such file or repository, or one without either; others: see ``utils.repository.directory``.
+            ValueError: the file is not a head: unreadable, other keys, shapes that do not fit together, quantised weights or
+                others that are no floats, NaN or infinite ones; a ``dtype`` that no head computes in, or that has no room
+                for a weight.
+        """
+        if dtype is not None and dtype not in _FLOATS:
+            raise ValueError(
+                f"dtype={dtype!r}: a head computes in one of {', '.join(map(str, _FLOATS))}; for first weights of 8 bits give "
+                "what scores w1_dtype=torch.float8_e4m3fn"
+            )
+        where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        file = cls.found(directory(path, ("score_module.*",), **where))
+        if file is None:
+            raise FileNotFoundError(f"path={str(path)!r} is no file, nor a directory with one of {', '.join(NAMES)}")
+        try:
+            if file.suffix == ".safetensors":
+                state = safetensors.torch.load_file(file)
+            else:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as e:
+            raise ValueError(
+                f"{file} was refused: it is damaged, or holds pickled code instead of tensors alone. "
+                f"Save the head's state dict with SPRM.save_pretrained or torch.save(head.state_dict(), path). ({e})"
+            ) from e
+        except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+            raise ValueError(f"{file} cannot be read as a checkpoint (truncated or corrupted?): {e}") from e
+        return cls._from_state(state, file, dtype)
+
+    @classmethod
+    def _from_state(cls, state: object, file: Path, dtype: torch.dtype | None) -> "SPRM":
+        tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+        if not tensors or set(state) != set(_KEYS):
+            keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            message = f"{file} is not an SPRM head: expected tensors under {list(_KEYS)}, found {keys}"
+            if isinstance(state, dict) and any(map(_QUANTISED.search, map(str, state))):
+                message += "; it looks quantised, so give the head as it was trained"
+            raise ValueError(message)
+        for key in _KEYS:
+            check_dtype(state[key], f"{file}: {key}", (*_FLOATS, *_FLOAT8))
+        w1 = state["0.weight"]
+        expected = [tuple(w1.shape), w1.shape[:1], (1, w1.shape[0]), (1,)] if w1.dim() == 2 else None
+        if expected is None or [tuple(state[k].shape) for k in _KEYS] != [tuple(s) for s in expected]:
+            shapes = {k: tuple(state[k].shape) for k in _KEYS}
+            raise ValueError(f"{file}: shapes do not fit Linear(H, W) -> Linear(W, 1): {shapes}")
+        width, hidden_size = w1.shape
+        with torch.device("meta"):
+            head = cls(hidden_size, width)
+        # Copied: what safetensors reads is mapped from the file, which may be written anew while the head is in use.
+        dtype = dtype or (torch.float32 if w1.dtype in _FLOAT8 else w1.dtype)
+        loaded = {key: value.detach().to(dtype, copy=True) for key, value in state.items()}
+        head.load_state_dict(loaded, assign=True)
+        for key, value in state.items():
+            if not value.to(torch.promote_types(torch.float32, loaded[key].dtype)).isfinite().all():
+                raise ValueError(
+                    f"{file}: {key} holds NaN or infinity, and every score would be NaN; train the head anew"
+                )
+        head.check_finite(str(file))
+        return head.requires_grad_(False).eval()
+
+    def check_finite(self, name: str = "head") -> None:
+        """Raise ValueError if a weight is too large for its dtype: every score would be NaN, and hidden states blamed."""
+        for key, value in self.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"{name}: {key} has no room in {self.dtype}; use torch.bfloat16 or torch.float32")
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write the head: to a ``.pt`` or ``.safetensors`` file, or as ``score_module.safetensors`` into a directory.
+
+        Returns:
+            The file written.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        file = Path(path).expanduser()
+        if file.suffix not in (".pt", ".safetensors"):
+            file = file / NAMES[0]
+        folder(file.parent, "path")
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        with replacing(file, what="path") as content:
+            if file.suffix == ".pt":
+                torch.save(state, content)
+            else:
+                content.write(safetensors.torch.save(state))
+        return file
+
+    def check_model(self, hidden_size: int, dtype: torch.dtype, name: str = "model") -> None:
+        """Raise ValueError unless this head fits a backbone of ``hidden_size`` and ``dtype``."""
+        for key, value in self.state_dict().items():
+            check_dtype(value, f"head: {key}", _FLOATS)
+            if value.dtype != self.dtype:
+                raise ValueError(f"head: {key} is {value.dtype} and 0.weight {self.dtype}; use head.to({dtype})")
+        if self.hidden_size != hidden_size:
+            raise ValueError(
+                f"head: hidden size {self.hidden_size} differs from the {hidden_size} of {name}; "
+                "a head works only on the backbone it was trained with"
+            )
+        if self.dtype != dtype:
+            raise ValueError(f"head: dtype {self.dtype} differs from the {dtype} of {name}; use head.to({dtype})")
+
+
+def check_dtype(weight: Tensor, name: str, expected: Sequence[torch.dtype]) -> None:
+    """Raise ValueError unless ``weight`` is a plain tensor of one of the ``expected`` dtypes."""
+    kind = type(weight).__name__
+    if hasattr(type(weight), "__tensor_flatten__"):  # torchao's, DTensor: what their memory holds is their own affair
+        raise ValueError(
+            f"{name} is a {kind}, no plain tensor; leave the head out of what quantises or shards the model"
+        )
+    if weight.dtype not in expected or weight.layout != torch.strided:
+        odd = weight.dtype if weight.dtype not in expected else weight.layout
+        raise ValueError(
+            f"{name} is {odd}, no plain float: the head was quantised or cast, and its scales are not known here; give the "
+            "head as it was trained, and leave it out when the model is quantised"
+        )
+
+
+def quantize(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``W1[u] = s_u q_u`` with ``q_u`` rounded to float8_e4m3fn, the scales folded into the rest of the head:
+
+        w2_u relu(s_u q_u . f + b1_u) = (w2_u s_u) relu(q_u . f + b1_u / s_u)
+
+    because ReLU is positively homogeneous; so no kernel needs to know of scales. ``s_u`` is the power of two that puts the
+    row's largest magnitude into (224, 448], the upper end of e4m3's range (1 for a row of zeros, 2**-64 at the least, lest
+    ``b1_u / s_u`` overflow). A power of two, because scaling by it is exact: nothing but ``q_u`` is rounded.
+
+    Args:
+        w1, b1, w2: [K, H], [K], [1, K] of any float dtype. GPU kernels need an H that is a multiple of 16.
+
+    Returns:
+        ``(w1 [K, H] float8_e4m3fn, b1 [K] float32, w2 [1, K] float32)``.
+
+    Raises:
+        ValueError: a weight is not finite, or not in float32 once it is scaled.
+    """
+    w1, b1, w2 = w1.float(), b1.float(), w2.float()
+    largest = w1.abs().amax(1)
+    power = largest / torch.frexp(largest).mantissa / 512  # 448 = 7/8 * 512, and the mantissa lies in [1/2, 1)
+    scale = torch.where(largest > 448 * power, 2 * power, power)
+    scale = torch.where(largest > 0, scale.clamp_min(2**-64), 1)  # [K]
+    b1, w2 = b1 / scale, w2 * scale
+    if not all(t.isfinite().all() for t in (w1, b1, w2)):
+        raise ValueError("head: a weight is NaN or infinite, or too large to be quantised to float8_e4m3fn")
+    return (w1 / scale[:, None]).to(torch.float8_e4m3fn), b1, w2
+
+
+def geometric_mean(log_sum: float, n_steps: int) -> float:
+    """Trajectory score ``exp(log_sum / n_steps)``; 0 without a step (paper section 3.2)."""
+    return math.exp(log_sum / n_steps) if n_steps else 0.0

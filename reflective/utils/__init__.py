@@ -1,0 +1,1 @@
+"""What every floor needs and no floor is about: arguments, files, conversations."""
