@@ -14,7 +14,7 @@ from typing_extensions import Self
 from .model import Generation, ReflectiveModel
 from .plot import sparkline
 from .published import second_pass
-from .search.loop import Live as Candidate
+from .search.candidates import Live as Candidate
 
 _REFRESH_S = 0.1
 

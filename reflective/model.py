@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,13 +19,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .checkpoints.config import Config
 from .checkpoints.files import ADAPTER, CONFIG_NAME
 from .checkpoints.hub import HEAD, base_model, model_directory, save_head
-from .engines.hf.finished import Reading, score
+from .engines.base import Score
+from .engines.hf.engine import TransformersEngine
+from .engines.hf.finished import Reading, of_text, score
+from .engines.hf.generation import end_tokens, pad_token
+from .engines.hf.pace import Pace
 from .engines.hf.scorer import Schedule, StreamScorer
 from .scoring.sprm import SPRM
 from .scoring.steps import StepTokens
-from .search.loop import Ask, Live, Question, Scored, Search, ask
+from .search.candidates import Ask, Live, Question
+from .search.loop import Search, ask, name_of
 from .search.results import Candidate, Generation
 from .search.strategies import Strategy, by_name
+from .search.text import Reader
 from .utils.arguments import brief, check_text, whole
 from .utils.messages import is_conversation, plain
 from .utils.outputs import folder, json_text, write_text
@@ -285,14 +290,36 @@ class ReflectiveModel:
             for name, prompt, (own, number) in zip(names, prompts, seeds, strict=True)
         ]  # fmt: skip
         looked_at = on_step is not None or type(strategy).observe is not Strategy.observe
-        scorer = StreamScorer(
-            self.model, self.head, self.steps, schedule or ("immediate" if looked_at else "deferred"), self.config.at,
-            max_steps=max((a.max_new_tokens for a in asks), default=1), backend=backend, w1_dtype=w1_dtype, process_group=process_group,
+        engine = self.engine(
+            schedule=schedule or ("immediate" if looked_at else "deferred"), batch_rows=batch_rows,
+            max_steps=max((a.max_new_tokens for a in asks), default=1), backend=backend, w1_dtype=w1_dtype,
+            process_group=process_group,
         )  # fmt: skip
-        done = Search(self, scorer, batch_rows=batch_rows, on_step=on_step).run(asks)
-        share = scorer.host_seconds / max(1, sum(q.tokens for q in done))
+        done = Search(engine, self.reader, on_step=on_step).run(asks)
+        share = engine.scoring_seconds / max(1, sum(q.tokens for q in done))
         found = [self.generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
         return found[0] if single else found
+
+    def engine(self, *, batch_rows: int = 64, pace: Pace | None = None, **scoring: Any) -> TransformersEngine:
+        """What decodes and scores for a search.
+
+        Args:
+            batch_rows, pace: as for ``TransformersEngine``.
+            scoring: settings of its ``StreamScorer``.
+        """
+        scorer = StreamScorer(self.model, self.head, self.steps, at=self.config.at, **scoring)
+        return TransformersEngine(
+            self.model, scorer, ends=end_tokens(self.model, self.tokenizer), pad=pad_token(self.tokenizer) or 0,
+            batch_rows=batch_rows, pace=pace,
+        )  # fmt: skip
+
+    @property
+    def reader(self) -> Reader:
+        """What a search reads responses by."""
+        return Reader(
+            self.tokenizer, self.steps.think_start_id, self.steps.think_end_id, self.config.think_end,
+            stop=self.config.stop, pattern=self.config.answer,
+        )  # fmt: skip
 
     def _within(self, ask: Ask, name: str) -> Ask:
         """``ask`` with no more tokens than the model has positions for.
@@ -331,7 +358,7 @@ class ReflectiveModel:
         candidates = [self._ended(c) for c in question.candidates]
         chosen = ask(question.strategy, "choose", candidates)
         if not isinstance(chosen, Integral) or not 0 <= chosen < len(candidates):
-            name = type(question.strategy).__name__
+            name = name_of(question.strategy)
             raise RuntimeError(f"strategy {name}: choose gave {chosen!r}, no index of its {len(candidates)} candidates")
         return Generation(
             prompt, candidates, candidates[chosen],
@@ -343,7 +370,7 @@ class ReflectiveModel:
         )  # fmt: skip
 
     def _ended(self, live: Live) -> Candidate:
-        candidate = self._candidate(live.token_ids, live.step_scores, live.scored or Scored(0.0, [], None))
+        candidate = self._candidate(live.token_ids, live.scored or Score())
         return dataclasses.replace(
             candidate, status=live.status, log_prob=live.log_prob, number=live.number, parent=live.parent,
             tokens=live.new_tokens, logprobs=None if live.question.ask.logprobs is None else live.chances,
@@ -423,7 +450,7 @@ class ReflectiveModel:
             batch_tokens=batch_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
         )  # fmt: skip
         return [
-            self._candidate(r, scores.step_scores[i].tolist(), Scored.of(scores, i, len(p)))
+            self._candidate(r, of_text(scores, i, len(p)))
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
 
@@ -460,21 +487,21 @@ class ReflectiveModel:
     def read_candidate(self, reading: Reading, prompt: Sequence[int], response: Sequence[int]) -> Candidate:
         """What was read of a response."""
         scores = reading.scores()
-        return self._candidate(list(response), scores.step_scores[0].tolist(), Scored.of(scores, 0, len(prompt)))
+        return self._candidate(list(response), of_text(scores, 0, len(prompt)))
 
-    def _candidate(self, tokens: list[int], step_scores: list[float], scored: Scored) -> Candidate:
+    def _candidate(self, tokens: list[int], scored: Score) -> Candidate:
         text, ends = self.decode(tokens), self._ends(tokens, scored.positions)
         return Candidate(
             text=text,
             score=scored.score,
-            step_scores=step_scores,
+            step_scores=list(scored.step_scores),
             step_spans=list(zip([0, *ends], ends, strict=False)),
             token_ids=tokens,
             answer=self.answer(text),
             error=scored.error,
         )
 
-    def _ends(self, tokens: list[int], steps: list[int]) -> list[int]:
+    def _ends(self, tokens: list[int], steps: Sequence[int]) -> list[int]:
         """Where in the decoded text each step-token ends. Decodes two steps at a time: a token's text depends on its
         neighbours, but decoding every prefix anew would take seconds for a thousand steps."""
         ends, length, anchor, last = [], 0, 0, 0
@@ -486,12 +513,7 @@ class ReflectiveModel:
 
     def answer(self, text: str) -> str | None:
         """What the checkpoint's answer pattern finds in a response, or behind its ``</think>`` if it has one."""
-        if self.config.answer is None:
-            return None
-        tag = self.steps.think_end_id
-        text = text if tag is None else text.rpartition(self.decode([tag], special=True))[2]
-        match = re.search(self.config.answer, text)
-        return match.group(1).strip() if match else None
+        return self.reader.answer(text)
 
     def think_end(self) -> list[int]:
         """The tokens that end thinking.
@@ -499,13 +521,7 @@ class ReflectiveModel:
         Raises:
             ValueError: neither ``config.think_end`` nor a ``</think>`` in the vocabulary.
         """
-        if self.config.think_end:
-            return self.tokenizer(self.config.think_end, add_special_tokens=False).input_ids
-        if self.steps.think_end_id is None:
-            raise ValueError(
-                "thinking_budget: the tokenizer has no </think>; give think_end in reflective.json, a text that ends thinking"
-            )
-        return [self.steps.think_end_id]
+        return self.reader.thinking_end()
 
     def decode(self, tokens: list[int], *, special: bool = False) -> str:
         """The text of ``tokens``; ``special``: with that of special tokens."""

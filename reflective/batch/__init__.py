@@ -532,7 +532,7 @@ def _positions(model: "ReflectiveModel") -> float:
 
 def _check_settings(model: "ReflectiveModel", strategy: "Strategy", settings: dict[str, Any]) -> None:
     """Raises ValueError for settings that no question can be answered with."""
-    from ..search.loop import Ask
+    from ..search.candidates import Ask
 
     Ask([0], strategy, **settings)
     if settings["thinking_budget"] is not None:

@@ -16,9 +16,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from ..engines.base import Chance
 from ..model import Candidate, Generation, ReflectiveModel
 from ..scoring.scores import aggregate
-from ..search.loop import Chance, Live
+from ..search.candidates import Live
 from ..utils.outputs import finite, json_text
 from . import logprobs
 from .logprobs import Told
