@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import Self
+
 from reflective.engines.base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
 from reflective.search.text import Reader
 
@@ -68,7 +70,7 @@ class ScriptedEngine:
         self._unopened: list[int] = []
         self._number = 0
 
-    def __enter__(self) -> "ScriptedEngine":
+    def __enter__(self) -> Self:
         self.entered = True
         return self
 
