@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-    from ...model import Candidate
     from ..loop import Live
+    from ..results import Candidate
 
 STOP, KEEP, HOLD = 0, 1, -1  # k > 1 forks a candidate into k, itself the first
 _HOME = {

@@ -9,8 +9,8 @@ from ...scoring.scores import aggregate
 from . import HOLD, KEEP, SCORED, STOP, Step, Strategy, eligible
 
 if TYPE_CHECKING:
-    from ...model import Candidate
     from ..loop import Live
+    from ..results import Candidate
 
 
 @dataclass
