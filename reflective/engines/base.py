@@ -19,9 +19,10 @@ Neither touches the other's fields: between them go the calls and the records be
 2. **A sequence is what was told of it.** An engine may be ahead, by a token (a device that is not waited for), by a draft, by a
    whole server. Whoever calls ``fork``, ``stop``, ``rest`` or ``force`` means the sequence as the events so far tell it; what the
    engine has done beyond that is undone, forgotten or told later, which is nobody else's business.
-3. **Events of a sequence come in order.** First its step, if its newest token ends one, then the next token; its end is last.
-   Where the steps of a prompt are ``"awaited"``, a step that ended is also the last thing that an ``advance`` tells of its
-   sequence: who steers by scores meets it there, and ``fork`` then branches behind the step.
+3. **Events of a sequence come in order, and one token at a time.** A step that ended is told before the next token, the end last;
+   an ``advance`` tells no more than one token of a sequence, so that who reads the text can stop it there. Where the steps of a
+   prompt are ``"awaited"``, a step that ended is the last that an ``advance`` tells of its sequence: who steers by scores meets it
+   there, and ``fork`` branches behind the step.
 4. **A sequence draws as if it were alone.** Its tokens depend on its prefix, its sampling and its own tokens, not on which
    others are decoded, stopped or forked. A fork draws by its own seed from where it begins.
 5. **Scores are exact.** Those of an ended or stopped sequence are of the tokens told, the last one included (with
