@@ -25,12 +25,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import compute_metric
-from .batch.files import open_file
 from .search.selection import Array, Metric, any_of, best_of, saturation, select, subsets
 from .search.strategies.votes import classes
+from .search.verify import Verifier, verifier
 from .tasks import Question
-from .train.verify import Verifier, verifier
 from .utils.outputs import write_text
+from .utils.records import open_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

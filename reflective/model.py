@@ -33,7 +33,7 @@ from .search.results import Candidate, Generation
 from .search.strategies import Strategy, by_name
 from .search.text import Reader
 from .utils.arguments import brief, check_text, whole
-from .utils.messages import is_conversation, plain
+from .utils.messages import asked, is_conversation
 from .utils.outputs import folder, json_text, write_text
 from .utils.repository import directory
 
@@ -165,26 +165,28 @@ class ReflectiveModel:
         found = any(t is not tokens and 0 <= t.num_embeddings - most <= 2 for t in tables) if most else False
         return most if found else None
 
-    def format(self, question: str | Messages, name: str = "question") -> str:
+    def format(self, question: str | Messages, name: str = "question", *, answered: bool = False) -> str:
         """The prompt for ``question``, or after a conversation of ``{"role", "content"}``: by the tokenizer's chat template,
         or where the checkpoint has a prompt of its own, or there is no template, by that, which has room for one question.
-        ``name``: by which it is refused.
+        ``name``: by which it is refused; ``answered``: a template is to ask for no answer after it.
 
         Raises:
             ValueError: messages that are none, that hold more than text, or that are not what the prompt takes.
         """
-        chat = [{"role": "user", "content": question}] if isinstance(question, str) else plain(question, name)
+        return self._prompt(asked(question, name), name, answered)
+
+    def _prompt(self, chat: list[dict[str, Any]], name: str, answered: bool = False) -> str:
         if self.config.prompt is None and self.tokenizer.chat_template is not None:
             from jinja2 import TemplateError
 
             try:
-                return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not answered)
             except (TemplateError, TypeError) as error:
                 raise ValueError(f"{name}: the tokenizer's chat template refuses it: {error}") from error
         roles = [m["role"] for m in chat]
         if roles != ["user"]:
             raise ValueError(
-                f"{name}: the roles of its messages are {roles}, but the checkpoint's prompt takes one message, of the user"
+                f"{name}: the roles of its messages are {roles}, but the checkpoint's prompt takes one question, of the user"
             )
         text = chat[0]["content"]
         return text if self.config.prompt is None else self.config.prompt.replace("{question}", text)
@@ -278,7 +280,7 @@ class ReflectiveModel:
         if len(seeds) != len(questions):
             raise ValueError(f"seed: {len(seeds)} seeds for {len(questions)} questions; give one, or one each")
         names = ["question"] if single else [f"question[{i}]" for i in range(len(questions))]
-        prompts = [self.format(q, name) for q, name in zip(questions, names, strict=True)]
+        prompts = [self._prompt(q, name) for q, name in zip(questions, names, strict=True)]
         asks = [
             self._within(
                 Ask(
@@ -528,8 +530,8 @@ class ReflectiveModel:
         return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
-def _questions(question: Any) -> tuple[list[str | Messages], bool]:
-    """The questions, and whether it is a single one.
+def _questions(question: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+    """The questions, as conversations, and whether it is a single one.
 
     Raises:
         ValueError: anything else, or an empty one.
@@ -537,12 +539,13 @@ def _questions(question: Any) -> tuple[list[str | Messages], bool]:
     single = isinstance(question, str) or is_conversation(question)
     if not single and (isinstance(question, bytes | Mapping) or not isinstance(question, Iterable)):
         raise ValueError(f"question={brief(question)}: expected a text, a list of messages, or a list of these")
-    questions = [question] if single else list(question)
-    for i, q in enumerate(questions):
+    questions = []
+    for i, q in enumerate([question] if single else question):
         name = "question" if single else f"question[{i}]"
         if not isinstance(q, str) and not is_conversation(q):
             raise ValueError(f"{name}={brief(q)}: expected a text or a list of messages, each with role and content")
-        if not (q if isinstance(q, str) else "".join(m["content"] for m in plain(q, name))).strip():
+        questions.append(asked(q, name))
+        if not "".join(m["content"] for m in questions[-1]).strip():
             raise ValueError(f"{name}: it is empty")
     return questions, single
 
