@@ -23,13 +23,13 @@ from torch import Tensor
 from transformers import DynamicCache, TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..engines.base import Chance
-from ..engines.hf.finished import batches_by_length
 from ..engines.hf.generation import TAIL, end_tokens, pad_token
 from ..engines.hf.internals import cache_argument
 from ..engines.hf.kv import Row, Rows, check_cache, new_cache
 from ..engines.hf.scorer import StreamScorer
 from ..scoring.scores import TrajectoryScores, aggregate
 from ..utils.arguments import real, whole
+from ..utils.lengths import batches_by_length
 from .strategies import HOLD, KEEP, STOP, Step, Strategy
 
 if TYPE_CHECKING:
