@@ -125,7 +125,7 @@ def test_mlps_in_pieces_change_nothing(monkeypatch, mixing):
     whole = rf.score(net, head, tiny.steps(), rows, batch_tokens=1)
     calls = []
     net.model.layers[0].mlp.gate_proj.register_forward_hook(lambda module, args, out: calls.append(out.shape[1]))
-    monkeypatch.setattr("reflective.engines.hf.backbone._PIECE", 16)
+    monkeypatch.setattr("reflective.engines.hf.pieces._PIECE", 16)
     pieces = rf.score(net, head, tiny.steps(), rows, batch_tokens=1)
     assert max(calls) == 16
     torch.testing.assert_close(pieces.score, whole.score, rtol=1e-5, atol=1e-7)

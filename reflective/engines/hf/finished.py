@@ -15,7 +15,7 @@ from ...utils.arguments import one_of
 from ...utils.lengths import batches_by_length
 from .backbone import Backbone
 from .kv import new_cache
-from .scorer import check_parts
+from .parts import check_parts
 
 
 def score(
@@ -88,7 +88,7 @@ class Reading:
     """``score`` of one text, a piece at a time: for who has other things to do between two forwards.
 
     Args:
-        model, head, steps, at: as for ``score``; a model whose cache is ``check_cache``'s.
+        model, head, steps, at: as for ``score``; a model whose cache is ``kv.check_cache``'s.
         ids: of the whole text, prompt included.
         prompt_length: as for ``score``.
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import internals
-from .backbone import Backbone, alike, exchange, restore
+from .backbone import Backbone
+from .listening import alike, exchange, restore
 
 _ATTRIBUTE = "_reflective_tap"
 
@@ -64,11 +65,10 @@ class Tap:
     """One model's; see the module. ``listeners`` are told in the order in which they came."""
 
     def __init__(self, backbone: Backbone) -> None:
-        self.model, self.backbone = backbone.model, backbone
+        self.model = backbone.model
         self.listeners: tuple[Listener, ...] = ()
         self.inputs = tuple(inspect.signature(self.model.forward).parameters)  # names, for positional arguments
-        self.ids_name, self.state_name = internals.ids_argument(self.model), backbone.state_argument
-        self.hidden_size = backbone.hidden_size
+        self.ids_name, self.last = internals.ids_argument(self.model), backbone.last
         self.given: dict[str, Any] | None = None  # the arguments of the forward in progress
         self.called = False  # whether the model's __call__ has told of it
         self.traced = False  # whether its hidden states came in compiled code
@@ -106,7 +106,7 @@ class Tap:
             tap.plain_call = internals.take_compiled_call(tap.model)
             vars(tap.model)[_ATTRIBUTE] = tap
             exchange(tap.model, _listening_model)
-            backbone.add_ear(tap)
+            tap.last.add(tap)
         tap.listeners += (listener,)
         return tap
 
@@ -117,7 +117,7 @@ class Tap:
         tap.listeners = tuple(other for other in tap.listeners if other is not listener)
         if not tap.listeners:
             tap.follow(None)
-            backbone.remove_ear(tap)
+            tap.last.remove(tap)
             restore(tap.model)
             del vars(tap.model)[_ATTRIBUTE]
             internals.give_compiled_call(tap.model, tap.plain_call)
@@ -243,7 +243,7 @@ class Tap:
     def hear(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """The last layer is called with these arguments."""
         if torch.compiler.is_compiling():
-            hidden = internals.state_in(self.state_name, self.hidden_size, args, kwargs)
+            hidden = self.last.given(args, kwargs)
             self.traced = True
             for listener in self.listeners:
                 listener.on_trace(self.ids, hidden)
@@ -251,7 +251,7 @@ class Tap:
         # Else the decoder alone, as rf.score runs it, perhaps in another thread; or a forward that is not of the stream.
         if self.given is None or self.thread != threading.get_ident():
             return
-        hidden = self.backbone.state(args, kwargs)
+        hidden = self.last.state(args, kwargs)
         if hidden.shape[:2] != self.ids.shape:
             raise internals.unknown(
                 f"model: the last layer of {type(self.model).__name__} is given states {list(hidden.shape)} for token ids "
