@@ -26,6 +26,7 @@ from .results import Results
 from .states import States
 from .stream import Schedule, Scope, Stream
 from .tap import Tap
+from .trial import try_release
 
 __all__ = ["Schedule", "StreamScorer"]
 
@@ -134,7 +135,7 @@ class StreamScorer:
         weights = self.stream.placed.load().weights
         for tensor in (*weights, self.steps.token_class, self.steps.transition):
             static(tensor)
-        Tap.add(self.backbone, self)
+        Tap.add(self.backbone, self, try_release)
         self._attached = True
         self._as_one_batch()
         return self

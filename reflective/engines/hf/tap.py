@@ -79,7 +79,7 @@ class Tap:
         self.rolls_back = False  # whether that is one that drafts
         self.proved = False  # whether a forward was seen to the end, and its cache counted
         self.cache: Callable[[], Any] = lambda: None  # weak reference to the cache that is followed
-        self.trial = False  # whether it is tried here what this release of transformers does
+        self.try_release: Callable[[str], None] | None = None  # see `add`
         self.plain_call: Any = None  # what generate compiled before; with listeners it compiles the listening __call__
 
     @classmethod
@@ -88,18 +88,18 @@ class Tap:
         return vars(model).get(_ATTRIBUTE)
 
     @classmethod
-    def add(cls, backbone: Backbone, listener: Listener) -> None:
+    def add(cls, backbone: Backbone, listener: Listener, try_release: Callable[[str], None] | None = None) -> "Tap":
         """Have ``listener`` told of what the backbone's model does.
+
+        Args:
+            try_release: tries, with a transformers that the tests were not run with, "decoding" right now, and "drafts" or
+                "beams" before the first ``generate`` call that has them.
 
         Raises:
             RuntimeError: this transformers is not as scoring needs it; or another thread runs the model.
         """
-        if not internals.is_tested():
-            _try_release("decoding")
-        cls._add(backbone, listener)
-
-    @classmethod
-    def _add(cls, backbone: Backbone, listener: Listener) -> "Tap":
+        if try_release is not None and not internals.is_tested():
+            try_release("decoding")
         tap = cls.of(backbone.model) or cls(backbone)
         tap.check_thread()
         if not tap.listeners:
@@ -107,6 +107,7 @@ class Tap:
             vars(tap.model)[_ATTRIBUTE] = tap
             exchange(tap.model, _listening_model)
             tap.last.add(tap)
+        tap.try_release = tap.try_release or try_release
         tap.listeners += (listener,)
         return tap
 
@@ -146,9 +147,9 @@ class Tap:
                 name: arguments.get(name, getattr(config, name, None)) for name in ("num_beams", *internals.DRAFTS)
             }
             self.rolls_back = any(given.pop(name) for name in internals.DRAFTS)
-            if not internals.is_tested() and not self.trial:
+            if self.try_release is not None and not internals.is_tested():
                 for way in ["drafts"] * self.rolls_back + ["beams"] * ((given["num_beams"] or 1) > 1):
-                    _try_release(way)
+                    self.try_release(way)
             for listener in self.listeners:
                 listener.on_generate(arguments, None)
             self.follow(None)
@@ -355,85 +356,3 @@ def _listening_cache(base: type) -> type:
                 listener.on_crop(int(self.get_seq_length()))
 
     return alike(Listening, base)
-
-
-class _Trial:
-    """A listener that keeps what it is told."""
-
-    unheard = False
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-        self.states: list[Tensor] = []
-
-    def on_generate(self, arguments: dict[str, Any], batching: Any) -> None:
-        self.told.append("generate")
-
-    def on_generated(self, output: Any) -> None:
-        self.told.append("generated")
-
-    def on_forward(self, ids: Tensor | None, cache: Any, given: dict[str, Any]) -> None:
-        self.told.append("forward")
-
-    def on_features(self, hidden: Tensor) -> None:
-        self.states.append(hidden)
-
-    def on_trace(self, ids: Tensor, hidden: Tensor) -> None:
-        pass
-
-    def on_select(self, indices: Tensor, reorder: bool) -> None:
-        self.told.append("select")
-
-    def on_repeat(self, repeats: int) -> None:
-        self.told.append("select")
-
-    def on_crop(self, length: int) -> None:
-        self.told.append("crop")
-
-
-_WAYS: dict[str, dict[str, Any]] = {
-    "decoding": {},
-    "beams": {"num_beams": 2},
-    "drafts": {"prompt_lookup_num_tokens": 2},
-}
-
-
-@functools.cache
-def _try_release(way: str) -> None:
-    """Once a process, with a transformers that the tests were not run with: whether a small model's ``generate`` tells what it
-    should, and the states that are heard are ``hidden_states[-2]``.
-
-    Raises:
-        RuntimeError: it does not.
-    """
-    model, heard = internals.small_model(), _Trial()
-    ids = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
-    backbone = Backbone.of(model)
-    try:
-        tap = Tap._add(backbone, heard)
-        tap.trial = True
-        try:
-            with torch.no_grad():
-                out = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, **_WAYS[way]
-                )
-        finally:
-            Tap.remove(backbone, heard)
-        with torch.no_grad():
-            truth = model(out[:, :-1], output_hidden_states=True).hidden_states[-2]
-    except Exception as e:
-        raise internals.unknown(f"tried on a small model, {way} failed ({type(e).__name__}: {e})") from e
-    missing = {"generate", "forward", "generated"} | {"beams": {"select"}, "drafts": {"crop"}}.get(way, set())
-    missing -= set(heard.told)
-    if not tap.proved:
-        missing.add("cache")
-    if way == "decoding":
-        states = torch.cat(heard.states, 1)
-        if states.shape != truth.shape or not torch.allclose(states, truth, rtol=1e-3, atol=1e-4):
-            missing.add("states")
-    if missing:
-        raise internals.unknown(
-            f"tried on a small model, {way}: nothing, or the wrong thing, was heard of {', '.join(sorted(missing))}"
-        )
-    if way == "decoding":
-        internals.warn_untested()
