@@ -150,7 +150,7 @@ def muddle(scorer, rank):
         if rank and ids.shape[1] > 1:
             slots[:n], slot_owner[:n] = slots[:n].flip(0), slot_owner[:n].flip(0)
 
-    scorer.backend = replace(scorer.backend, decode_step=muddled)
+    scorer.stream.placed.backend = replace(scorer.backend, decode_step=muddled)
 
 
 # -- what must come of it ---------------------------------------------------------------------------------------------
