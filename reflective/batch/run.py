@@ -152,6 +152,6 @@ def identity(model: "ReflectiveModel") -> dict[str, Any]:
 def check_head(model: "ReflectiveModel") -> None:
     """Raises ValueError for a head that does not fit the model, which else every row would be told."""
     from ..engines.hf.backbone import Backbone
-    from ..engines.hf.scorer import check_parts
+    from ..engines.hf.parts import check_parts
 
     check_parts(Backbone.of(model.model), model.head, model.steps)

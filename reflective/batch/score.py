@@ -124,7 +124,7 @@ def _score(
 
     The batches do not depend on what is done. They come in a random order, so that the time left can be told.
     """
-    from ..engines.hf.finished import batches_by_length
+    from ..utils.lengths import batches_by_length
 
     faults: list[Result] = []
     texts: list[tuple[int, int, str, str]] = []

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from typing_extensions import Self
 
+from ...utils.lengths import batches_by_length
 from ..base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
-from .finished import batches_by_length, of_text
+from .finished import of_text
 from .internals import cache_argument
 from .kv import Row, Rows, check_cache, new_cache
 from .pace import Pace
