@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..engines.hf.finished import read_positions
 from ..engines.hf.generation import end_tokens
+from ..evaluate.verify import Verifier, verifier
 from ..model import ReflectiveModel
 from ..scoring.steps import At, StepTokens
+from ..search.strategies.votes import answer_numbers
 from ..tasks import Question
 from ..utils.outputs import folder, json_text
-from .data import Rollouts, answer_numbers
+from .data import Rollouts
 from .sampler import Draw, Sampler
-from .verify import Verifier, verifier
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import __version__
+from ..evaluate.verify import Verifier, verifier
 from ..model import CONFIG_NAME, ReflectiveModel
 from ..scoring.sprm import NAMES, SPRM
 from ..tasks import TASKS, Question, gym, split
@@ -34,7 +35,6 @@ from .processes import Processes
 from .record import record_features
 from .rollout import recorded, roll_out
 from .settings import Settings
-from .verify import Verifier, verifier
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
