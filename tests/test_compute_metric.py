@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reflective.compute_metric import answer, find_task, task, verdict
-from reflective.evaluate.compute_metric import mathematics
+from reflective.compute_metric import answer, find_task, mathematics, task, verdict
 
 with Path(__file__).with_name("compute_metric.jsonl").open(encoding="utf-8") as file:
     PROMPTS, *TABLE = map(json.loads, file)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from reflective import tasks
-from reflective.evaluate.verify import verifier
+from reflective.search.verify import verifier
 from reflective.tasks import Question
 from reflective.train.data import (
     Rollouts,

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from reflective.engines.hf.internals import checkpointing_setting
-from reflective.evaluate.verify import verifier
 from reflective.model import CONFIG_NAME, ReflectiveModel
 from reflective.scoring.sprm import SPRM
+from reflective.search.verify import verifier
 from reflective.tasks import Question
 
 from .families import FAMILIES

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from ..search.verify import Verifier
 from .measures import CHOICES, Row, measured, rows_of
 from .reading import Reader, named
 from .report import Report
-from .verify import Verifier
 
 __all__ = ["CHOICES", "Report", "Row", "evaluate"]
 _RESAMPLES = 2000

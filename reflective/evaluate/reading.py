@@ -11,12 +11,12 @@ from typing import Any
 
 from rich.progress import Progress
 
+from .. import compute_metric
 from ..batch.files import open_file
+from ..search.verify import Verifier, verifier
 from ..tasks import Question
-from . import compute_metric
 from .forms import is_published, number, read_candidates, read_question
 from .results import Chosen, Draw, Result
-from .verify import Verifier, verifier
 
 _BY_ANSWER = ("answer", "exact")  # verifiers of the answer, and not of the whole response
 _GYM = "reasoning-gym:"

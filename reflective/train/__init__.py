@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..evaluate.verify import verifier
+    from ..search.verify import verifier
     from .backbone import Step, Tuned, tune
     from .data import (
         Rollouts,
@@ -66,7 +66,7 @@ _NAMES = {
     "run": ("table", "train"),
     "sampler": ("Sampler",),
     "settings": ("Settings",),
-    ".evaluate.verify": ("verifier",),  # reflective.evaluate.verify: also without training
+    ".search.verify": ("verifier",),  # evaluation has it, too
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 _EXTRA = ("accelerate", "datasets", "math_verify", "peft", "pyarrow", "reasoning_gym", "trl")

@@ -15,8 +15,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..engines.hf.internals import checkpointing_setting
-from ..evaluate.verify import Verifier
 from ..model import ReflectiveModel
+from ..search.verify import Verifier
 from ..tasks import Question
 from .backbone import Tuned
 from .grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts

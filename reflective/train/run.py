@@ -21,9 +21,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import __version__
-from ..evaluate.verify import Verifier, verifier
 from ..model import CONFIG_NAME, ReflectiveModel
 from ..scoring.sprm import NAMES, SPRM
+from ..search.verify import Verifier, verifier
 from ..tasks import TASKS, Question, gym, split
 from ..utils.outputs import finite, folder, json_text, write_text
 from . import extras

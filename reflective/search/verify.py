@@ -11,9 +11,9 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
-from ..search.strategies.votes import WORDS, bare, same_text
+from .. import compute_metric
 from ..tasks import Question
-from . import compute_metric
+from .strategies.votes import WORDS, bare, same_text
 
 _SHOWN = re.compile(r"^\\(?:text|textbf|textit|mathrm|mathbf|underline|mbox)\{([^{}]*)\}$")
 _APART = re.compile(r"\d\s+\d")
