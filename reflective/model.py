@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,15 +19,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .checkpoints.config import Config
 from .checkpoints.files import ADAPTER, CONFIG_NAME
 from .checkpoints.hub import HEAD, base_model, model_directory, save_head
-from .engines.hf.finished import Reading, score
+from .engines.base import Score
+from .engines.hf.engine import TransformersEngine
+from .engines.hf.finished import Reading, of_text, score
+from .engines.hf.generation import end_tokens, pad_token
+from .engines.hf.pace import Pace
 from .engines.hf.scorer import Schedule, StreamScorer
 from .scoring.sprm import SPRM
 from .scoring.steps import StepTokens
-from .search.loop import Ask, Live, Question, Scored, Search, ask
+from .search.candidates import Ask, Live, Question
+from .search.loop import Search, ask, name_of
 from .search.results import Candidate, Generation
 from .search.strategies import Strategy, by_name
+from .search.text import Reader
 from .utils.arguments import brief, check_text, whole
-from .utils.messages import is_conversation, plain
+from .utils.messages import asked, is_conversation
 from .utils.outputs import folder, json_text, write_text
 from .utils.repository import directory
 
@@ -160,26 +165,28 @@ class ReflectiveModel:
         found = any(t is not tokens and 0 <= t.num_embeddings - most <= 2 for t in tables) if most else False
         return most if found else None
 
-    def format(self, question: str | Messages, name: str = "question") -> str:
+    def format(self, question: str | Messages, name: str = "question", *, answered: bool = False) -> str:
         """The prompt for ``question``, or after a conversation of ``{"role", "content"}``: by the tokenizer's chat template,
         or where the checkpoint has a prompt of its own, or there is no template, by that, which has room for one question.
-        ``name``: by which it is refused.
+        ``name``: by which it is refused; ``answered``: a template is to ask for no answer after it.
 
         Raises:
             ValueError: messages that are none, that hold more than text, or that are not what the prompt takes.
         """
-        chat = [{"role": "user", "content": question}] if isinstance(question, str) else plain(question, name)
+        return self._prompt(asked(question, name), name, answered)
+
+    def _prompt(self, chat: list[dict[str, Any]], name: str, answered: bool = False) -> str:
         if self.config.prompt is None and self.tokenizer.chat_template is not None:
             from jinja2 import TemplateError
 
             try:
-                return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not answered)
             except (TemplateError, TypeError) as error:
                 raise ValueError(f"{name}: the tokenizer's chat template refuses it: {error}") from error
         roles = [m["role"] for m in chat]
         if roles != ["user"]:
             raise ValueError(
-                f"{name}: the roles of its messages are {roles}, but the checkpoint's prompt takes one message, of the user"
+                f"{name}: the roles of its messages are {roles}, but the checkpoint's prompt takes one question, of the user"
             )
         text = chat[0]["content"]
         return text if self.config.prompt is None else self.config.prompt.replace("{question}", text)
@@ -273,7 +280,7 @@ class ReflectiveModel:
         if len(seeds) != len(questions):
             raise ValueError(f"seed: {len(seeds)} seeds for {len(questions)} questions; give one, or one each")
         names = ["question"] if single else [f"question[{i}]" for i in range(len(questions))]
-        prompts = [self.format(q, name) for q, name in zip(questions, names, strict=True)]
+        prompts = [self._prompt(q, name) for q, name in zip(questions, names, strict=True)]
         asks = [
             self._within(
                 Ask(
@@ -285,14 +292,36 @@ class ReflectiveModel:
             for name, prompt, (own, number) in zip(names, prompts, seeds, strict=True)
         ]  # fmt: skip
         looked_at = on_step is not None or type(strategy).observe is not Strategy.observe
-        scorer = StreamScorer(
-            self.model, self.head, self.steps, schedule or ("immediate" if looked_at else "deferred"), self.config.at,
-            max_steps=max((a.max_new_tokens for a in asks), default=1), backend=backend, w1_dtype=w1_dtype, process_group=process_group,
+        engine = self.engine(
+            schedule=schedule or ("immediate" if looked_at else "deferred"), batch_rows=batch_rows,
+            max_steps=max((a.max_new_tokens for a in asks), default=1), backend=backend, w1_dtype=w1_dtype,
+            process_group=process_group,
         )  # fmt: skip
-        done = Search(self, scorer, batch_rows=batch_rows, on_step=on_step).run(asks)
-        share = scorer.host_seconds / max(1, sum(q.tokens for q in done))
+        done = Search(engine, self.reader, on_step=on_step).run(asks)
+        share = engine.scoring_seconds / max(1, sum(q.tokens for q in done))
         found = [self.generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
         return found[0] if single else found
+
+    def engine(self, *, batch_rows: int = 64, pace: Pace | None = None, **scoring: Any) -> TransformersEngine:
+        """What decodes and scores for a search.
+
+        Args:
+            batch_rows, pace: as for ``TransformersEngine``.
+            scoring: settings of its ``StreamScorer``.
+        """
+        scorer = StreamScorer(self.model, self.head, self.steps, at=self.config.at, **scoring)
+        return TransformersEngine(
+            self.model, scorer, ends=end_tokens(self.model, self.tokenizer), pad=pad_token(self.tokenizer) or 0,
+            batch_rows=batch_rows, pace=pace,
+        )  # fmt: skip
+
+    @property
+    def reader(self) -> Reader:
+        """What a search reads responses by."""
+        return Reader(
+            self.tokenizer, self.steps.think_start_id, self.steps.think_end_id, self.config.think_end,
+            stop=self.config.stop, pattern=self.config.answer,
+        )  # fmt: skip
 
     def _within(self, ask: Ask, name: str) -> Ask:
         """``ask`` with no more tokens than the model has positions for.
@@ -331,7 +360,7 @@ class ReflectiveModel:
         candidates = [self._ended(c) for c in question.candidates]
         chosen = ask(question.strategy, "choose", candidates)
         if not isinstance(chosen, Integral) or not 0 <= chosen < len(candidates):
-            name = type(question.strategy).__name__
+            name = name_of(question.strategy)
             raise RuntimeError(f"strategy {name}: choose gave {chosen!r}, no index of its {len(candidates)} candidates")
         return Generation(
             prompt, candidates, candidates[chosen],
@@ -343,7 +372,7 @@ class ReflectiveModel:
         )  # fmt: skip
 
     def _ended(self, live: Live) -> Candidate:
-        candidate = self._candidate(live.token_ids, live.step_scores, live.scored or Scored(0.0, [], None))
+        candidate = self._candidate(live.token_ids, live.scored or Score())
         return dataclasses.replace(
             candidate, status=live.status, log_prob=live.log_prob, number=live.number, parent=live.parent,
             tokens=live.new_tokens, logprobs=None if live.question.ask.logprobs is None else live.chances,
@@ -423,7 +452,7 @@ class ReflectiveModel:
             batch_tokens=batch_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
         )  # fmt: skip
         return [
-            self._candidate(r, scores.step_scores[i].tolist(), Scored.of(scores, i, len(p)))
+            self._candidate(r, of_text(scores, i, len(p)))
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
 
@@ -460,21 +489,21 @@ class ReflectiveModel:
     def read_candidate(self, reading: Reading, prompt: Sequence[int], response: Sequence[int]) -> Candidate:
         """What was read of a response."""
         scores = reading.scores()
-        return self._candidate(list(response), scores.step_scores[0].tolist(), Scored.of(scores, 0, len(prompt)))
+        return self._candidate(list(response), of_text(scores, 0, len(prompt)))
 
-    def _candidate(self, tokens: list[int], step_scores: list[float], scored: Scored) -> Candidate:
+    def _candidate(self, tokens: list[int], scored: Score) -> Candidate:
         text, ends = self.decode(tokens), self._ends(tokens, scored.positions)
         return Candidate(
             text=text,
             score=scored.score,
-            step_scores=step_scores,
+            step_scores=list(scored.step_scores),
             step_spans=list(zip([0, *ends], ends, strict=False)),
             token_ids=tokens,
             answer=self.answer(text),
             error=scored.error,
         )
 
-    def _ends(self, tokens: list[int], steps: list[int]) -> list[int]:
+    def _ends(self, tokens: list[int], steps: Sequence[int]) -> list[int]:
         """Where in the decoded text each step-token ends. Decodes two steps at a time: a token's text depends on its
         neighbours, but decoding every prefix anew would take seconds for a thousand steps."""
         ends, length, anchor, last = [], 0, 0, 0
@@ -486,12 +515,7 @@ class ReflectiveModel:
 
     def answer(self, text: str) -> str | None:
         """What the checkpoint's answer pattern finds in a response, or behind its ``</think>`` if it has one."""
-        if self.config.answer is None:
-            return None
-        tag = self.steps.think_end_id
-        text = text if tag is None else text.rpartition(self.decode([tag], special=True))[2]
-        match = re.search(self.config.answer, text)
-        return match.group(1).strip() if match else None
+        return self.reader.answer(text)
 
     def think_end(self) -> list[int]:
         """The tokens that end thinking.
@@ -499,21 +523,15 @@ class ReflectiveModel:
         Raises:
             ValueError: neither ``config.think_end`` nor a ``</think>`` in the vocabulary.
         """
-        if self.config.think_end:
-            return self.tokenizer(self.config.think_end, add_special_tokens=False).input_ids
-        if self.steps.think_end_id is None:
-            raise ValueError(
-                "thinking_budget: the tokenizer has no </think>; give think_end in reflective.json, a text that ends thinking"
-            )
-        return [self.steps.think_end_id]
+        return self.reader.thinking_end()
 
     def decode(self, tokens: list[int], *, special: bool = False) -> str:
         """The text of ``tokens``; ``special``: with that of special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
-def _questions(question: Any) -> tuple[list[str | Messages], bool]:
-    """The questions, and whether it is a single one.
+def _questions(question: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+    """The questions, as conversations, and whether it is a single one.
 
     Raises:
         ValueError: anything else, or an empty one.
@@ -521,12 +539,13 @@ def _questions(question: Any) -> tuple[list[str | Messages], bool]:
     single = isinstance(question, str) or is_conversation(question)
     if not single and (isinstance(question, bytes | Mapping) or not isinstance(question, Iterable)):
         raise ValueError(f"question={brief(question)}: expected a text, a list of messages, or a list of these")
-    questions = [question] if single else list(question)
-    for i, q in enumerate(questions):
+    questions = []
+    for i, q in enumerate([question] if single else question):
         name = "question" if single else f"question[{i}]"
         if not isinstance(q, str) and not is_conversation(q):
             raise ValueError(f"{name}={brief(q)}: expected a text or a list of messages, each with role and content")
-        if not (q if isinstance(q, str) else "".join(m["content"] for m in plain(q, name))).strip():
+        questions.append(asked(q, name))
+        if not "".join(m["content"] for m in questions[-1]).strip():
             raise ValueError(f"{name}: it is empty")
     return questions, single
 

@@ -17,7 +17,7 @@ import tiny
 import torch
 from test_search import QUESTIONS, STEPS, reflective_model
 
-from reflective.integrations import aggregation, prompt_of
+from reflective.integrations import aggregation
 from reflective.integrations.search_and_learn import ReflectivePRM
 from reflective.model import Candidate
 from reflective.scoring.scores import AGGREGATIONS, NonFiniteWarning, aggregate
@@ -154,15 +154,15 @@ def test_sal_bad_input(engine):
 
 def test_messages_without_content_and_in_parts(model):
     parts = {"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}
-    assert prompt_of(model, [parts]) == "AB"
+    assert model.format([parts], "messages") == "AB" == model.format("AB")
     for messages, message in (
         ([], r"messages: expected a list of messages, each with role and content, not \[\]"),
-        ("AB", "messages: expected a list of messages, each with role and content, not 'AB'"),
+        (5, "messages: expected a list of messages, each with role and content, not 5"),
         ([{**parts, "content": [{"type": "image_url"}]}], r"messages\[0\].content\[0\] is of type 'image_url'"),
         ([{**parts, "content": ["A"]}], r"messages\[0\].content\[0\] is of type 'str'"),
     ):
         with pytest.raises(ValueError, match=message):
-            prompt_of(model, messages)
+            model.format(messages, "messages")
 
 
 # -- reward_hub ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import reflective as rf
-from reflective.search.loop import Chance
+from reflective.engines.base import Chance
 from reflective.search.loop import loop as search
 from reflective.serve import logprobs
 from reflective.serve.engine import Engine

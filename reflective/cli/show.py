@@ -10,7 +10,7 @@ from rich.table import Table
 from typing_extensions import Self
 
 from ..plot import sparkline
-from ..search.loop import Live as Candidate
+from ..search.candidates import Live as Candidate
 from ..search.results import Generation
 
 _REFRESH_S = 0.1

@@ -12,9 +12,9 @@ from typing import Any
 from rich.progress import Progress
 
 from .. import compute_metric
-from ..batch.files import open_file
 from ..search.verify import Verifier, verifier
 from ..tasks import Question
+from ..utils.records import open_file
 from .forms import is_published, number, read_candidates, read_question
 from .results import Chosen, Draw, Result
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..engines.hf.finished import Reading
-from ..engines.hf.scorer import Schedule, StreamScorer
+from ..engines.hf.pace import Pace
+from ..engines.hf.scorer import Schedule
 from ..model import Candidate, Generation, ReflectiveModel
-from ..search.loop import Ask, Live, Pace, Question, Search
+from ..search.candidates import Ask, Live, Question
+from ..search.loop import Search
 from ..search.strategies import Strategy
 from .logprobs import Spelling
 
@@ -67,7 +69,7 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.model, self.batch_rows, self.max_queue, self.batch_tokens = model, batch_rows, max_queue, batch_tokens
-        self._scorer_settings = {"schedule": schedule, "at": model.config.at, "max_steps": max_steps}
+        self._scoring = {"schedule": schedule, "max_steps": max_steps}
         self._changed = threading.Condition()  # guards what follows
         self._waiting: collections.deque[_Generate] = collections.deque()
         self._asides: collections.deque[_Aside] = collections.deque()  # those that are being scored, too
@@ -142,7 +144,7 @@ class Engine:
                     f"max_new_tokens={most}: with the prompt's {len(ids)} tokens that is more than the "
                     f"{self.max_length} positions of the model"
                 )
-            questions.append(Question(self.model, ask))
+            questions.append(Question(self.model.reader, ask))
             texts.append(text)
         job = _Generate(self, questions, texts, on_step, one)
         self._queue(self._waiting, job)
@@ -336,10 +338,8 @@ class Engine:
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
     def _new_search(self) -> Search:
-        scorer = StreamScorer(self.model.model, self.model.head, self.model.steps, **self._scorer_settings)
-        return Search(
-            self.model, scorer, batch_rows=self.batch_rows, on_step=self._stepped, on_end=self._ended, pace=self._pace
-        )
+        engine = self.model.engine(batch_rows=self.batch_rows, pace=self._pace, **self._scoring)
+        return Search(engine, self.model.reader, on_step=self._stepped, on_end=self._ended)
 
     def _run(self) -> None:
         while True:
@@ -361,21 +361,25 @@ class Engine:
 
     def _serve(self) -> None:
         """Turns of the search, and beside them pieces of whatever else there is to run, until there is nothing."""
-        search, credit, filled = self._search, 0.0, False
-        with search.attached():
+        search, engine, credit, filled = self._search, self._search.engine, 0.0, False
+        with engine:
             while True:
-                decoding = search.decode_seconds
+                decoding = engine.decode_seconds
                 self._pace.seconds = min(max(decoding, PIECE[0]), PIECE[1]) if decoding else PIECE[1]
-                # What pieces took beyond their share is waited for; what they did not need is not saved up.
-                credit = min(0.0, credit + SHARE * decoding) if decoding else 0.0
+                credit = credit if decoding else 0.0
                 began, aside = time.perf_counter(), False
-                fill = credit == 0 and search.filling and not filled  # they take turns
+                fill = credit == 0 and engine.filling and not filled  # they take turns
                 if credit == 0 and not fill:
                     aside = self._step_aside()
-                    fill = search.filling and not aside
-                filled = fill
+                    fill = engine.filling and not aside
                 worked = search.turn(self._arrivals, fill=fill)
-                credit -= time.perf_counter() - began - search.decode_seconds
+                filled = engine.did == "piece"
+                spent = time.perf_counter() - began
+                if engine.did == "tokens":
+                    # What pieces took beyond their share is waited for; what they did not need is not saved up.
+                    credit = min(0.0, credit - (spent - engine.decode_seconds) + SHARE * engine.decode_seconds)
+                else:
+                    credit -= spent
                 if not worked and not aside and not self._asides:
                     return
 

@@ -18,8 +18,9 @@ from ..engines.hf.internals import Conv1D, checkpoints, set_checkpointing
 from ..model import CONFIG_NAME, ReflectiveModel
 from ..scoring.loss import sprm_loss_rows
 from ..scoring.sprm import SPRM
+from ..utils.fingerprint import fingerprint
 from ..utils.outputs import json_text, write_text
-from .checkpoint import Checkpoint, fingerprint
+from .checkpoint import Checkpoint
 from .data import Rollouts
 from .head import Batches, Standardised
 from .processes import Processes

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..batch.files import Lines, form_of, open_file
 from ..search.strategies.votes import answer_numbers
 from ..tasks import Question
 from ..utils.outputs import partial, replacing
+from ..utils.records import Lines, form_of, open_file
 
 Format = Literal["jsonl", "parquet"]
 
@@ -211,7 +211,7 @@ def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, forma
 
 
 def write_rollouts(rollouts: Rollouts, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write what ``read_rollouts`` reads, features left out; JSON or parquet by the suffix, see ``batch.files.form_of``.
+    """Write what ``read_rollouts`` reads, features left out; JSON or parquet by the suffix, see ``utils.records.form_of``.
 
     Texts hold their special tokens, and the token ids lie beside them. The file appears when it is complete.
 

@@ -25,9 +25,9 @@ from ..model import CONFIG_NAME, ReflectiveModel
 from ..scoring.sprm import NAMES, SPRM
 from ..search.verify import Verifier, verifier
 from ..tasks import TASKS, Question, gym, split
+from ..utils.fingerprint import fingerprint
 from ..utils.outputs import finite, folder, json_text, write_text
 from . import extras
-from .checkpoint import fingerprint
 from .data import Rollouts, read_questions, read_rollouts, split_questions
 from .head import fit
 from .metrics import evaluate

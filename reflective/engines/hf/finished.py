@@ -13,6 +13,7 @@ from ...scoring.sharded import ShardedHead
 from ...scoring.sprm import SPRM
 from ...scoring.steps import At, StepTokens, integers, padding
 from ...utils.arguments import one_of
+from ..base import Score
 from .backbone import Backbone
 from .kv import new_cache
 from .scorer import check_parts
@@ -131,6 +132,12 @@ class Reading:
         """What ``score`` gives, once nothing is left."""
         found = torch.cat(self._found)
         return TrajectoryScores.collect([float(found.double().sum())], [len(found)], [found], [self._steps], self.at)
+
+
+def of_text(scores: TrajectoryScores, i: int, prompt_length: int) -> Score:
+    """Of trajectory ``i``, whose prompt has ``prompt_length`` columns, padding included."""
+    positions = scores.step_positions[i] - prompt_length
+    return Score(float(scores.score[i]), scores.step_scores[i].tolist(), positions.tolist(), scores.errors.get(i))
 
 
 def read_at(step: Tensor, at: At) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from . import Strategy, eligible, likelihood
 
 if TYPE_CHECKING:
-    from ...model import Candidate
+    from ..results import Candidate
 
 _NUMBER = re.compile(r"[-+]?\d{1,40}(?:\.\d{1,40}|/0{0,40}[1-9]\d{0,39})?")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")  # and not 1,2
