@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..search.strategies.votes import classes
+from ..search.strategies.votes import answer_numbers
 from ..tasks import Question
 from ..utils.outputs import partial, replacing
 from ..utils.records import Lines, form_of, open_file
@@ -155,19 +155,6 @@ def split_questions(rollouts: Rollouts, fraction: float, seed: int = 0) -> tuple
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))
     chosen = torch.isin(rollouts.question, questions[order[:first]])
     return rollouts.select(chosen), rollouts.select(~chosen)
-
-
-def answer_numbers(questions: Sequence[Hashable], answers: Sequence[str | None]) -> list[int]:
-    """``Rollouts.answer`` of N answers: equal numbers for answers to one question that mean the same, -1 for None."""
-    given: dict[Hashable, dict[str, int]] = {}
-    for question, answer in zip(questions, answers, strict=True):
-        if answer is not None:
-            given.setdefault(question, {})[answer] = -1
-    for numbers in given.values():
-        texts = list(numbers)
-        for number, group in enumerate(classes(texts)):
-            numbers.update((texts[i], number) for i in group)
-    return [-1 if a is None else given[q][a] for q, a in zip(questions, answers, strict=True)]
 
 
 def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, format: Format | None = None) -> Rollouts:
