@@ -194,7 +194,7 @@ class StreamScorer:
 
     def on_generate(self, arguments: dict[str, Any], batching: Any) -> None:
         if batching is not None:
-            batching = Batching(batching, self)
+            batching = Batching(batching, self.stream, self._states)
             self._begin(torch.empty(0, dtype=torch.int64, device=self.backbone.device), 0)
             self._batching = batching
             return
