@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, pipeline
 
 import reflective as rf
 from reflective.integrations.pipeline import ScoredTextGenerationPipeline, _best
+from reflective.model import Config
 
 PROMPTS = ["ab", "a longer prompt 1 2", "why?"]
 CHAT = [{"role": "user", "content": "a 1 b"}]
@@ -69,6 +70,29 @@ def test_every_record_has_the_score_of_its_ids(parts, at):
     none = run(pipe, PROMPTS[1], suppress_tokens=parts[1]("".join(DELIMITERS)).input_ids)
     assert [(r["score"], r["step_scores"]) for r in none] == [(0.0, [])]
     check(parts, records, parts[1](PROMPTS[1]).input_ids, at=at)
+
+
+def test_one_path_is_enough(parts, tmp_path):
+    net, tokenizer, head, _ = parts
+    config = Config(rule="text", delimiter=DELIMITERS, at="token")
+    rf.ReflectiveModel(net, tokenizer, head, config).save_pretrained(tmp_path / "all")
+    pipe = pipeline("text-generation", model=str(tmp_path / "all"), pipeline_class=ScoredTextGenerationPipeline)
+    want = run(scored(parts, at="token"), PROMPTS[1], num_return_sequences=4)
+    assert run(pipe, PROMPTS[1], num_return_sequences=4) == want and any(r["step_scores"] for r in want)
+
+    # Apart: a published head, which says nothing of its use; and what is said in the call comes first.
+    head.save_pretrained(tmp_path / "score_module.pt")
+    plain_path = tmp_path / "plain"
+    net.save_pretrained(plain_path)
+    tokenizer.save_pretrained(plain_path)
+    settings = {"model": str(plain_path), "pipeline_class": ScoredTextGenerationPipeline}
+    steps = rf.StepTokens.from_tokenizer(tokenizer, rule="text", delimiter=DELIMITERS)
+    pipe = pipeline("text-generation", head=tmp_path / "score_module.pt", steps=steps, at="token", **settings)
+    assert run(pipe, PROMPTS[1], num_return_sequences=4) == want
+    with pytest.raises(FileNotFoundError, match="score_module"):
+        pipeline("text-generation", **settings)
+    with pytest.raises(ValueError, match="steps: a head alone"):
+        pipeline("text-generation", head=head, **settings)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,24 @@ class Loaded(NamedTuple):
     home: Path
 
 
+def load_head(path: str | Path, **where: Any) -> tuple[SPRM, Config]:
+    """A head, and how it is used: by the ``reflective.json`` beside it; where there is none beside a ``score_module.pt``, the head is
+    a published one, rule ``"exact"``.
+
+    Args:
+        path: file, directory or repository.
+        where: ``revision``, ``cache_dir``, ``local_files_only``: see ``utils.repository.directory``.
+
+    Raises:
+        FileNotFoundError, ValueError, PermissionError: see ``SPRM.from_pretrained``; a broken ``reflective.json``.
+    """
+    home = directory(path, HEAD, **where)
+    head, beside = SPRM.from_pretrained(home), home if home.is_dir() else home.parent
+    if (beside / CONFIG_NAME).is_file():
+        return head, Config.read(beside / CONFIG_NAME)
+    return head, Config(rule="exact") if SPRM.found(home).suffix == ".pt" else Config()
+
+
 def load(
     path: str | Path,
     *,
@@ -40,11 +58,9 @@ def load(
     place = directory(path, HEAD, revision=revision, **where)
     home = directory(head, HEAD, **where) if head else place
     beside = home if home.is_dir() else home.parent
-    file = SPRM.found(home)
-    sprm = None if untrained and file is None else SPRM.from_pretrained(home)  # first: it fails fast
-    published = file is not None and file.suffix == ".pt"
-    config = Config(rule="exact") if published else Config()
-    if (beside / CONFIG_NAME).is_file():
+    # First, as it fails fast.
+    sprm, config = (None, Config()) if untrained and SPRM.found(home) is None else load_head(home)
+    if sprm is None and (beside / CONFIG_NAME).is_file():
         config = Config.read(beside / CONFIG_NAME)
     adapters = [d for d in dict.fromkeys([place, beside]) if (d / ADAPTER).is_file()]
     name = path

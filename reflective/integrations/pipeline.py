@@ -1,20 +1,19 @@
 """transformers: ``pipeline("text-generation")`` with a score beside every generated text, and best of N.
 
-pipe = pipeline(
-    "text-generation", model=model, tokenizer=tokenizer,
-    pipeline_class=ScoredTextGenerationPipeline, head=head, steps=steps,
-)
+pipe = pipeline("text-generation", model="MetaStone-S1-1.5B", pipeline_class=ScoredTextGenerationPipeline)
 pipe("How many primes are below 100?", best_of=8)  # [{"generated_text": ..., "score": ..., "step_scores": [...]}]
 """
 
 import collections
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TextGenerationPipeline
 
+from ..checkpoints.loading import load_head
 from ..engines.hf.scorer import Schedule, StreamScorer
 from ..scoring.scores import aggregate
 from ..scoring.sprm import SPRM
@@ -32,8 +31,10 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
     second forward. All else, texts, chats, tensors, batches and settings of generation, is the pipeline's own.
 
     Args:
-        head, steps: as for ``StreamScorer``; those of a ``ReflectiveModel`` for instance.
-        at, schedule, backend: as for ``StreamScorer``.
+        head: an ``SPRM``, or where one lies: file, directory or repository; None: where the model was loaded from.
+        steps, at: as for ``StreamScorer``; None: what the ``reflective.json`` beside the head says, or for a published head the
+            rule ``"exact"``. With a head that is an ``SPRM`` the steps must be given.
+        schedule, backend: as for ``StreamScorer``.
         best_of: sample so many responses to a prompt and give the one with the highest score, in a list of one. Where none has
             a step, it is the text that comes most often, and of equally frequent ones the first; ``"chosen_by"`` in its record
             is ``"score"``, ``"majority"`` or ``"first"``. Here, or in a call.
@@ -41,22 +42,30 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
         *args, **kwargs: as for ``TextGenerationPipeline``.
 
     Raises:
-        ValueError: head, steps and model do not fit together; ``best_of`` beside ``num_return_sequences``, or below 1; unknown
+        FileNotFoundError: no head there.
+        ValueError: head, steps and model do not fit together, or steps are missing; ``best_of`` beside ``num_return_sequences``, or below 1; unknown
             ``aggregation``; what ``StreamScorer`` refuses.
     """
 
     def __init__(
         self,
         *args: Any,
-        head: SPRM,
-        steps: StepTokens,
-        at: At = "predict",
+        head: SPRM | str | Path | None = None,
+        steps: StepTokens | None = None,
+        at: At | None = None,
         schedule: Schedule = "deferred",
         backend: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.scorer = StreamScorer(self.model, head, steps, schedule, at, backend=backend)
+        if not isinstance(head, SPRM):
+            head, config = load_head(head or self.model.name_or_path)
+            head, at = head.to(self.model.dtype), at or config.at
+            if steps is None:
+                steps = StepTokens.from_tokenizer(self.tokenizer, rule=config.rule, delimiter=config.delimiter)
+        elif steps is None:
+            raise ValueError("steps: a head alone does not say which tokens end a step; give them, or the head's directory")
+        self.scorer = StreamScorer(self.model, head, steps, schedule, at or "predict", backend=backend)
 
     def _sanitize_parameters(
         self, best_of: int | None = None, aggregation: str | None = None, **kwargs: Any
