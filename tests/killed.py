@@ -19,7 +19,7 @@ import reflective as rf
 from reflective import batch
 from reflective.utils import outputs, records
 
-HOME = str(Path(batch.__file__).parent), outputs.__file__, records.__file__
+HOME = str(Path(batch.__file__).parent), outputs.__file__, str(Path(records.__file__).parent)
 LAST = 16  # lines at the end, of which each is a point
 
 

@@ -136,7 +136,7 @@ def test_broken_rows_are_told_by_number_and_kept(small, tmp_path):  # noqa: F811
 
 
 def test_columns_keep_their_types_whatever_the_first_rows_hold(small, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(files, "PIECE_ROWS", 2)
+    monkeypatch.setattr(files.json_file, "PIECE_ROWS", 2)
     records = [{"text": "a", "x": None, "n": 1, "l": []} for _ in range(4)] + [
         {"text": "zz", "x": "late", "n": 2.5, "l": [{"a": 1}]}, {"text": "", "n": None, "new": True}
     ]  # fmt: skip
@@ -336,7 +336,8 @@ def test_a_hidden_state_that_is_not_finite_is_that_rows_error(small, tmp_path): 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_memory_does_not_grow_with_the_input(small, tmp_path, monkeypatch, suffix):  # noqa: F811
     monkeypatch.setattr(score, "WINDOW_ROWS", 256)
-    monkeypatch.setattr(files, "PIECE_BYTES", 1 << 20)
+    for module in (files.json_file, files.parquet_file):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1 << 20)
 
     def peak(n):
         source = tmp_path / f"{n}{suffix}"
@@ -448,12 +449,12 @@ def test_a_value_that_is_read_in_pieces(tmp_path, monkeypatch):
     records = [{"text": "a\\" + '"' * n, "x": [True, 12.5e3, "\U0001f600\ud7ff"], "n": n} for n in range(12)]
     text = json.dumps(records)
     for buffer in (1, 2, 3, 7, 50):
-        monkeypatch.setattr(files, "_BUFFER", buffer)
-        assert [r.fields for r in files._values(io.StringIO(text))] == records
-        assert [r.fields for r in files._values(io.StringIO("\n".join(map(json.dumps, records))))] == records
+        monkeypatch.setattr(files.values, "BUFFER", buffer)
+        assert [r.fields for r in files.values.read_values(io.StringIO(text))] == records
+        assert [r.fields for r in files.values.read_values(io.StringIO("\n".join(map(json.dumps, records))))] == records
     stream = io.StringIO('[{"a": 1}, {"a" 2}, ' + " " * 1_000_000)
     with pytest.raises(ValueError, match="item 2"):
-        list(files._values(stream))
+        list(files.values.read_values(stream))
     assert stream.tell() < 1000
 
 

@@ -10,11 +10,9 @@ import itertools
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -24,63 +22,15 @@ from ...utils.lengths import batches_by_length
 from ..base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
 from .finished import of_text
 from .internals import cache_argument
-from .kv import Row, Rows, check_cache, new_cache
+from .kv import Rows, check_cache, new_cache
 from .pace import Pace
 from .sampling import chances, draw
 from .scorer import StreamScorer
+from .sequences import Continuation, Prefix
 
 PREFILL_TOKENS = 16_384  # padded, in one forward
 LOGITS = 1 << 25  # of a prompt whose log-probabilities are asked for, in one forward: 128 MiB in float32
 _NONE = Score()
-
-
-@dataclass(eq=False)
-class _Prefix:
-    """A prompt, of which ``done`` tokens are in ``cache`` while it is prefilled in pieces."""
-
-    number: int
-    prompt: Prompt
-    columns: list[int] = field(default_factory=list)  # as the scorer was given it, left padding included
-    state: int | None = None  # of the scorer, from which sequences fork
-    row: Row | None = None  # keys and values, once they are there
-    logits: Tensor | None = None  # [V] after its last token
-    chances: list[Chance] = field(default_factory=list)
-    cache: DynamicCache | None = None
-    ids: Tensor | None = None  # [1, P] and positions, of one in pieces
-    positions: Tensor | None = None
-    done: int = 0
-    sequences: list["_Sequence"] = field(default_factory=list)  # that have not ended, in order of creation
-
-
-@dataclass(eq=False)
-class _Sequence:
-    number: int
-    prefix: _Prefix
-    sampling: Sampling
-    tokens: list[int] = field(default_factory=list)  # as told
-    steps: int = 0
-    forced: tuple[int, Sequence[int]] = (0, ())  # from which length on, which tokens
-    state: int | None = None  # of the scorer; None: as the prefix left it
-    row: Row | None = None  # keys and values, outside of the batch
-    seated: bool = False
-    unfed: bool = False  # whether the newest of tokens is still to be fed
-    resting: bool = False
-    drawn: Chance | None = None  # but not told
-    logits: Tensor | None = None  # [V], that it was or will be drawn from
-
-    def __post_init__(self) -> None:
-        self.random = np.random.default_rng(self.sampling.seed)
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is a token to feed."""
-        return self.unfed and not self.resting
-
-    def next(self) -> int:
-        """The token that it is forced to, or -1."""
-        begin, tokens = self.forced
-        place = len(self.tokens) - begin
-        return tokens[place] if place < len(tokens) else -1
 
 
 class TransformersEngine:
@@ -121,13 +71,13 @@ class TransformersEngine:
         self.decode_seconds = 0.0
         self._inputs, self._cache_name = inspect.signature(model.forward).parameters, cache_argument(model)
         self._numbers = itertools.count()
-        self._prefixes: dict[int, _Prefix] = {}  # prefilled or not, in order of their prefill
-        self._sequences: dict[int, _Sequence] = {}  # that have not ended
-        self._groups: collections.deque[list[_Prefix]] = collections.deque()  # each to be prefilled in one forward
-        self._long: collections.deque[_Prefix] = collections.deque()  # each in several
-        self._batch: list[_Sequence] = []
+        self._prefixes: dict[int, Prefix] = {}  # prefilled or not, in order of their prefill
+        self._sequences: dict[int, Continuation] = {}  # that have not ended
+        self._groups: collections.deque[list[Prefix]] = collections.deque()  # each to be prefilled in one forward
+        self._long: collections.deque[Prefix] = collections.deque()  # each in several
+        self._batch: list[Continuation] = []
         self._rows: Rows | None = None
-        self._untold: list[_Sequence] = []  # behind a step or a fork: with logits, and perhaps a token drawn from them
+        self._untold: list[Continuation] = []  # behind a step or a fork: with logits, perhaps a token drawn
         self._ended: list[Ended] = []  # to be told
         self._between: set[str] = set()  # what was run since those that decode had their last token
 
@@ -163,7 +113,7 @@ class TransformersEngine:
         return bool(self._long)
 
     def open(self, prompts: Sequence[Prompt]) -> list[int]:
-        new = [_Prefix(next(self._numbers), prompt) for prompt in prompts]
+        new = [Prefix(next(self._numbers), prompt) for prompt in prompts]
         self._prefixes |= {p.number: p for p in new}
         most = self.pace.tokens() if self.pace else PREFILL_TOKENS
         for prefix in (p for p in new if p.prompt.logprobs is not None):
@@ -181,18 +131,18 @@ class TransformersEngine:
 
     def start(self, prefix: int, samplings: Sequence[Sampling]) -> list[int]:
         place = self._prefixes[prefix]
-        new = [_Sequence(next(self._numbers), place, sampling) for sampling in samplings]
+        new = [Continuation(next(self._numbers), place, sampling) for sampling in samplings]
         self._keep(new)
         if place.row is not None:
             self._begin(new)
         return [s.number for s in new]
 
-    def _keep(self, new: list[_Sequence]) -> None:
+    def _keep(self, new: list[Continuation]) -> None:
         for s in new:
             self._sequences[s.number] = s
             s.prefix.sequences.append(s)
 
-    def _begin(self, sequences: Iterable[_Sequence]) -> None:
+    def _begin(self, sequences: Iterable[Continuation]) -> None:
         """Behind their prefixes, whose keys and values are there."""
         for s in sequences:
             s.row, s.logits = s.prefix.row, s.prefix.logits
@@ -202,12 +152,12 @@ class TransformersEngine:
                 self._end([s])
                 self._ended.append(Ended(s.number, "length", None, _NONE))
 
-    def _fill_later(self, prefix: _Prefix) -> None:
+    def _fill_later(self, prefix: Prefix) -> None:
         prefix.ids, prefix.positions, _ = self._admit([prefix])
         prefix.cache = new_cache()
         self._long.append(prefix)
 
-    def _admit(self, prefixes: list[_Prefix]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _admit(self, prefixes: list[Prefix]) -> tuple[Tensor, Tensor, Tensor | None]:
         """New states for the prompts, and these as ids [B, P] with their positions and mask."""
         device, lengths = self.model.device, [len(p.prompt.ids) for p in prefixes]
         width = max(lengths)
@@ -220,7 +170,7 @@ class TransformersEngine:
             p.state = state
         return ids, (column - begins).clamp_min(0), mask
 
-    def _prefill(self, prefixes: list[_Prefix]) -> list[Event]:
+    def _prefill(self, prefixes: list[Prefix]) -> list[Event]:
         ids, positions, mask = self._admit(prefixes)
         cache = new_cache()
         self.scorer.assign([p.state for p in prefixes])
@@ -251,7 +201,7 @@ class TransformersEngine:
         cache, prefix.cache = prefix.cache, None
         return self._prefilled([prefix], cache, logits)
 
-    def _read_chances(self, prefix: _Prefix, logits: Tensor, begin: int) -> None:
+    def _read_chances(self, prefix: Prefix, logits: Tensor, begin: int) -> None:
         """Of the tokens behind those, from place ``begin`` on, that ``logits`` [T, V] are of."""
         ids = prefix.prompt.ids
         if not begin:
@@ -260,7 +210,7 @@ class TransformersEngine:
         wanted = [prefix.prompt.logprobs] * len(tokens)
         prefix.chances += chances(logits[: len(tokens)].float(), tokens[:, None], wanted)
 
-    def _prefilled(self, prefixes: list[_Prefix], cache: DynamicCache, logits: Tensor) -> list[Event]:
+    def _prefilled(self, prefixes: list[Prefix], cache: DynamicCache, logits: Tensor) -> list[Event]:
         """Every sequence's first token, after prompts whose keys and values are in ``cache``."""
         rows = Rows(cache, [len(p.prompt.ids) for p in prefixes])
         for i, p in enumerate(prefixes):
@@ -313,7 +263,7 @@ class TransformersEngine:
         self.decode_seconds = time.perf_counter() - began
         return events
 
-    def _stepped(self, batch: list[_Sequence], logits: Tensor) -> tuple[list[Event], set[_Sequence]]:
+    def _stepped(self, batch: list[Continuation], logits: Tensor) -> tuple[list[Event], set[Continuation]]:
         """What there is to tell of steps, and the sequences of which nothing more is to be told now."""
         events, waiting = [], set()
         if all(p.prompt.steps == "untold" for p in self._prefixes.values()):
@@ -342,7 +292,7 @@ class TransformersEngine:
         ended, self._ended = self._ended, []
         return [*self._tell(going), *ended]
 
-    def _draw(self, sequences: list[_Sequence], logits: Tensor) -> None:
+    def _draw(self, sequences: list[Continuation], logits: Tensor) -> None:
         """A next token for each, from ``logits`` [R, V]."""
         found = draw(
             logits, [s.random.random() for s in sequences], [s.next() for s in sequences], [s.sampling for s in sequences]
@@ -350,10 +300,10 @@ class TransformersEngine:
         for s, chance in zip(sequences, found, strict=True):
             s.drawn = chance
 
-    def _tell(self, sequences: list[_Sequence]) -> list[Event]:
+    def _tell(self, sequences: list[Continuation]) -> list[Event]:
         """The tokens drawn, and the ends that they make."""
         events: list[Event] = []
-        ended: list[tuple[_Sequence, Literal["stop", "length"], Chance | None]] = []
+        ended: list[tuple[Continuation, Literal["stop", "length"], Chance | None]] = []
         for s in sequences:
             chance, s.drawn, s.logits = s.drawn, None, None
             if chance.token in self.ends:
@@ -407,7 +357,7 @@ class TransformersEngine:
         row = self._rows.take(self._batch.index(s)) if s.seated else s.row
         states = [None] * len(samplings) if s.state is None else self.scorer.fork([s.state] * len(samplings))
         new = [
-            _Sequence(
+            Continuation(
                 next(self._numbers), s.prefix, sampling, tokens=list(s.tokens), steps=s.steps, forced=s.forced, state=state,
                 row=row, unfed=s.unfed, logits=s.logits,
             )
@@ -444,13 +394,13 @@ class TransformersEngine:
         self._groups = collections.deque(group for group in groups if group)
         self._long = collections.deque(p for p in self._long if p not in closed)
 
-    def _give_states(self, sequences: list[_Sequence]) -> None:
+    def _give_states(self, sequences: list[Continuation]) -> None:
         """A score state for each that has none yet."""
         new = [s for s in sequences if s.state is None]
         for s, state in zip(new, self.scorer.fork([s.prefix.state for s in new]) if new else [], strict=True):
             s.state = state
 
-    def _scores(self, sequences: list[_Sequence]) -> list[Score]:
+    def _scores(self, sequences: list[Continuation]) -> list[Score]:
         """Of sequences that end here; their states are free afterwards."""
         there = [s for s in sequences if s.prefix.row is not None]
         self._give_states(there)
@@ -462,7 +412,7 @@ class TransformersEngine:
         self._end(sequences)
         return [found.get(s, _NONE) for s in sequences]
 
-    def _end(self, sequences: list[_Sequence]) -> None:
+    def _end(self, sequences: list[Continuation]) -> None:
         gone = set(sequences)
         for s in sequences:
             del self._sequences[s.number]
