@@ -23,7 +23,7 @@ from reflective.benchmarks.record import RESULTS, write
 from reflective.benchmarks.reproduction.families import FAMILIES
 from reflective.benchmarks.reproduction.rollouts import MAX_NEW_TOKENS, TEMPERATURE, policy, questions, untrained
 from reflective.engines.hf.backbone import Backbone
-from reflective.engines.hf.generation import end_tokens
+from reflective.engines.hf.ends import end_tokens
 from reflective.model import ReflectiveModel
 from reflective.train.sampler import Sampler
 

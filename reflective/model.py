@@ -19,9 +19,9 @@ from .checkpoints.config import Config
 from .checkpoints.files import CONFIG_NAME
 from .checkpoints.hub import save_head
 from .checkpoints.loading import load
+from .engines.hf.ends import end_tokens, pad_token
 from .engines.hf.engine import TransformersEngine
 from .engines.hf.finished import Reading, of_text, score
-from .engines.hf.generation import end_tokens, pad_token
 from .engines.hf.pace import Pace
 from .engines.hf.scorer import Schedule, StreamScorer
 from .scoring.sprm import SPRM

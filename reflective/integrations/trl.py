@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engines.hf.ends import end_tokens
 from ..engines.hf.finished import score
-from ..engines.hf.generation import end_tokens
 from ..model import ReflectiveModel
 from ..scoring.scores import aggregate
 from ..train.data import Rollouts

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engines.hf.ends import end_tokens
 from ..engines.hf.finished import read_positions
-from ..engines.hf.generation import end_tokens
 from ..model import ReflectiveModel
 from ..scoring.steps import At, StepTokens
 from ..search.strategies.votes import answer_numbers

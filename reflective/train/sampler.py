@@ -33,7 +33,7 @@ from ..engines.hf.internals import (
     state_argument,
     state_in,
 )
-from ..engines.hf.kv import check_cache
+from ..engines.hf.kv import check_rows_apart
 from ..engines.hf.tap import Tap
 from ..search.text import TAIL
 
@@ -131,7 +131,7 @@ class Sampler:
             if value < bound:
                 raise ValueError(f"{name}={value} must be at least {bound}")
         name, self.inputs = type(model).__name__, inspect.signature(type(model).forward).parameters
-        check_cache(model)
+        check_rows_apart(model)
         if not can_exchange_attention(model):
             raise ValueError(f"model: the attention of {name} cannot be exchanged; sample with generate")
         if "position_ids" not in self.inputs:

@@ -22,7 +22,7 @@ from ...utils.lengths import batches_by_length
 from ..base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
 from .finished import of_text
 from .internals import cache_argument
-from .kv import Rows, check_cache, new_cache
+from .kv import Rows, check_rows_apart, new_cache
 from .pace import Pace
 from .sampling import chances, draw
 from .scorer import StreamScorer
@@ -63,7 +63,7 @@ class TransformersEngine:
         batch_rows: int = 64,
         pace: Pace | None = None,
     ) -> None:
-        check_cache(model)
+        check_rows_apart(model)
         self.model, self.scorer, self.ends, self.pad, self.batch_rows, self.pace = (
             model, scorer, frozenset(ends), pad, batch_rows, pace,
         )  # fmt: skip

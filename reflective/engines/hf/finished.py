@@ -89,7 +89,7 @@ class Reading:
     """``score`` of one text, a piece at a time: for who has other things to do between two forwards.
 
     Args:
-        model, head, steps, at: as for ``score``; a model whose cache is ``kv.check_cache``'s.
+        model, head, steps, at: as for ``score``; a model whose cache is ``kv.check_rows_apart``'s.
         ids: of the whole text, prompt included.
         prompt_length: as for ``score``.
 

@@ -17,7 +17,7 @@ from .internals import (
 )
 
 
-def check_cache(model: PreTrainedModel) -> None:
+def check_rows_apart(model: PreTrainedModel) -> None:
     """Whether rows of the model's cache can be taken and joined: it consists of keys and values and nothing else.
 
     Sliding windows are fine: search keeps every key, and the model's mask does the window.
