@@ -21,8 +21,7 @@ namespace reflective {
 // The consumer, the first four warps: multiplies each stage when it is there and adds up each item's products when it
 // ends.
 template <class H, class S>
-__device__ __forceinline__ void consume(const TilePass<H, S>& pass, float* sums) {
-  using T = typename H::T;
+__device__ __forceinline__ void TilePass<H, S>::consume() const {
   Products<T> products[S::WARP_GROUPS][S::TILES], folded[S::WARP_GROUPS][S::TILES];
   const auto each_sum = [](auto& some, auto& others, const auto& visit) {
 #pragma unroll
@@ -39,21 +38,21 @@ __device__ __forceinline__ void consume(const TilePass<H, S>& pass, float* sums)
   clear();
   // Two buffers of group_sums: an item may end while a slower warp still gathers the one before.
   int buffer = 0, waiting_tile = -1, waiting_row0 = 0;
-  const auto group_sums = [&] { return pass.ring.group_sums + buffer * MAX_GROUPS * MAX_SPLIT_ROWS; };
+  const auto group_sums = [&] { return ring.group_sums + buffer * MAX_GROUPS * MAX_SPLIT_ROWS; };
   const auto gather_waiting = [&] {
     if (S::SPLIT_UNITS && waiting_tile >= 0) {
-      gather(pass, waiting_tile, waiting_row0, group_sums(), sums);
+      gather(waiting_tile, waiting_row0, group_sums());
       buffer ^= 1;
       waiting_tile = -1;
     }
   };
-  for (Walk<H, S> at(pass); !at.done(); at.advance()) {
+  for (Walk<H, S> at(*this); !at.done(); at.advance()) {
     meet<H::THREADS>();
     gather_waiting();
-    multiply_stage(pass, at.stage, products);
-    if (!H::TENSOR_CORES && (at.last_column() || (at.column + pass.COLUMNS) % FOLD_COLUMNS == 0)) fold();
+    multiply_stage(at.stage, products);
+    if (!H::TENSOR_CORES && (at.last_column() || (at.column + COLUMNS) % FOLD_COLUMNS == 0)) fold();
     if (at.last_column()) {
-      reduce(at, H::TENSOR_CORES ? products : folded, group_sums(), sums);
+      reduce(at, H::TENSOR_CORES ? products : folded, group_sums());
       waiting_tile = at.unit_tile, waiting_row0 = at.row0;
       clear();
     }
@@ -76,11 +75,11 @@ __device__ void partial_sums(const H& head, const typename H::Maps&, const Featu
 #endif
   const auto run = [&](auto shape) {
     using S = decltype(shape);
-    const TilePass<H, S> pass(head, count, ring);
+    const TilePass<H, S> pass(head, count, sums, ring);
     if (threadIdx.x < COMPUTE_THREADS) {
-      consume(pass, sums);
+      pass.consume();
     } else {
-      produce(pass, feature_row);
+      pass.produce(feature_row);
     }
   };
   if (count <= 8) return run(Shape<1, true, 2>{});

@@ -90,28 +90,26 @@ __device__ __forceinline__ float dot(float sum, const Wide& a, const Wide& b) {
 
 // products += the stage's weights times its features, of this warp's groups and tiles.
 template <class H, class S>
-__device__ __forceinline__ void multiply_stage(const TilePass<H, S>& pass, unsigned char* stage,
-                                               Products<typename H::T> (&products)[S::WARP_GROUPS][S::TILES]) {
-  using W = typename H::W;
-  using T = typename H::T;
+__device__ __forceinline__ void TilePass<H, S>::multiply_stage(
+    unsigned char* stage, Products<T> (&products)[S::WARP_GROUPS][S::TILES]) const {
 #pragma unroll
   for (int slice = 0; slice < S::SLICES; ++slice) {
-    unsigned char* const weights = stage + slice * pass.weight_slice;
-    unsigned char* const features = stage + S::SLICES * pass.weight_slice + slice * pass.FEATURE_SLICE;
+    unsigned char* const weights = stage + slice * weight_slice;
+    unsigned char* const features = stage + S::SLICES * weight_slice + slice * FEATURE_SLICE;
     decltype(load_units<W, T>(weights)) units[S::WARP_GROUPS];
 #pragma unroll
     for (int i = 0; i < S::WARP_GROUPS; ++i) {
-      if (pass.group_of(i) < pass.head.groups) units[i] = load_units<W, T>(eighth_row<W>(weights, pass.group_of(i) * GROUP));
+      if (group_of(i) < head.groups) units[i] = load_units<W, T>(eighth_row<W>(weights, group_of(i) * GROUP));
     }
 #pragma unroll
     for (int tile = 0; tile < S::TILES; ++tile) {
       if constexpr (H::TENSOR_CORES) {
-        const RowFragment rows = load_features<W, T>(eighth_row<T>(features, pass.row_of(tile)));
+        const RowFragment rows = load_features<W, T>(eighth_row<T>(features, row_of(tile)));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // outside, so that a product need not wait for the one before
 #pragma unroll
           for (int i = 0; i < S::WARP_GROUPS; ++i) {
-            if (pass.group_of(i) < pass.head.groups) {
+            if (group_of(i) < head.groups) {
               mma_16x8x16<T>(products[i][tile].sums, units[i].halves[half], rows.halves[half]);
             }
           }
@@ -119,10 +117,10 @@ __device__ __forceinline__ void multiply_stage(const TilePass<H, S>& pass, unsig
       } else {
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
-          const Wide row = wide(eighth_row<T>(features, pass.row_of(tile)), r, threadIdx.x % 4);
+          const Wide row = wide(eighth_row<T>(features, row_of(tile)), r, threadIdx.x % 4);
 #pragma unroll
           for (int i = 0; i < S::WARP_GROUPS; ++i) {
-            if (pass.group_of(i) < pass.head.groups) {
+            if (group_of(i) < head.groups) {
               float* const sums = products[i][tile].sums;
               sums[r] = dot(sums[r], units[i].low, row);
               sums[r + 8] = dot(sums[r + 8], units[i].high, row);

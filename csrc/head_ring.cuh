@@ -18,7 +18,13 @@ struct Ring {
   int bytes;
 };
 
-// What producer and consumer agree on: the items, a tile of units and a tile of rows each, and the ring's stages.
+template <class T>
+struct Products;  // see head_products.cuh
+
+template <class H, class S>
+struct Walk;
+
+// A pass over this block's items, a tile of units and a tile of rows each, stage by stage through the ring.
 template <class H, class S>
 struct TilePass {
   using W = typename H::W;
@@ -28,14 +34,16 @@ struct TilePass {
 
   const H& head;
   const int count;  // rows
+  float* const sums;
   const Ring& ring;
   int weight_slice, stage_bytes, depth, row_tiles;
 
-  __device__ TilePass(const H& head, int count, const Ring& ring) : head(head), count(count), ring(ring) {
+  __device__ TilePass(const H& head, int count, float* sums, const Ring& ring)
+      : head(head), count(count), sums(sums), ring(ring) {
     weight_slice = head.groups * GROUP * QUAD_COLUMNS * static_cast<int>(sizeof(W));
     stage_bytes = S::SLICES * (weight_slice + FEATURE_SLICE);
-    // Known only at the launch: a tile's groups follow from the number of multiprocessors, and a block has 99 KB of shared
-    // memory on an 8.6, 227 on a 9.0.
+    // Known only at the launch: a tile's groups follow from the number of multiprocessors, and a block has 99 KB of
+    // shared memory on an 8.6, 227 on a 9.0.
     depth = min(MAX_STAGES, ring.bytes / stage_bytes);
     row_tiles = (count + S::ROWS - 1) / S::ROWS;
   }
@@ -49,6 +57,25 @@ struct TilePass {
   __device__ __forceinline__ int row_of(int tile) const {
     return 8 * (S::SPLIT_UNITS ? tile : static_cast<int>(threadIdx.x) / WARP * S::TILES + tile);
   }
+
+  // Of b1 or w2; 0 behind the last unit.
+  __device__ __forceinline__ float bias_at(const typename H::Bias* values, int unit) const {
+    return unit < head.units ? to_float(values[unit]) : 0;
+  }
+
+  // The producer: fills the ring, by the four warps behind the consumer's; below.
+  template <class FeatureRow>
+  __device__ __forceinline__ void produce(const FeatureRow& feature_row) const;
+
+  // The consumer: empties the ring, by the first four warps; in head.cuh. What it does with a stage is in
+  // head_products.cuh, with an item's products in head_sums.cuh.
+  __device__ __forceinline__ void consume() const;
+  __device__ __forceinline__ void multiply_stage(unsigned char* stage,
+                                                 Products<T> (&products)[S::WARP_GROUPS][S::TILES]) const;
+  __device__ __forceinline__ void reduce(const Walk<H, S>& at,
+                                         const Products<T> (&products)[S::WARP_GROUPS][S::TILES],
+                                         float* group_sums) const;
+  __device__ __forceinline__ void gather(int unit_tile, int row0, const float* group_sums) const;
 };
 
 // A walk over this block's items, column by column and stage by stage.
@@ -139,14 +166,12 @@ __device__ __forceinline__ void wait_for_all_but(int groups) {
 
 // The producer, four warps behind the consumer's: copies each stage's slices of W1 and of the features, up to depth - 1
 // stages ahead of the one that is being multiplied.
-template <class H, class S, class FeatureRow>
-__device__ __forceinline__ void produce(const TilePass<H, S>& pass, const FeatureRow& feature_row) {
-  using W = typename H::W;
-  using T = typename H::T;
-  const H& head = pass.head;
+template <class H, class S>
+template <class FeatureRow>
+__device__ __forceinline__ void TilePass<H, S>::produce(const FeatureRow& feature_row) const {
   Source<S, W, MAX_GROUPS * GROUP> weights;
   Source<S, T, S::ROWS> features;
-  Walk<H, S> ahead(pass);
+  Walk<H, S> ahead(*this);
   const auto load_next = [&] {
     if (!ahead.done()) {
       if (ahead.column == 0) {
@@ -155,18 +180,18 @@ __device__ __forceinline__ void produce(const TilePass<H, S>& pass, const Featur
           return unit0 + row < head.units ? head.w1 + static_cast<int64_t>(unit0 + row) * head.width : nullptr;
         });
         // Rows that do not exist are not read: what lies in their places reaches no other row.
-        features.enter(min(S::ROWS, pass.count - ahead.row0), [&](int row) { return feature_row(ahead.row0 + row); });
+        features.enter(min(S::ROWS, count - ahead.row0), [&](int row) { return feature_row(ahead.row0 + row); });
       }
-      weights.load(ahead.stage, pass.weight_slice, ahead.column, head.width, head.w1);
-      features.load(ahead.stage + S::SLICES * pass.weight_slice, pass.FEATURE_SLICE, ahead.column, head.width, head.w1);
+      weights.load(ahead.stage, weight_slice, ahead.column, head.width, head.w1);
+      features.load(ahead.stage + S::SLICES * weight_slice, FEATURE_SLICE, ahead.column, head.width, head.w1);
       ahead.advance();
     }
     copy_async_commit();  // a group, empty where no stage is left: wait_for_all_but counts groups
   };
-  for (int stage = 0; stage < pass.depth - 1; ++stage) load_next();
-  for (Walk<H, S> at(pass); !at.done(); at.advance()) {
-    wait_for_all_but(pass.depth - 2);
-    meet<H::THREADS>();  // this stage is there for all, and the one before it is free
+  for (int stage = 0; stage < depth - 1; ++stage) load_next();
+  for (Walk<H, S> at(*this); !at.done(); at.advance()) {
+    wait_for_all_but(depth - 2);
+    meet<H::THREADS>();  // the copies into this stage have landed, and the consumer is through with the one before it
     load_next();
   }
   meet<H::THREADS>();

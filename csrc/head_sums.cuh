@@ -30,28 +30,19 @@ __device__ __forceinline__ float group_sum(float low, float high, float b1_low, 
   return sum;
 }
 
-// A place behind the last unit adds nothing.
-template <class H>
-__device__ __forceinline__ float bias_at(const H& head, const typename H::Bias* values, int unit) {
-  return unit < head.units ? to_float(values[unit]) : 0;
-}
-
 // The end of an item: partial sums of its rows, to `sums`; to `group_sums` where its groups are in several warps.
 template <class H, class S>
-__device__ __forceinline__ void reduce(const Walk<H, S>& at,
-                                       const Products<typename H::T> (&products)[S::WARP_GROUPS][S::TILES],
-                                       float* group_sums, float* sums) {
-  constexpr int ROWS = Products<typename H::T>::ROWS;
-  const TilePass<H, S>& pass = at.pass;
-  const H& head = pass.head;
+__device__ __forceinline__ void TilePass<H, S>::reduce(
+    const Walk<H, S>& at, const Products<T> (&products)[S::WARP_GROUPS][S::TILES], float* group_sums) const {
+  constexpr int ROWS = Products<T>::ROWS;
   const int lane = threadIdx.x % WARP, quad = lane % 4;
   float totals[S::TILES][ROWS] = {};
 #pragma unroll
   for (int i = 0; i < S::WARP_GROUPS; ++i) {
-    if (pass.group_of(i) < head.groups) {
-      const int unit = (at.unit_tile * head.groups + pass.group_of(i)) * GROUP + lane / 4;
-      const float b1_low = bias_at(head, head.b1, unit), b1_high = bias_at(head, head.b1, unit + 8);
-      const float w2_low = bias_at(head, head.w2, unit), w2_high = bias_at(head, head.w2, unit + 8);
+    if (group_of(i) < head.groups) {
+      const int unit = (at.unit_tile * head.groups + group_of(i)) * GROUP + lane / 4;
+      const float b1_low = bias_at(head.b1, unit), b1_high = bias_at(head.b1, unit + 8);
+      const float w2_low = bias_at(head.w2, unit), w2_high = bias_at(head.w2, unit + 8);
 #pragma unroll
       for (int tile = 0; tile < S::TILES; ++tile) {
 #pragma unroll
@@ -59,8 +50,8 @@ __device__ __forceinline__ void reduce(const Walk<H, S>& at,
           const float sum = group_sum<H>(products[i][tile].sums[r], products[i][tile].sums[r + ROWS], b1_low, b1_high,
                                       w2_low, w2_high);
           if constexpr (S::SPLIT_UNITS) {
-            const int row = pass.row_of(tile) + (H::TENSOR_CORES ? 2 * quad + r : r);
-            if (lane < 4) group_sums[pass.group_of(i) * MAX_SPLIT_ROWS + row] = sum;
+            const int row = row_of(tile) + (H::TENSOR_CORES ? 2 * quad + r : r);
+            if (lane < 4) group_sums[group_of(i) * MAX_SPLIT_ROWS + row] = sum;
           } else {
             totals[tile][r] += sum;
           }
@@ -73,8 +64,8 @@ __device__ __forceinline__ void reduce(const Walk<H, S>& at,
     for (int tile = 0; tile < S::TILES; ++tile) {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        const int row = at.row0 + pass.row_of(tile) + (H::TENSOR_CORES ? 2 * quad + r : r);
-        if (lane < 4 && row < pass.count) sums[static_cast<int64_t>(row) * head.line() + at.unit_tile] = totals[tile][r];
+        const int row = at.row0 + row_of(tile) + (H::TENSOR_CORES ? 2 * quad + r : r);
+        if (lane < 4 && row < count) sums[static_cast<int64_t>(row) * head.line() + at.unit_tile] = totals[tile][r];
       }
     }
   }
@@ -82,11 +73,9 @@ __device__ __forceinline__ void reduce(const Walk<H, S>& at,
 
 // The groups' sums of a split item, once a barrier has made them visible, to `sums`.
 template <class H, class S>
-__device__ __forceinline__ void gather(const TilePass<H, S>& pass, int unit_tile, int row0, const float* group_sums,
-                                       float* sums) {
-  const H& head = pass.head;
+__device__ __forceinline__ void TilePass<H, S>::gather(int unit_tile, int row0, const float* group_sums) const {
   const int row = row0 + threadIdx.x;
-  if (threadIdx.x < S::ROWS && row < pass.count) {
+  if (threadIdx.x < S::ROWS && row < count) {
     float total = 0;
     for (int group = 0; group < head.groups; ++group) total += group_sums[group * MAX_SPLIT_ROWS + threadIdx.x];
     sums[static_cast<int64_t>(row) * head.line() + unit_tile] = total;
