@@ -44,7 +44,7 @@ except ImportError as error:
 FORCE_BUILD, FORCE_CUDA, SKIP_CUDA = (
     os.environ.get(name, "0") == "1" for name in ("REFLECTIVE_FORCE_BUILD", "FORCE_CUDA", "REFLECTIVE_SKIP_CUDA_BUILD")
 )
-OPS = Path("reflective/scoring/ops.py")
+OPS = Path(__file__).resolve().parent / "reflective" / "scoring" / "ops.py"
 NAMESPACE_LINE = re.compile(r'^NAMESPACE = "(\w+)"', re.MULTILINE)
 DEFAULT_NAMESPACE = NAMESPACE_LINE.search(OPS.read_text(encoding="utf-8"))[1]
 NAMESPACE = os.environ.get("REFLECTIVE_NAMESPACE") or DEFAULT_NAMESPACE
@@ -219,7 +219,7 @@ class Build(BuildExtension):
             os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, memory() // JOB_BYTES)))
         if self.inplace and NAMESPACE != DEFAULT_NAMESPACE:
             raise SystemExit(
-                f"reflective: REFLECTIVE_NAMESPACE={NAMESPACE}, but an editable install takes {OPS} as it is"
+                f"reflective: REFLECTIVE_NAMESPACE={NAMESPACE}, but an editable install takes {OPS.name} as it is"
             )
         self.force = True  # ninja, not distutils, knows what is up to date: it looks at macros, too
         try:
@@ -247,7 +247,7 @@ class BuildPython(build_py):
 
     def build_module(self, module: str, module_file: str, package: str) -> object:
         built = super().build_module(module, module_file, package)
-        if Path(module_file) == OPS:
+        if Path(module_file).resolve() == OPS:
             text = OPS.read_text(encoding="utf-8")
             Path(built[0]).write_text(NAMESPACE_LINE.sub(f'NAMESPACE = "{NAMESPACE}"', text), encoding="utf-8")
         return built
