@@ -11,6 +11,8 @@ C++ kernels alone. Nothing is downloaded, and no GPU is looked for: what is buil
                                their generation (8.6 and 8.9 that of 8.0), later ones (12.0) compile the PTX when first used
 ``REFLECTIVE_SKIP_CUDA_BUILD`` 1: C++ only, whatever else is set
 ``FORCE_CUDA``                 1: no nvcc, or one that fails, is an error
+``REFLECTIVE_NAMESPACE``       the ops' name in ``torch.ops``, for a build that lives beside another one in a process; written
+                               into the built ``reflective/scoring/ops.py``, which says the default. Not for editable installs
 ``REFLECTIVE_FORCE_BUILD``     1: no C++ compiler, or a compiler that fails, is an error; so is an nvcc that fails
 ``MAX_JOBS``                   compilers at once; default: one a processor, but one for each 2 GiB of memory at most
 ``NVCC_THREADS``               architectures that each nvcc compiles at once; default: ``MAX_JOBS`` shared out among them
@@ -29,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
@@ -41,11 +44,16 @@ except ImportError as error:
 FORCE_BUILD, FORCE_CUDA, SKIP_CUDA = (
     os.environ.get(name, "0") == "1" for name in ("REFLECTIVE_FORCE_BUILD", "FORCE_CUDA", "REFLECTIVE_SKIP_CUDA_BUILD")
 )
+OPS = Path(__file__).resolve().parent / "reflective" / "scoring" / "ops.py"
+NAMESPACE_LINE = re.compile(r'^NAMESPACE = "(\w+)"', re.MULTILINE)
+DEFAULT_NAMESPACE = NAMESPACE_LINE.search(OPS.read_text(encoding="utf-8"))[1]
+NAMESPACE = os.environ.get("REFLECTIVE_NAMESPACE") or DEFAULT_NAMESPACE
 PURE = "reflective: {}; installing without the compiled CPU backend (REFLECTIVE_FORCE_BUILD=1 makes this an error)"
 NO_CUDA = "reflective: {}; installing without the compiled CUDA backend (FORCE_CUDA=1 makes this an error)"
 OLDEST = 80  # the first architecture with what the kernels are made of: cp.async and bfloat16 tensor cores
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")  # those that nvcc knows, and PTX of the last one
 CUDA_SOURCES = sorted(Path("csrc").glob("*.cu"))
+CUDA_BINDINGS = "csrc/bind_cuda.cpp"
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 JOB_BYTES = 2 << 30
 
@@ -60,7 +68,7 @@ def extensions() -> list[Extension]:
     return [
         CppExtension(
             "reflective._C",
-            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            sorted({str(path) for path in Path("csrc").glob("*.cpp")} - {CUDA_BINDINGS}),
             # TORCH_TARGET_VERSION: the stable ABI as of torch 2.11; Py_LIMITED_API: Python 3.10's.
             extra_compile_args=[
                 "-O3",
@@ -69,6 +77,7 @@ def extensions() -> list[Extension]:
                 "-Wno-maybe-uninitialized",  # gcc 12 has false ones in its own AVX-512 headers
                 "-DTORCH_TARGET_VERSION=0x020b000000000000",
                 "-DPy_LIMITED_API=0x030A0000",
+                f"-DREFLECTIVE_NAMESPACE={NAMESPACE}",
             ],
             py_limited_api=True,
         )
@@ -198,7 +207,8 @@ def add_cuda(extension: Extension, nvcc: Nvcc, folder: Path) -> None:
     codes = nvcc.architectures()
     extension.extra_objects += nvcc.compile(codes, folder)
     extension.extra_link_args += nvcc.runtime()
-    extension.extra_compile_args += ["-DREFLECTIVE_CUDA", f'-DREFLECTIVE_CUDA_ARCHITECTURES="{" ".join(codes)}"']
+    extension.sources.append(CUDA_BINDINGS)
+    extension.extra_compile_args.append(f'-DREFLECTIVE_CUDA_ARCHITECTURES="{" ".join(codes)}"')
 
 
 class Build(BuildExtension):
@@ -207,6 +217,11 @@ class Build(BuildExtension):
     def run(self) -> None:
         if not os.environ.get("MAX_JOBS", "").isdigit():  # torch's build reads it, too
             os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, memory() // JOB_BYTES)))
+        if self.inplace and NAMESPACE != DEFAULT_NAMESPACE:
+            raise SystemExit(
+                f"reflective: REFLECTIVE_NAMESPACE={NAMESPACE}, but an editable install takes {OPS.name} as it is"
+            )
+        self.force = True  # ninja, not distutils, knows what is up to date: it looks at macros, too
         try:
             super().run()
         except Exception as error:
@@ -227,8 +242,21 @@ class Build(BuildExtension):
         super().build_extensions()
 
 
+class BuildPython(build_py):
+    """Writes the namespace into the one module that says it."""
+
+    def build_module(self, module: str, module_file: str, package: str) -> object:
+        built = super().build_module(module, module_file, package)
+        if Path(module_file).resolve() == OPS:
+            text = OPS.read_text(encoding="utf-8")
+            Path(built[0]).write_text(NAMESPACE_LINE.sub(f'NAMESPACE = "{NAMESPACE}"', text), encoding="utf-8")
+        return built
+
+
+if not re.fullmatch(r"[A-Za-z]\w*", NAMESPACE, re.ASCII):
+    raise SystemExit(f"reflective: REFLECTIVE_NAMESPACE={NAMESPACE!r} is no name")
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "build_py": BuildPython},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

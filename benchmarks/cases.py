@@ -15,7 +15,7 @@ from torch import Tensor
 from reflective import kernels
 from reflective.benchmarks import peers
 from reflective.kernels import layout
-from reflective.scoring import backend, sprm
+from reflective.scoring import backend, ops, sprm
 from reflective.scoring.state import StreamState
 
 FLOAT8 = torch.float8_e4m3fn
@@ -126,7 +126,7 @@ class Case(ABC):
             return None
         if self.op == "sprm_loss":  # Triton's is the only kernel
             return importlib.import_module("reflective.kernels.sprm_loss_triton") if name == "triton" else None
-        return torch.ops.reflective_triton if name == "triton" else torch.ops.reflective
+        return ops.triton_op if name == "triton" else ops.op
 
     def peer(self, name: str) -> Callable[..., Any]:
         function = getattr(peers, f"{self.op}_cublas" if name == "cublas" else self.op)

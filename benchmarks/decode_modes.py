@@ -48,6 +48,7 @@ import reflective as rf
 from reflective.benchmarks.record import RESULTS, write
 from reflective.engines.hf.internals import with_cache
 from reflective.engines.hf.scorer import Schedule
+from reflective.scoring.ops import NAMESPACE
 from reflective.scoring.steps import At
 
 SCHEDULES: tuple[Schedule, ...] = ("deferred", "immediate")
@@ -279,10 +280,10 @@ class Lockstep:
         """Mean microseconds of the op in decode steps."""
         with profile(activities=[ProfilerActivity.CPU]) as found:
             self.play([p], PROFILED)
-        ops = sorted(
-            (e for e in found.events() if e.name == "reflective::decode_step"), key=lambda e: e.time_range.start
+        steps = sorted(
+            (e for e in found.events() if e.name == f"{NAMESPACE}::decode_step"), key=lambda e: e.time_range.start
         )
-        return sum(e.cpu_time_total for e in ops[1:]) / len(ops[1:])  # the first is the prompt's
+        return sum(e.cpu_time_total for e in steps[1:]) / len(steps[1:])  # the first is the prompt's
 
 
 def turns(players: Sequence[Player], run: Run, forwards: int, until: float) -> None:

@@ -172,15 +172,24 @@ def partials(
     return sums, lines
 
 
-def logit_rows(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None = None) -> Tensor:
-    """``w2 . relu(W1 f + b1) + b2`` for every row ``f``; NaN for a row that is not finite. Arguments as in the definition.
-
-    Activations and sums are float32 and never leave registers before the product with ``w2``.
+def finished(
+    finish: triton.JITFunction, features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None
+) -> Tensor:
+    """Launch ``_partials`` on ``features`` [M, H] and ``finish``, ``_logits`` or its like, on their sums. Returns what that
+    writes, [M] float32.
     """
     M = features.shape[0]
     out = torch.empty(M, dtype=torch.float32, device=features.device)
     if M:
         with torch.cuda.device_of(features):
             sums, lines = partials(features, w1, b1, w2)
-            _logits[(triton.cdiv(M, BLOCK_R.value),)](out, b2, sums, M, lines, **OPTIONS)
+            finish[(triton.cdiv(M, BLOCK_R.value),)](out, b2, sums, M, lines, **OPTIONS)
     return out
+
+
+def logit_rows(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None = None) -> Tensor:
+    """``w2 . relu(W1 f + b1) + b2`` for every row ``f``; NaN for a row that is not finite. Arguments as in the definition.
+
+    Activations and sums are float32 and never leave registers before the product with ``w2``.
+    """
+    return finished(_logits, features, w1, b1, w2, b2)

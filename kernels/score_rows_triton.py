@@ -1,12 +1,11 @@
 """score_rows: the SPRM head on gathered rows. In Triton; the definition is ``score_rows.py``."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import layout
-from .logit_rows_triton import BLOCK_R, INTERPRETED, NAN_PROPAGATES, OPTIONS, head_logits, partials
+from .logit_rows_triton import BLOCK_R, INTERPRETED, NAN_PROPAGATES, OPTIONS, finished, head_logits
 
 __all__ = ["INTERPRETED", "NAN_PROPAGATES", "OPTIONS", "log_score", "score_rows"]
 
@@ -37,10 +36,4 @@ def score_rows(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor)
     Activations and sums are float32, and activations never leave registers; every sum has a fixed order, so a row's bits
     depend on nothing but the row. Arguments as in the definition.
     """
-    M = features.shape[0]
-    out = torch.empty(M, dtype=torch.float32, device=features.device)
-    if M:
-        with torch.cuda.device_of(features):
-            sums, lines = partials(features, w1, b1, w2)
-            _scores[(triton.cdiv(M, BLOCK_R.value),)](out, b2, sums, M, lines, **OPTIONS)
-    return out
+    return finished(_scores, features, w1, b1, w2, b2)

@@ -1,4 +1,4 @@
-"""The CUDA kernels with their bindings, compiled for the processor: ``torch.ops.reflective_emulation``."""
+"""The CUDA kernels with their bindings, compiled for the processor, under a namespace of their own."""
 
 import ctypes
 import functools
@@ -17,7 +17,8 @@ from reflective.scoring import ops
 ROOT = Path(__file__).parents[1]
 MULTIPROCESSORS = 5  # of the emulated GPU: several tiles a block, and blocks with one tile less than others
 OPS = ("step_mask", "score_rows", "logit_rows", "decode_step", "flush", "tally_slots")
-_library = torch.library.Library("reflective_emulation", "DEF")
+NAMESPACE = f"{ops.NAMESPACE}_emulation"
+_library = torch.library.Library(NAMESPACE, "DEF")
 for _name in OPS:
     _library.define(_name + ops.SCHEMAS[_name])
 
@@ -31,11 +32,11 @@ def missing() -> str | None:
 def kernels() -> SimpleNamespace:
     """The ops by name, and ``emulate(seed, resident_blocks, multiprocessors, shared_memory_limit)``; compiles in seconds."""
     out = Path(tempfile.mkdtemp()) / "reflective_emulation.so"
-    sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc").glob("*.cu"))]
+    sources = [ROOT / "csrc" / "bind_cuda.cpp", *sorted((ROOT / "csrc").glob("*.cu"))]
     libraries = cpp_extension.library_paths()
     command: list[Any] = [
         "g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-o", out, "-x", "c++",
-        "-DREFLECTIVE_CUDA", "-DREFLECTIVE_EMULATION", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        f"-DREFLECTIVE_NAMESPACE={NAMESPACE}", "-DREFLECTIVE_EMULATION", "-DTORCH_TARGET_VERSION=0x020b000000000000",
         f"-I{ROOT / 'tests' / 'emulation'}", *(f"-I{path}" for path in cpp_extension.include_paths()),
         *sources, *(f"-L{path}" for path in libraries), *(f"-Wl,-rpath,{path}" for path in libraries),
         "-ltorch", "-ltorch_cpu", "-lc10", "-ldl",
@@ -46,4 +47,5 @@ def kernels() -> SimpleNamespace:
     emulate = ctypes.CDLL(str(out)).emulate
     emulate.argtypes = ctypes.c_uint64, ctypes.c_uint, ctypes.c_int, ctypes.c_int
     emulate(0, 64, MULTIPROCESSORS, 227 * 1024)
-    return SimpleNamespace(emulate=emulate, **{name: getattr(torch.ops.reflective_emulation, name) for name in OPS})
+    found = getattr(torch.ops, NAMESPACE)
+    return SimpleNamespace(emulate=emulate, **{name: getattr(found, name) for name in OPS})

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from reflective.kernels import layout
+from reflective.scoring import ops
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
@@ -137,6 +138,54 @@ def test_without_a_compiler_the_package_is_pure_and_says_so(sdist: Path, tmp_pat
 
 def setup_py(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return run(sys.executable, "setup.py", *arguments, cwd=ROOT, **environment)
+
+
+# Both packages at once: the tree's, with whatever extension it has, and the pure one that was built under another name.
+RUN_TWO_BUILDS = """
+import torch, reflective.scoring.ops as ours, other.scoring.ops as theirs
+print(ours.NAMESPACE, theirs.NAMESPACE, theirs.op.score_rows is ours.op.score_rows)
+rows = torch.randn(3, 8)
+head = torch.randn(4, 8), torch.randn(4), torch.randn(1, 4), torch.randn(1)
+print(torch.equal(torch.ops.other_name.score_rows(rows, *head), theirs.kernels.score_rows(rows, *head)))
+torch.testing.assert_close(ours.op.score_rows(rows, *head), theirs.op.score_rows(rows, *head))
+print(theirs.WHY_NO_EXTENSION)
+"""
+
+
+def test_a_build_under_another_name_lives_beside_another(tmp_path: Path) -> None:
+    for name in ("other_name", ops.NAMESPACE, "other_name"):  # each build says its own, whatever lay there
+        done = setup_py("build_py", "--build-lib", str(tmp_path), REFLECTIVE_NAMESPACE=name)
+        assert done.returncode == 0, done.stdout
+        assert f'NAMESPACE = "{name}"' in (tmp_path / "reflective" / "scoring" / "ops.py").read_text()
+    (tmp_path / "reflective").rename(tmp_path / "other")
+    done = run(sys.executable, "-c", RUN_TWO_BUILDS, cwd=ROOT, PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
+    said = done.stdout.splitlines()
+    assert said[0] == "reflective other_name False", done.stdout
+    assert said[1] == "True" and "not compiled" in said[2], done.stdout
+
+
+def test_the_extension_is_told_the_name(tmp_path: Path) -> None:
+    (tmp_path / "c++").write_text('#!/bin/sh\necho "$@" >> $(dirname "$0")/log\n[ "$1" != -MMD ]\n')
+    (tmp_path / "c++").chmod(0o755)
+    folders = "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")
+    chosen = {"CXX": str(tmp_path / "c++"), "REFLECTIVE_SKIP_CUDA_BUILD": "1"}
+    setup_py("build_ext", *folders, **chosen, REFLECTIVE_NAMESPACE="other_name")
+    assert "-DREFLECTIVE_NAMESPACE=other_name" in (tmp_path / "log").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").glob("bind*.cpp"))
+    assert set(re.findall(r"STABLE_TORCH_LIBRARY\w+\((\w+)", sources)) == {"REFLECTIVE_NAMESPACE"}
+
+
+@pytest.mark.parametrize("name", ["two words", "9lives", "a::b"])
+def test_a_name_that_cannot_be(name: str) -> None:
+    done = setup_py("--version", REFLECTIVE_NAMESPACE=name)
+    assert done.returncode != 0
+    assert f"reflective: REFLECTIVE_NAMESPACE={name!r} is no name" in done.stdout
+
+
+def test_an_editable_install_has_the_tree_s_name(tmp_path: Path) -> None:
+    done = setup_py("build_ext", "--inplace", "--build-temp", str(tmp_path), REFLECTIVE_NAMESPACE="other_name")
+    assert done.returncode != 0
+    assert "an editable install takes ops.py as it is" in done.stdout
 
 
 def test_a_forced_build_without_a_compiler_fails() -> None:

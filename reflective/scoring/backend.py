@@ -79,9 +79,7 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype, w
 
 
 def _backend(name: str) -> Backend:
-    source: Any = (
-        kernels if name == "torch" else torch.ops.reflective_triton if name == "triton" else torch.ops.reflective
-    )
+    source: Any = kernels if name == "torch" else ops.triton_op if name == "triton" else ops.op
     return Backend(name, *(getattr(source, field.name) for field in fields(Backend)[1:]))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.sprm_loss import loss_terms
-from . import ops  # noqa: F401  registers torch.ops.reflective
+from .ops import op
 from .sprm import SPRM
 
 
@@ -96,7 +96,7 @@ def _fused(head: SPRM, features: Tensor, scale: float, *labels: Any) -> tuple[Te
     dropout = float(head[2].p) if head.training else 0.0
     seed = torch.randint(2**63 - 1, (1,), device=features.device) if dropout else None
     weights = head[0].weight, head[0].bias, head[3].weight, head[3].bias
-    sums, counts, *_ = torch.ops.reflective.sprm_loss(features, *weights, *labels, seed, dropout, scale, dynamic)
+    sums, counts, *_ = op.sprm_loss(features, *weights, *labels, seed, dropout, scale, dynamic)
     return sums, counts
 
 

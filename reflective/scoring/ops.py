@@ -1,6 +1,6 @@
-"""``torch.ops.reflective.*``: the schemas, their fakes, and which code answers them.
+"""``torch.ops.reflective.*``: the schemas, their fakes, and which code answers them. Other modules say ``op.<name>``.
 
-The schemas are stated here, once. The compiled extension (``csrc/bindings.cpp``) implements them for CPU tensors, and for
+The schemas are stated here, once. The compiled extension (``csrc/bind_*.cpp``) implements them for CPU tensors, and for
 CUDA tensors if it was built with CUDA, through libtorch's stable ABI; otherwise Triton answers for CUDA tensors. Where
 neither exists the plain-PyTorch definition answers, so the names are there on every machine. The Triton kernels of the
 decode stream are ``torch.ops.reflective_triton.*`` as well, with the same schemas: there is no other way to them where
@@ -18,6 +18,14 @@ from torch import Tensor
 
 from .. import kernels
 
+# Of torch.ops. A build under another name, which can be loaded beside this one, has it here and in its extension: see
+# REFLECTIVE_NAMESPACE in setup.py, which reads and writes this line.
+NAMESPACE = "reflective"
+TRITON_NAMESPACE = f"{NAMESPACE}_triton"
+op = getattr(torch.ops, NAMESPACE)
+triton_op = getattr(torch.ops, TRITON_NAMESPACE)
+
+_EXTENSION = f"{kernels.__name__.rpartition('.')[0]}._C"
 _HEAD = "Tensor w1, Tensor b1, Tensor w2, Tensor b2"
 SCHEMAS = {
     "step_mask": (
@@ -48,35 +56,35 @@ SCHEMAS = {
         "float feature_scale, bool features_too) -> (Tensor df, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)"
     ),
 }
-_library = torch.library.Library("reflective", "DEF")
-_triton_library = torch.library.Library("reflective_triton", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
+_triton_library = torch.library.Library(TRITON_NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
 
 
-@torch.library.register_fake("reflective::step_mask", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::step_mask", lib=_library)
 def _(ids: Tensor, token_class: Tensor, transition: Tensor, pad: Tensor, length: Tensor, start: Tensor) -> Tensor:
     return ids.new_empty(ids.shape, dtype=torch.bool)
 
 
-@torch.library.register_fake("reflective::score_rows", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::score_rows", lib=_library)
 def _(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return features.new_empty(features.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("reflective::logit_rows", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::logit_rows", lib=_library)
 def _(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None = None) -> Tensor:
     return features.new_empty(features.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("reflective::sprm_loss", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::sprm_loss", lib=_library)
 def _(features: Tensor, w1: Tensor, *args: Any) -> tuple[Tensor, ...]:
     M, dtype = features.shape[0], torch.promote_types(features.dtype, torch.float32)
     sums, counts, dlogit = (features.new_empty(shape, dtype=dtype) for shape in ((2,), (3,), (2, M)))
     return sums, counts, dlogit, features.new_empty((M, w1.shape[0]), dtype=torch.bool)
 
 
-@torch.library.register_fake("reflective::sprm_loss_backward", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::sprm_loss_backward", lib=_library)
 def _(
     grad: Tensor, dlogit: Tensor, alive: Tensor, features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
     dropout: float, feature_scale: float, features_too: bool,
@@ -93,27 +101,27 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _sprm_loss_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.reflective.sprm_loss_backward(
-        grad, *ctx.saved_tensors, ctx.dropout, ctx.feature_scale, ctx.needs_input_grad[0]
-    )
+    gradients = op.sprm_loss_backward(grad, *ctx.saved_tensors, ctx.dropout, ctx.feature_scale, ctx.needs_input_grad[0])
     return *gradients, *[None] * 7
 
 
 torch.library.register_autograd(
-    "reflective::sprm_loss", _sprm_loss_backward, setup_context=_save_for_backward, lib=_library
+    f"{NAMESPACE}::sprm_loss", _sprm_loss_backward, setup_context=_save_for_backward, lib=_library
 )
 
 for _name in ("decode_step", "flush", "tally_slots"):
-    torch.library.register_fake(f"reflective::{_name}", lambda *args: None, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", lambda *args: None, lib=_library)
 
 
 def _load_extension() -> str | None:
     """Load the compiled kernels. Returns why there are none, or None."""
-    if importlib.util.find_spec("reflective._C") is None:
+    if importlib.util.find_spec(_EXTENSION) is None:
         return "not compiled: when reflective was installed there was no C++ compiler, or it failed"
     try:
-        importlib.import_module("reflective._C")
-        torch.ops.reflective.cpu_capability()  # raises where REFLECTIVE_CPU_CAPABILITY names what the processor lacks
+        importlib.import_module(_EXTENSION)
+        if not hasattr(op, "cpu_capability"):
+            return f"compiled, but under another name than torch.ops.{NAMESPACE} (REFLECTIVE_NAMESPACE)"
+        op.cpu_capability()  # raises where REFLECTIVE_CPU_CAPABILITY names what the processor lacks
     except (ImportError, OSError) as e:
         return f"compiled, but does not load: {e}"
     return None
@@ -121,14 +129,13 @@ def _load_extension() -> str | None:
 
 def extension_detail() -> str:
     """What the loaded extension was compiled for."""
-    op = torch.ops.reflective
     return f"compiled for {op.compiled_cpu_capabilities()}; runs {op.cpu_capability()}"
 
 
 def cuda_architectures() -> tuple[str, ...]:
     """What the extension's CUDA kernels were compiled for, as nvcc names it (``sm_80``, ``compute_100`` for PTX); empty
     without any."""
-    compiled = getattr(torch.ops.reflective, "compiled_cuda_architectures", str)
+    compiled = getattr(op, "compiled_cuda_architectures", str)
     return tuple(compiled().split())
 
 
@@ -144,20 +151,20 @@ def _load_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     for name, schema in SCHEMAS.items():
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"reflective::{name}", "CUDA"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA"):
             _library.impl(name, _triton(name), "CUDA")
         if not name.startswith("sprm_loss"):  # no part of the stream: Triton's is the only one
             _triton_library.define(name + schema)
             _triton_library.impl(name, _triton(name), "CompositeExplicitAutograd")  # CPU: where they are interpreted
-            fake = getattr(torch.ops.reflective, name)
-            torch.library.register_fake(f"reflective_triton::{name}", fake, lib=_triton_library)
+            fake = getattr(op, name)
+            torch.library.register_fake(f"{TRITON_NAMESPACE}::{name}", fake, lib=_triton_library)
     return None
 
 
 def _triton(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         # Imported on first use: importing triton takes a second, and most machines that score on CPU never need it.
-        module = importlib.import_module(f"reflective.kernels.{name.removesuffix('_backward')}_triton")
+        module = importlib.import_module(f"{kernels.__name__}.{name.removesuffix('_backward')}_triton")
         return getattr(module, name)(*args)
 
     return run

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.layout import END, NEXT_STATE, STEP, THINK
-from . import ops  # noqa: F401  registers torch.ops.reflective
+from .ops import op
 from .vocabulary import read_vocabulary, token_bytes  # noqa: F401
 
 RULES = ("exact", "contains", "text", "zh")
@@ -258,7 +258,7 @@ class StepTokens:
                 )
             start = pad + prompt
         token_class, transition = self.token_class.to(ids.device), self.transition.to(ids.device)
-        return torch.ops.reflective.step_mask(ids.masked_fill(~real, 0), token_class, transition, pad, length, start)
+        return op.step_mask(ids.masked_fill(~real, 0), token_class, transition, pad, length, start)
 
 
 def padding(
