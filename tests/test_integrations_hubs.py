@@ -350,7 +350,7 @@ def test_its_hub_event_loop_goes_on_while_the_model_is_busy(its, engine, lm, mod
         return ticks, busy
 
     try:
-        assert asyncio.run(asyncio.wait_for(run(), 240)) == (20, True)
+        assert asyncio.run(asyncio.wait_for(run(), tiny.PATIENCE)) == (20, True)
     finally:
         gate.set()
 
@@ -540,7 +540,7 @@ def test_its_hub_waits_for_places(its, model):
     async def run(orchestrator):
         try:
             search = its.BestOfN(orm, orchestrator)
-            return await asyncio.wait_for(search.ainfer(lm, "ABC", budget=40, return_response_only=False), 240)
+            return await asyncio.wait_for(search.ainfer(lm, "ABC", budget=40, return_response_only=False), tiny.PATIENCE)
         finally:
             for _ in range(
                 40 if orchestrator._semaphore else 0
