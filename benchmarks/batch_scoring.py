@@ -25,8 +25,8 @@ import torch
 import reflective as rf
 from reflective.batch import score_file
 from reflective.benchmarks.record import RESULTS, write
-from reflective.engines.hf.finished import batches_by_length
 from reflective.published import second_pass
+from reflective.utils.lengths import batches_by_length
 
 Scores = list[list[float]]  # of the steps of each text
 

@@ -140,7 +140,7 @@ class Recorder(rf.StreamScorer):
         self.calls[-1][1].append(methodcaller("reorder_cache", indices.clone()))
 
     def on_crop(self, length: int) -> None:
-        if removed := self._seen - length:
+        if removed := self.stream.seen - length:
             self.calls[-1][1].append(methodcaller("crop", -removed))
         super().on_crop(length)
 

@@ -217,7 +217,7 @@ def scoring(subject: Subject, schedule: Schedule, tokens: int) -> tuple[float, f
             seconds = time.perf_counter() - began
     if not int(scores.n_steps.sum()):
         raise RuntimeError("no step was scored")
-    mib = peak() or sum(t.nbytes for t in scorer._state.tensors()) / 2**20
+    mib = peak() or sum(t.nbytes for t in scorer.stream.state.tensors()) / 2**20
     return seconds, mib
 
 

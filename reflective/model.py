@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-import re
 import secrets
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
@@ -15,24 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints.config import Config
-from .checkpoints.files import ADAPTER, CONFIG_NAME
-from .checkpoints.hub import HEAD, base_model, model_directory, save_head
-from .engines.hf.finished import Reading, score
+from .checkpoints.files import CONFIG_NAME
+from .checkpoints.hub import save_head
+from .checkpoints.loading import load
+from .engines.hf.engine import TransformersEngine
+from .engines.hf.finished import Reading, of_text, score
+from .engines.hf.generation import end_tokens, pad_token
+from .engines.hf.pace import Pace
 from .engines.hf.scorer import Schedule, StreamScorer
 from .scoring.sprm import SPRM
 from .scoring.steps import StepTokens
-from .search.loop import Ask, Live, Question, Scored, Search, ask
+from .search.candidates import Ask, Live, Question
+from .search.loop import Search
+from .search.outcome import candidate, outcome
+from .search.prompts import Messages, PromptFormat, conversations, seeds, text_list
 from .search.results import Candidate, Generation
 from .search.strategies import Strategy, by_name
-from .utils.arguments import brief, check_text, whole
-from .utils.messages import is_conversation, plain
+from .search.text import Reader
+from .utils.arguments import brief, whole
+from .utils.messages import asked
 from .utils.outputs import folder, json_text, write_text
-from .utils.repository import directory
 
-Messages = Sequence[Mapping[str, Any]]
 EFFORT = {"low": 2, "medium": 8, "high": 32}  # candidates, paper section 4.1
 
 
@@ -90,34 +94,12 @@ class ReflectiveModel:
             FileNotFoundError, PermissionError: a repository that cannot be had, see ``hub.directory``.
             ImportError: an adapter, but no peft.
         """
-        where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
-        place = directory(path, HEAD, revision=revision, **where)
-        home = directory(head, HEAD, **where) if head else place
-        beside = home if home.is_dir() else home.parent
-        file = SPRM.found(home)
-        sprm = None if untrained and file is None else SPRM.from_pretrained(home)  # first: it fails fast
-        published = file is not None and file.suffix == ".pt"
-        config = Config(rule="exact") if published else Config()
-        if (beside / CONFIG_NAME).is_file():
-            config = Config.read(beside / CONFIG_NAME)
-        adapters = [d for d in dict.fromkeys([place, beside]) if (d / ADAPTER).is_file()]
-        name = path
-        if not (place / "config.json").is_file():
-            name, revision = base_model(place)
-        elif place in adapters:
-            # Whether the weights have the adapter's change already cannot be told.
-            raise ValueError(f"{path} holds a model and an adapter; keep the adapter elsewhere, and give that as head")
-        files = model_directory(name, revision=revision, **where)
-        model = AutoModelForCausalLM.from_pretrained(files, dtype=dtype, device_map=device_map).eval()
-        # What the head belongs to, and not its place in the Hub's cache: an adapter trained from here names it as its base.
-        model.name_or_path = model.config.name_or_path = str(path if head else name)
-        for adapter in adapters:
-            model = _merged(model, adapter)
-        if sprm is None:
-            sprm = SPRM(model.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).eval()
-        sprm = sprm.to(model.dtype)
-        sprm.check_finite()
-        return cls(model, AutoTokenizer.from_pretrained(files), sprm, config, beside)
+        return cls(
+            *load(
+                path, head=head, dtype=dtype, device_map=device_map, untrained=untrained, revision=revision,
+                cache_dir=cache_dir, local_files_only=local_files_only,
+            )
+        )  # fmt: skip
 
     @classmethod
     def default(cls, *, head: str | Path | None = None, fetch: bool = False) -> "ReflectiveModel":
@@ -160,29 +142,15 @@ class ReflectiveModel:
         found = any(t is not tokens and 0 <= t.num_embeddings - most <= 2 for t in tables) if most else False
         return most if found else None
 
-    def format(self, question: str | Messages, name: str = "question") -> str:
+    def format(self, question: str | Messages, name: str = "question", *, answered: bool = False) -> str:
         """The prompt for ``question``, or after a conversation of ``{"role", "content"}``: by the tokenizer's chat template,
         or where the checkpoint has a prompt of its own, or there is no template, by that, which has room for one question.
-        ``name``: by which it is refused.
+        ``name``: by which it is refused; ``answered``: a template is to ask for no answer after it.
 
         Raises:
             ValueError: messages that are none, that hold more than text, or that are not what the prompt takes.
         """
-        chat = [{"role": "user", "content": question}] if isinstance(question, str) else plain(question, name)
-        if self.config.prompt is None and self.tokenizer.chat_template is not None:
-            from jinja2 import TemplateError
-
-            try:
-                return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            except (TemplateError, TypeError) as error:
-                raise ValueError(f"{name}: the tokenizer's chat template refuses it: {error}") from error
-        roles = [m["role"] for m in chat]
-        if roles != ["user"]:
-            raise ValueError(
-                f"{name}: the roles of its messages are {roles}, but the checkpoint's prompt takes one message, of the user"
-            )
-        text = chat[0]["content"]
-        return text if self.config.prompt is None else self.config.prompt.replace("{question}", text)
+        return self.prompts.text(asked(question, name), name, answered)
 
     def encode(self, text: str) -> Tensor:
         """``text`` as ids [1, T]; a chat template has put its special tokens there already.
@@ -190,12 +158,12 @@ class ReflectiveModel:
         Raises:
             ValueError: it is empty, or no text.
         """
-        templated = self.config.prompt is None and self.tokenizer.chat_template is not None
-        check_text("question", text)
-        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not templated).input_ids
-        if not ids.shape[1]:
-            raise ValueError("question: the prompt is empty; give at least one character")
-        return ids.to(self.model.device)
+        return self.prompts.ids(text).to(self.model.device)
+
+    @property
+    def prompts(self) -> PromptFormat:
+        """How questions become prompts."""
+        return PromptFormat(self.tokenizer, self.config.prompt)
 
     @overload
     def generate(self, question: str | Messages, effort: str | None = None, **settings: Any) -> Generation: ...
@@ -254,7 +222,7 @@ class ReflectiveModel:
                 nothing that ends thinking.
             RuntimeError: the strategy failed; it names it.
         """
-        questions, single = _questions(question)
+        questions, single = conversations(question)
         strategy = self.strategy(strategy, effort, n)
         whole("batch_rows", batch_rows, 1)
         if on_step is not None and not callable(on_step):
@@ -263,17 +231,9 @@ class ReflectiveModel:
             if process_group is not None:
                 raise ValueError("seed: ranks of a process_group need the same one; give it")
             seed = secrets.randbits(32)
-        # With a seed of its own a question is answered as it would be alone.
-        if isinstance(seed, Integral):
-            seeds = [(seed, i) for i in range(len(questions))]
-        elif not isinstance(seed, str | bytes) and getattr(seed, "ndim", 1) and isinstance(seed, Iterable):
-            seeds = [(s, 0) for s in seed]
-        else:
-            raise ValueError(f"seed={seed!r}: expected an integer, or a list of one for each question")
-        if len(seeds) != len(questions):
-            raise ValueError(f"seed: {len(seeds)} seeds for {len(questions)} questions; give one, or one each")
+        drawn_by = seeds(seed, len(questions))
         names = ["question"] if single else [f"question[{i}]" for i in range(len(questions))]
-        prompts = [self.format(q, name) for q, name in zip(questions, names, strict=True)]
+        prompts = [self.prompts.text(q, name) for q, name in zip(questions, names, strict=True)]
         asks = [
             self._within(
                 Ask(
@@ -282,17 +242,39 @@ class ReflectiveModel:
                 ),
                 name,
             )
-            for name, prompt, (own, number) in zip(names, prompts, seeds, strict=True)
+            for name, prompt, (own, number) in zip(names, prompts, drawn_by, strict=True)
         ]  # fmt: skip
         looked_at = on_step is not None or type(strategy).observe is not Strategy.observe
-        scorer = StreamScorer(
-            self.model, self.head, self.steps, schedule or ("immediate" if looked_at else "deferred"), self.config.at,
-            max_steps=max((a.max_new_tokens for a in asks), default=1), backend=backend, w1_dtype=w1_dtype, process_group=process_group,
+        engine = self.engine(
+            schedule=schedule or ("immediate" if looked_at else "deferred"), batch_rows=batch_rows,
+            max_steps=max((a.max_new_tokens for a in asks), default=1), backend=backend, w1_dtype=w1_dtype,
+            process_group=process_group,
         )  # fmt: skip
-        done = Search(self, scorer, batch_rows=batch_rows, on_step=on_step).run(asks)
-        share = scorer.host_seconds / max(1, sum(q.tokens for q in done))
+        done = Search(engine, self.reader, on_step=on_step).run(asks)
+        share = engine.scoring_seconds / max(1, sum(q.tokens for q in done))
         found = [self.generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
         return found[0] if single else found
+
+    def engine(self, *, batch_rows: int = 64, pace: Pace | None = None, **scoring: Any) -> TransformersEngine:
+        """What decodes and scores for a search.
+
+        Args:
+            batch_rows, pace: as for ``TransformersEngine``.
+            scoring: settings of its ``StreamScorer``.
+        """
+        scorer = StreamScorer(self.model, self.head, self.steps, at=self.config.at, **scoring)
+        return TransformersEngine(
+            self.model, scorer, ends=end_tokens(self.model, self.tokenizer), pad=pad_token(self.tokenizer) or 0,
+            batch_rows=batch_rows, pace=pace,
+        )  # fmt: skip
+
+    @property
+    def reader(self) -> Reader:
+        """What a search reads responses by."""
+        return Reader(
+            self.tokenizer, self.steps.think_start_id, self.steps.think_end_id, self.config.think_end,
+            stop=self.config.stop, pattern=self.config.answer,
+        )  # fmt: skip
 
     def _within(self, ask: Ask, name: str) -> Ask:
         """``ask`` with no more tokens than the model has positions for.
@@ -328,26 +310,7 @@ class ReflectiveModel:
 
     def generation(self, prompt: str, question: Question, scoring_seconds: float = 0.0) -> Generation:
         """What a search has made of a question."""
-        candidates = [self._ended(c) for c in question.candidates]
-        chosen = ask(question.strategy, "choose", candidates)
-        if not isinstance(chosen, Integral) or not 0 <= chosen < len(candidates):
-            name = type(question.strategy).__name__
-            raise RuntimeError(f"strategy {name}: choose gave {chosen!r}, no index of its {len(candidates)} candidates")
-        return Generation(
-            prompt, candidates, candidates[chosen],
-            strategy=question.strategy.name, seed=question.ask.seed, tokens=question.tokens, alive=question.alive,
-            seconds=question.seconds, scoring_seconds=scoring_seconds,
-            interrupted=any(c.status == "interrupted" for c in candidates),
-            chosen_by=question.strategy.chosen_by if len(candidates) > 1 else "only",
-            prompt_logprobs=None if question.ask.prompt_logprobs is None else question.prompt_chances,
-        )  # fmt: skip
-
-    def _ended(self, live: Live) -> Candidate:
-        candidate = self._candidate(live.token_ids, live.step_scores, live.scored or Scored(0.0, [], None))
-        return dataclasses.replace(
-            candidate, status=live.status, log_prob=live.log_prob, number=live.number, parent=live.parent,
-            tokens=live.new_tokens, logprobs=None if live.question.ask.logprobs is None else live.chances,
-        )  # fmt: skip
+        return outcome(prompt, question, scoring_seconds)
 
     def score(
         self,
@@ -372,8 +335,8 @@ class ReflectiveModel:
             ValueError: no response, an empty one, or one that the model has no room for; as many prompts as there are no
                 responses.
         """
-        responses = _texts("responses", responses)
-        prompts = _texts("prompt", [prompt] * len(responses) if isinstance(prompt, str) else prompt, empty=True)
+        responses = text_list("responses", responses)
+        prompts = text_list("prompt", [prompt] * len(responses) if isinstance(prompt, str) else prompt, empty=True)
         if len(prompts) != len(responses):
             raise ValueError(f"prompt: {len(prompts)} prompts for {len(responses)} responses; give one, or one each")
         if not responses:
@@ -423,7 +386,7 @@ class ReflectiveModel:
             batch_tokens=batch_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
         )  # fmt: skip
         return [
-            self._candidate(r, scores.step_scores[i].tolist(), Scored.of(scores, i, len(p)))
+            candidate(self.reader, r, of_text(scores, i, len(p)))
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
 
@@ -460,38 +423,11 @@ class ReflectiveModel:
     def read_candidate(self, reading: Reading, prompt: Sequence[int], response: Sequence[int]) -> Candidate:
         """What was read of a response."""
         scores = reading.scores()
-        return self._candidate(list(response), scores.step_scores[0].tolist(), Scored.of(scores, 0, len(prompt)))
-
-    def _candidate(self, tokens: list[int], step_scores: list[float], scored: Scored) -> Candidate:
-        text, ends = self.decode(tokens), self._ends(tokens, scored.positions)
-        return Candidate(
-            text=text,
-            score=scored.score,
-            step_scores=step_scores,
-            step_spans=list(zip([0, *ends], ends, strict=False)),
-            token_ids=tokens,
-            answer=self.answer(text),
-            error=scored.error,
-        )
-
-    def _ends(self, tokens: list[int], steps: list[int]) -> list[int]:
-        """Where in the decoded text each step-token ends. Decodes two steps at a time: a token's text depends on its
-        neighbours, but decoding every prefix anew would take seconds for a thousand steps."""
-        ends, length, anchor, last = [], 0, 0, 0
-        for step in steps:
-            length += len(self.decode(tokens[anchor : step + 1])) - len(self.decode(tokens[anchor:last]))
-            ends.append(length)
-            anchor, last = last, step + 1
-        return ends
+        return candidate(self.reader, list(response), of_text(scores, 0, len(prompt)))
 
     def answer(self, text: str) -> str | None:
         """What the checkpoint's answer pattern finds in a response, or behind its ``</think>`` if it has one."""
-        if self.config.answer is None:
-            return None
-        tag = self.steps.think_end_id
-        text = text if tag is None else text.rpartition(self.decode([tag], special=True))[2]
-        match = re.search(self.config.answer, text)
-        return match.group(1).strip() if match else None
+        return self.reader.answer(text)
 
     def think_end(self) -> list[int]:
         """The tokens that end thinking.
@@ -499,71 +435,8 @@ class ReflectiveModel:
         Raises:
             ValueError: neither ``config.think_end`` nor a ``</think>`` in the vocabulary.
         """
-        if self.config.think_end:
-            return self.tokenizer(self.config.think_end, add_special_tokens=False).input_ids
-        if self.steps.think_end_id is None:
-            raise ValueError(
-                "thinking_budget: the tokenizer has no </think>; give think_end in reflective.json, a text that ends thinking"
-            )
-        return [self.steps.think_end_id]
+        return self.reader.thinking_end()
 
     def decode(self, tokens: list[int], *, special: bool = False) -> str:
         """The text of ``tokens``; ``special``: with that of special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
-
-
-def _questions(question: Any) -> tuple[list[str | Messages], bool]:
-    """The questions, and whether it is a single one.
-
-    Raises:
-        ValueError: anything else, or an empty one.
-    """
-    single = isinstance(question, str) or is_conversation(question)
-    if not single and (isinstance(question, bytes | Mapping) or not isinstance(question, Iterable)):
-        raise ValueError(f"question={brief(question)}: expected a text, a list of messages, or a list of these")
-    questions = [question] if single else list(question)
-    for i, q in enumerate(questions):
-        name = "question" if single else f"question[{i}]"
-        if not isinstance(q, str) and not is_conversation(q):
-            raise ValueError(f"{name}={brief(q)}: expected a text or a list of messages, each with role and content")
-        if not (q if isinstance(q, str) else "".join(m["content"] for m in plain(q, name))).strip():
-            raise ValueError(f"{name}: it is empty")
-    return questions, single
-
-
-def _texts(name: str, given: Any, *, empty: bool = False) -> list[str]:
-    """``given``, a list of texts.
-
-    Raises:
-        ValueError: none, or one of them is no text or, unless they may be, ``empty``.
-    """
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise ValueError(f"{name}={brief(given)}: expected a list of texts")  # noqa: TRY004
-    texts = list(given)
-    for i, text in enumerate(texts):
-        check_text(f"{name}[{i}]", text)
-        if not text and not empty:
-            raise ValueError(f"{name}[{i}]: it is empty; expected at least one character")
-    return texts
-
-
-def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """``model`` with the adapter's change added to its weights, in float32 and rounded once."""
-    try:
-        from peft import PeftModel
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError as error:
-        raise ImportError(f"{adapter} holds an adapter, and loading one needs peft: pip install peft") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks for what transformers 5.23 has renamed
-        adapted = PeftModel.from_pretrained(model, str(adapter))
-    if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise ValueError(f"{adapter} holds an adapter that cannot be merged: it changes inputs, not weights")
-    layers = [m.get_base_layer() for m in adapted.modules() if isinstance(m, BaseTunerLayer)]
-    dtypes = [layer.weight.dtype for layer in layers]
-    for layer, dtype in zip(layers, dtypes, strict=True):
-        layer.to(torch.promote_types(dtype, torch.float32))
-    plain = adapted.merge_and_unload()
-    for layer, dtype in zip(layers, dtypes, strict=True):
-        layer.to(dtype)
-    return plain.requires_grad_(True).eval()

@@ -1,4 +1,4 @@
-"""Batch work in processes that are killed: SIGKILL after so many lines of ``reflective.batch`` and ``reflective.utils.outputs``, at every part of a run.
+"""Batch work in processes that are killed: SIGKILL after so many lines of its modules and of those that write, at every part of a run.
 
     python killed.py CHECKPOINT score|generate SOURCE OUTPUT POINTS
 
@@ -17,9 +17,9 @@ import torch
 
 import reflective as rf
 from reflective import batch
-from reflective.utils import outputs
+from reflective.utils import outputs, records
 
-HOME = str(Path(batch.__file__).parent), outputs.__file__
+HOME = str(Path(batch.__file__).parent), outputs.__file__, records.__file__
 LAST = 16  # lines at the end, of which each is a point
 
 

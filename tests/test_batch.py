@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import reflective as rf
 from reflective import batch
-from reflective.batch import files
+from reflective.batch import score
 from reflective.batch.journal import Journal
 from reflective.batch.progress import Meter
+from reflective.utils import records as files
 
 TEXTS = ["nabecod!", "naïve 中文 é a b — e\U0001f600o", "zzz", "a1", "same a same e", "same a same e"]
 
@@ -190,16 +191,16 @@ def test_all_broken(small, tmp_path):  # noqa: F811
 
 
 def test_batches_are_of_similar_lengths_within_the_budget_and_windows_bounded(small, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(batch, "WINDOW_ROWS", 64)
+    monkeypatch.setattr(score, "WINDOW_ROWS", 64)
     model, source = Watched(small), write(tmp_path / "in.jsonl", rows(120))
     scored(model, source, tmp_path / "out.jsonl", batch_tokens=256)
     assert sum(map(len, model.given)) == 150
     assert all(len(given) * max(given) <= 256 for given in model.given)
     padding = sum(len(given) * max(given) - sum(given) for given in model.given)
     assert padding < 0.12 * sum(map(sum, model.given))
-    assert max(len(window) for window in batch.windows(files.Json(source).records(batch.TO_SCORE))) == 64
-    monkeypatch.setattr(batch, "WINDOW_TEXT", 500)
-    for window in batch.windows(files.Json(source).records(batch.TO_SCORE)):
+    assert max(len(window) for window in batch.windows(files.Json(source).records(score.TO_SCORE))) == 64
+    monkeypatch.setattr(score, "WINDOW_TEXT", 500)
+    for window in batch.windows(files.Json(source).records(score.TO_SCORE)):
         assert sum(len(r.fields["prompt"] + r.fields["response"]) for r in window) <= 500
 
 
@@ -334,7 +335,7 @@ def test_a_hidden_state_that_is_not_finite_is_that_rows_error(small, tmp_path): 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_memory_does_not_grow_with_the_input(small, tmp_path, monkeypatch, suffix):  # noqa: F811
-    monkeypatch.setattr(batch, "WINDOW_ROWS", 256)
+    monkeypatch.setattr(score, "WINDOW_ROWS", 256)
     monkeypatch.setattr(files, "PIECE_BYTES", 1 << 20)
 
     def peak(n):

@@ -525,7 +525,7 @@ def test_a_round_feeds_every_column_but_the_last(small_subject):
         for _ in range(2):  # each from a fresh cache and state
             captured.round()
             assert captured.count.item() == 24 and captured.cache.get_seq_length() == 16 + 24
-            assert player.scorer._state.seen()[:3].tolist() == [16 + 24] * 3
+            assert player.scorer.stream.state.seen()[:3].tolist() == [16 + 24] * 3
     assert not player.wrong and len(captured.seconds) == 2 and 0 < captured.result_seconds < sum(captured.seconds)
 
 

@@ -21,8 +21,7 @@ from transformers.utils import logging
 
 import reflective as rf
 from reflective import cli
-from reflective.cli import _costs
-from reflective.demo import Costs, report
+from reflective.cli.show import Costs, report, summary
 
 COMMAND = [sys.executable, "-c", "from reflective.cli import main; main()"]
 
@@ -78,6 +77,16 @@ def test_version_tells_what_each_backend_can_do():
         assert line.split()[1] in ("yes", "no")
 
 
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["generate", "--help"], ["train", "--help"]])
+def test_help_does_not_wait_for_torch(args):
+    code = (
+        "import sys; from reflective.cli import main\ntry: main()\nfinally: "
+        "print(*{'torch', 'transformers', 'numpy', 'matplotlib'} & {*sys.modules}, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout and not done.stderr.strip(), done.stderr
+
+
 def test_generate(checkpoint):
     args = ("generate", "--model", checkpoint, "--max-new-tokens", 8, "--seed", 1)
     done = run(*args, "--json", "--effort", "low", "one", "two")
@@ -107,9 +116,9 @@ def test_generate_tells_how_the_answer_was_chosen_where_nothing_has_a_step(small
     record = json.loads(done.stdout)
     expected = silent.generate(["one"], n=4, max_new_tokens=3, seed=0)[0]
     assert record["chosen_by"] == expected.chosen_by in ("majority", "likelihood") and record["score"] == 0
-    assert f"best_of_n (chosen by {expected.chosen_by}, as no candidate has a step): " in _costs(expected)
+    assert f"best_of_n (chosen by {expected.chosen_by}, as no candidate has a step): " in summary(expected)
     scored = small.generate("one", n=4, max_new_tokens=40, temperature=1.0, seed=0)
-    assert _costs(scored).startswith("best_of_n: ")
+    assert summary(scored).startswith("best_of_n: ")
     screen = Console(record=True, width=100, file=io.StringIO())
     report(screen, expected, Costs(1.0, 0.1, 0.1))
     assert f"best of 4 (chosen by {expected.chosen_by}, as no candidate has a step)" in screen.export_text()

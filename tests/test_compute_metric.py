@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from reflective import compute_metric
-from reflective.compute_metric import answer, find_task, task, verdict
+from reflective.compute_metric import answer, find_task, mathematics, task, verdict
 
 with Path(__file__).with_name("compute_metric.jsonl").open(encoding="utf-8") as file:
     PROMPTS, *TABLE = map(json.loads, file)
@@ -118,6 +117,5 @@ def test_it_is_loaded_without_sympy():
 
 def test_every_function_of_mathematics_is_known():
     """A misspelt name would be refused in silence."""
-    assert {*compute_metric._FUNCTIONS, *compute_metric._LITERALS, *compute_metric._CONSTANTS} <= {
-        *compute_metric._known()
-    }
+    known = {*mathematics.FUNCTIONS, *mathematics.LITERALS, *mathematics.CONSTANTS}
+    assert known <= {*mathematics.known()}

@@ -315,7 +315,7 @@ def test_a_model_s_generation_is_scored(cuda, schedule_of_scores, dtype):
     scorer = rf.StreamScorer(net, head, tiny.steps(), schedule_of_scores, backend=name, buffer_rows=8)
     if not ON_GPU:
         ours = {op.name: getattr(cuda, op.name) for op in dataclasses.fields(Backend) if op.name != "name"}
-        scorer.backend = scorer._head.backend = Backend("cuda", **ours)
+        scorer.stream.placed.backend = Backend("cuda", **ours)
     out = test_scorer.decode(scorer, net, ids, mask, num_return_sequences=2)
     test_scorer.assert_agrees(scorer.result(out), net, head, out, mask, "predict")
 

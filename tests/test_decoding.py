@@ -165,7 +165,7 @@ def test_inductor_calls_the_op_on_the_state_itself():
     scorer, cache = scorer_of(net, max_steps=777), StaticCache(config=net.config, max_cache_len=16)
     with scorer:
         net(text[:, :6], **with_cache(net, cache))
-        where = [t.data_ptr() for t in scorer._state.tensors()]
+        where = [t.data_ptr() for t in scorer.stream.state.tensors()]
         forward, codes = torch.compile(net.__call__, fullgraph=True), set()
         for t in range(6, 10):
             inputs = {"input_ids": text[:, t : t + 1], "position_ids": torch.tensor([[t]])} | with_cache(net, cache)
@@ -173,7 +173,7 @@ def test_inductor_calls_the_op_on_the_state_itself():
     code = "".join(codes)
     assert code.count("torch.ops.reflective.decode_step.default(") == 1
     assert not re.search(r"= (empty_strided\w*|torch\.|aten\.).*\b777\b", code)
-    assert [t.data_ptr() for t in scorer._state.tensors()] == where
+    assert [t.data_ptr() for t in scorer.stream.state.tensors()] == where
     assert_agrees(scorer.result(text), net, tiny.head(), text, torch.ones(2, 6), "predict", least=2)
 
 
@@ -224,7 +224,7 @@ def test_assisted_decoding_rolls_the_score_state_back(backend, schedule, at):
     scorer, drafted = scorer_of(net, schedule=schedule, at=at, backend=backend, buffer_rows=4), []
     back = scorer.on_crop
     torch.manual_seed(3)
-    scorer.on_crop = lambda length: drafted.append(scorer._seen - length) or back(length)
+    scorer.on_crop = lambda length: drafted.append(scorer.stream.seen - length) or back(length)
     with scorer:
         out = net.generate(
             ids.to(net.device), assistant_model=assistant, suppress_tokens=NO_TAGS, **SAMPLING | {"max_new_tokens": 80}

@@ -9,6 +9,7 @@ import torch
 
 import reflective as rf
 from reflective.engines.hf import finished
+from reflective.utils.lengths import FORWARD, batches_by_length
 
 
 def trajectories(lengths=(40, 7, 23, 40, 3, 64), seed=0):
@@ -124,7 +125,7 @@ def test_mlps_in_pieces_change_nothing(monkeypatch, mixing):
     whole = rf.score(net, head, tiny.steps(), rows, batch_tokens=1)
     calls = []
     net.model.layers[0].mlp.gate_proj.register_forward_hook(lambda module, args, out: calls.append(out.shape[1]))
-    monkeypatch.setattr("reflective.engines.hf.backbone._PIECE", 16)
+    monkeypatch.setattr("reflective.engines.hf.pieces._PIECE", 16)
     pieces = rf.score(net, head, tiny.steps(), rows, batch_tokens=1)
     assert max(calls) == 16
     torch.testing.assert_close(pieces.score, whole.score, rtol=1e-5, atol=1e-7)
@@ -136,7 +137,7 @@ def test_groups_by_length_cost_the_least(batch_tokens):
     lengths = [7, 90, 3, 300, 88, 12, 150, 9]
 
     def cost(groups):
-        return sum(len(g) * max(lengths[i] for i in g) + finished.FORWARD for g in groups)
+        return sum(len(g) * max(lengths[i] for i in g) + FORWARD for g in groups)
 
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     cuts = itertools.chain.from_iterable(itertools.combinations(range(1, 8), k) for k in range(8))
@@ -145,7 +146,7 @@ def test_groups_by_length_cost_the_least(batch_tokens):
         groups for groups in every
         if all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= batch_tokens for g in groups)
     ]  # fmt: skip
-    found = finished.batches_by_length(lengths, batch_tokens)
+    found = batches_by_length(lengths, batch_tokens)
     assert found in allowed and cost(found) == min(map(cost, allowed))
 
 

@@ -17,7 +17,7 @@ import tiny
 import torch
 from test_search import QUESTIONS, STEPS, reflective_model
 
-from reflective.integrations import aggregation, prompt_of
+from reflective.integrations import aggregation
 from reflective.integrations.search_and_learn import ReflectivePRM
 from reflective.model import Candidate
 from reflective.scoring.scores import AGGREGATIONS, NonFiniteWarning, aggregate
@@ -154,15 +154,15 @@ def test_sal_bad_input(engine):
 
 def test_messages_without_content_and_in_parts(model):
     parts = {"role": "user", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}
-    assert prompt_of(model, [parts]) == "AB"
+    assert model.format([parts], "messages") == "AB" == model.format("AB")
     for messages, message in (
         ([], r"messages: expected a list of messages, each with role and content, not \[\]"),
-        ("AB", "messages: expected a list of messages, each with role and content, not 'AB'"),
+        (5, "messages: expected a list of messages, each with role and content, not 5"),
         ([{**parts, "content": [{"type": "image_url"}]}], r"messages\[0\].content\[0\] is of type 'image_url'"),
         ([{**parts, "content": ["A"]}], r"messages\[0\].content\[0\] is of type 'str'"),
     ):
         with pytest.raises(ValueError, match=message):
-            prompt_of(model, messages)
+            model.format(messages, "messages")
 
 
 # -- reward_hub ----------------------------------------------------------------------------------------------------------
@@ -428,20 +428,28 @@ def test_its_hub_seed_repeats(its, engine):
 
 
 def test_its_hub_cancelled_call_ends_decoding(its):
-    engine = Engine(talker(2))  # it never ends by itself
+    model, left = talker(2), threading.Event()  # it never ends by itself
+    engine = Engine(model)
     lm = its.ReflectiveLanguageModel(engine, max_completion_tokens=500, temperature=1.0, seed=1)
+
+    def wait(*_):
+        if engine.stats()["tokens"]:
+            assert left.wait(tiny.PATIENCE)
+
+    model.model.model.register_forward_pre_hook(wait)
 
     async def run():
         job = asyncio.ensure_future(lm.agenerate([[its.ChatMessage(role="user", content="ABC")]] * 8))
-        while not engine.stats()["rows"]:
+        while not engine.stats()["tokens"]:
             await asyncio.sleep(0.005)
         job.cancel()
         with pytest.raises(asyncio.CancelledError):
             await job
+        left.set()
 
     asyncio.run(run())
     engine.close()
-    assert 0 < engine.stats()["tokens"] < 8 * 500
+    assert 0 < engine.stats()["tokens"] < 8 * 5
 
 
 def test_its_hub_best_of_n_scores_nothing_twice(its, engine, lm, model):

@@ -100,7 +100,7 @@ def test_spans_of_many_steps_are_those_of_whole_prefixes(small):
     tokens = small.tokenizer(text).input_ids
     steps = [i for i, t in enumerate(small.tokenizer.convert_ids_to_tokens(tokens)) if t in DELIMITERS]
     assert len(steps) > 60
-    assert small._ends(tokens, steps) == [len(small.tokenizer.decode(tokens[: s + 1])) for s in steps]
+    assert small.reader.ends(tokens, steps) == [len(small.tokenizer.decode(tokens[: s + 1])) for s in steps]
 
 
 def test_a_broken_config_is_named(small, tmp_path):

@@ -212,7 +212,7 @@ def test_two_at_one_output(tmp_path):
     """By the same name or another; who comes second is refused, and the first is not disturbed."""
     path, link = tmp_path / "out.txt", tmp_path / "link.txt"
     link.symlink_to(path)
-    code = "import sys; from reflective import outputs; outputs.write_text(sys.argv[1], 'second')"
+    code = "import sys; from reflective.utils import outputs; outputs.write_text(sys.argv[1], 'second')"
     with outputs.replacing(path) as file:
         file.write(b"first")
         for other in (path, link):

@@ -88,9 +88,9 @@ def work(rank, folder):
         scorer = rf.StreamScorer(net, head(), tiny.steps(), **kwargs, process_group=group)
         del reductions[:]
         out = decode(scorer, net)
-        flushes, waiting = list(reductions), int(scorer._state.n_slots)
+        flushes, waiting = list(reductions), int(scorer.stream.state.n_slots)
         found[name] = out, scorer.result(out), flushes, waiting
-    found["kept"] = [(tuple(w.shape), w.untyped_storage().nbytes()) for w in scorer._head.weights]
+    found["kept"] = [(tuple(w.shape), w.untyped_storage().nbytes()) for w in scorer.stream.placed.weights]
 
     rows = [row[pad:] for row, pad in zip(out, (prompts()[1] == 0).sum(1), strict=True)]
     for at in ("predict", "token"):
@@ -150,7 +150,7 @@ def muddle(scorer, rank):
         if rank and ids.shape[1] > 1:
             slots[:n], slot_owner[:n] = slots[:n].flip(0), slot_owner[:n].flip(0)
 
-    scorer.backend = replace(scorer.backend, decode_step=muddled)
+    scorer.stream.placed.backend = replace(scorer.backend, decode_step=muddled)
 
 
 # -- what must come of it ---------------------------------------------------------------------------------------------

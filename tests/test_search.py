@@ -23,9 +23,10 @@ from transformers import (
 
 import reflective as rf
 from reflective.engines.hf.kv import Rows, new_cache
+from reflective.engines.hf.pace import Pace
 from reflective.model import Config
-from reflective.search import loop
-from reflective.search.loop import Ask, Pace, Search
+from reflective.search.candidates import Ask
+from reflective.search.loop import Search
 from reflective.search.strategies import HOLD, KEEP, STOP, Strategy
 
 LETTERS = "".join(chr(ord("A") + i) for i in range(tiny.VOCAB - 5))  # the text of ids 5 to 60
@@ -489,9 +490,8 @@ def test_a_prompt_prefilled_in_pieces_is_that_prefilled_whole(kind):
     handle = model.model.register_forward_pre_hook(
         lambda m, a, k: widths.append(k["input_ids"].numel()), with_kwargs=True
     )
-    scorer = rf.StreamScorer(model.model, model.head, model.steps, "immediate")
-    pace = Pace(Pace.LEAST, torch.device("cpu"))
-    found = [model.generation("", q) for q in Search(model, scorer, batch_rows=8, pace=pace).run(asks)]
+    engine = model.engine(batch_rows=8, pace=Pace(Pace.LEAST, torch.device("cpu")), schedule="immediate")
+    found = [model.generation("", q) for q in Search(engine, model.reader).run(asks)]
     handle.remove()
     assert max(widths) <= Pace.LEAST and len(widths) > 4
     for prompt, generation in zip(prompts, found, strict=True):
@@ -507,7 +507,7 @@ def test_a_prompt_prefilled_in_pieces_is_that_prefilled_whole(kind):
 def test_pace(monkeypatch):
     """A machine of 10,000 tokens a second, by a clock that stands still between them."""
     now = [0.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("reflective.engines.hf.pace.time", SimpleNamespace(perf_counter=lambda: now[0]))
     pace = Pace(1000, torch.device("cpu"), seconds=0.05)
     assert pace.tokens() == 64
     for _ in range(6):

@@ -36,7 +36,6 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
 from reflective.benchmarks.serve_load import load
-from reflective.serve import openai as serve_openai
 from reflective.serve import schemas
 from reflective.serve.app import Server, create_app
 from reflective.serve.engine import Engine
@@ -631,9 +630,9 @@ def test_a_chat_in_which_a_tool_was_called(metastone):
     assert answer.json()["usage"]["prompt_tokens"] == len(metastone.model.tokenizer(text).input_ids)
     for wrong in ({"tool_choice": "auto"}, {"tool_choice": None}):
         assert "tools is not supported" in metastone.http.post("/v1/chat/completions", json={**body, **wrong}).text
-    told = serve_openai._calls(schemas.Message(**chat[1]))
-    assert told == {"tool_calls": [{**call, "function": {"name": "add", "arguments": {"a": 1}}}]}
-    assert serve_openai._calls(schemas.Message(**chat[2])) == {"tool_call_id": "1"}
+    called = {**call, "function": {"name": "add", "arguments": {"a": 1}}}
+    assert schemas.Message(**chat[1]).templated == {"role": "assistant", "content": "", "tool_calls": [called]}
+    assert schemas.Message(**chat[2]).templated == {"role": "tool", "content": "2", "tool_call_id": "1"}
 
 
 def test_completions_with_what_asks_for_nothing(letters):

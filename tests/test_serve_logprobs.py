@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import reflective as rf
-from reflective.search.loop import Chance
-from reflective.search.loop import loop as search
+from reflective.engines.base import Chance
+from reflective.engines.hf import engine
 from reflective.serve import logprobs
 from reflective.serve.engine import Engine
 from reflective.serve.logprobs import Spelling, Told
@@ -157,7 +157,7 @@ def test_completions(alone, client):  # noqa: F811
 @pytest.mark.parametrize("limit", [0, 1, 5])
 def test_echo(letters, alone, client, monkeypatch, limit, stream):  # noqa: F811
     """The logits of a prompt are taken in pieces, here of four tokens."""
-    monkeypatch.setattr(search, "LOGITS", 4 * 61)
+    monkeypatch.setattr(engine, "LOGITS", 4 * 61)
     prompts = ["ABCDEFGHIJK", alone.encode("KLMNOPQ")[0].tolist(), "Z"]
     for prompt in prompts:
         ids = alone.encode(prompt)[0].tolist() if isinstance(prompt, str) else prompt

@@ -23,8 +23,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 import reflective as rf
-from reflective.engines.hf import internals, tap
+from reflective.engines.hf import internals
 from reflective.engines.hf.internals import cache_argument, compiled_everywhere, small_model
+from reflective.engines.hf.trial import try_release
 
 TODAY = cache_argument(small_model())  # what this release calls a cache
 NO_END = {"suppress_tokens": [2, tiny.THINK, tiny.END_THINK]}  # long enough to have steps
@@ -38,9 +39,9 @@ def scorer_of(net, **kwargs):
 def newer(monkeypatch):
     """A transformers that the package was not tested with."""
     monkeypatch.setattr(internals, "VERSION", "5.99.0")
-    tap._try_release.cache_clear()
+    try_release.cache_clear()
     yield
-    tap._try_release.cache_clear()
+    try_release.cache_clear()
 
 
 NEWER = "transformers 5.99.0 is newer than this release of reflective-kernels knows: it was tested with 5"
@@ -184,7 +185,8 @@ def test_what_cannot_be_followed_is_refused_and_whose_fault_it_is_said(kind, dam
     damage(net, monkeypatch)
     who = "look at the code of (Renamed|Hiding) itself"
     if release == "newer":
-        monkeypatch.setattr(tap, "_try_release", lambda way: None)  # what it finds is tested below
+        # What it finds is tested below.
+        monkeypatch.setattr("reflective.engines.hf.scorer.try_release", lambda way: None)
         monkeypatch.setattr(internals, "VERSION", "5.99.0")
         who = NEWER
     with pytest.raises(RuntimeError, match=f"(?s){message}.*{who}") as error:

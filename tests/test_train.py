@@ -22,7 +22,7 @@ from reflective import train
 from reflective.model import Config
 from reflective.tasks import Question
 from reflective.train import Rollouts, Settings, record_features, roll_out, run
-from reflective.train.checkpoint import fingerprint
+from reflective.utils.fingerprint import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL, transformers and torch announce what they will deprecate
 DELIMITERS = [chr(c) for c in range(ord("0"), ord("z"))]

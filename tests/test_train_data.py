@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from reflective import tasks
+from reflective.search.verify import verifier
 from reflective.tasks import Question
 from reflective.train.data import (
     Rollouts,
@@ -21,7 +22,6 @@ from reflective.train.data import (
     split_questions,
     write_rollouts,
 )
-from reflective.train.verify import verifier
 
 BOS, EOS = 1, 2
 CHAT = "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"

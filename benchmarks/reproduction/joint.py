@@ -11,7 +11,7 @@ from reflective.engines.hf.internals import checkpointing_setting
 from reflective.model import CONFIG_NAME, ReflectiveModel
 from reflective.scoring.sprm import SPRM
 from reflective.tasks import Question
-from reflective.train.verify import verifier
+from reflective.train import verifier
 
 from .families import FAMILIES
 from .rollouts import MAX_NEW_TOKENS, TEMPERATURE, policy, questions, trained

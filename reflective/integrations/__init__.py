@@ -6,15 +6,14 @@ what a step is to the caller, and how that meets the steps of the SPRM, each ada
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..utils.arguments import check_text
-from ..utils.messages import plain
 
 if TYPE_CHECKING:
-    from ..model import Candidate, ReflectiveModel
+    from ..model import Candidate
     from ..serve.engine import Engine
 
 T = TypeVar("T")
@@ -37,15 +36,6 @@ def aggregation(how: Any) -> str:
     if name not in AGGREGATIONS and name not in _OTHER_NAMES:
         raise ValueError(f"aggregation={name!r}; expected one of {', '.join([*AGGREGATIONS, *_OTHER_NAMES])}")
     return _OTHER_NAMES.get(name, name)
-
-
-def prompt_of(model: "ReflectiveModel", messages: Sequence[Mapping[str, Any]], name: str = "messages") -> str:
-    """The prompt with which the model answers a conversation of ``{"role", "content"}``: ``ReflectiveModel.format``.
-
-    Raises:
-        ValueError: no conversation, or more than text or than one question for a prompt that has room for one.
-    """
-    return model.format(plain(messages, name), name)
 
 
 def scored(

@@ -28,7 +28,7 @@ from ..scoring.scores import aggregate
 from ..serve.engine import Engine, QueueFull
 from ..utils.arguments import brief, check_text, whole
 from ..utils.messages import text_of
-from . import RETRY_S, aggregation, prompt_of, scored
+from . import RETRY_S, aggregation, scored
 
 
 class Decoded(str):
@@ -118,7 +118,7 @@ class ReflectiveLanguageModel(AbstractLanguageModel):
         if tools or response_format:
             raise ValueError("tools, response_format: this model writes plain text; leave them out")
         conversation, begun = _split(messages)
-        prompt = prompt_of(self.engine.model, conversation)
+        prompt = self.engine.model.format(conversation, "messages")
         ids = self.engine.encode(prompt)
         if begun:
             ids += self.engine.model.tokenizer(begun, add_special_tokens=False).input_ids
@@ -199,7 +199,7 @@ class ReflectiveOutcomeRewardModel(_RewardModel, AbstractOutcomeRewardModel):
             if not conversation or conversation[-1].role != "assistant" or conversation[-1].content is None:
                 raise ValueError("messages: expected the last one to be the assistant's, which is scored")
             before, response = _split(conversation)
-            prompts.append(prompt_of(self.engine.model, before))
+            prompts.append(self.engine.model.format(before, "messages"))
             responses.append(response)
         found = self._score(prompts, responses)
         return found if several else found[0]
@@ -243,7 +243,7 @@ class ReflectiveProcessRewardModel(_RewardModel, AbstractProcessRewardModel):
             ValueError: a text that the model has no room for.
         """
         conversation = ChatMessages.from_prompt_or_messages(prompt_or_messages).to_chat_messages()
-        prompt = prompt_of(self.engine.model, [_plain(m) for m in conversation])
+        prompt = self.engine.model.format([_plain(m) for m in conversation], "messages")
         single = isinstance(response_or_responses, str)
         if not single and not isinstance(response_or_responses, Sequence):
             raise ValueError(

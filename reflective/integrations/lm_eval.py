@@ -22,9 +22,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from ..engines.hf.scorer import StreamScorer
 from ..model import Generation, ReflectiveModel
-from ..search.loop import Ask, Question, Search
+from ..search.candidates import Ask, Question
+from ..search.loop import Search
 from ..search.strategies import Strategy
 from ..utils.arguments import whole
 
@@ -121,9 +121,9 @@ class ReflectiveLM(HFLM):
             seen[context] += 1
         places = {id(ask): i for i, ask in enumerate(asks)}
         looked_at = type(self.strategy).observe is not Strategy.observe
-        scorer = StreamScorer(
-            self.model, self.reflective.head, self.reflective.steps, "immediate" if looked_at else "deferred",
-            self.reflective.config.at, max_steps=max((a.max_new_tokens for a in asks), default=1),
+        engine = self.reflective.engine(
+            batch_rows=self.batch_rows, schedule="immediate" if looked_at else "deferred",
+            max_steps=max((a.max_new_tokens for a in asks), default=1),
         )  # fmt: skip
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Choosing among candidates") as bar:
 
@@ -133,7 +133,7 @@ class ReflectiveLM(HFLM):
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                 bar.update()
 
-            Search(self.reflective, scorer, batch_rows=self.batch_rows, on_end=ended).run(asks)
+            Search(engine, self.reflective.reader, on_end=ended).run(asks)
         if len(answers) < len(requests):
             raise KeyboardInterrupt
         return [answers[i] for i in range(len(requests))]

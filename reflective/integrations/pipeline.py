@@ -19,6 +19,7 @@ from ..engines.hf.scorer import Schedule, StreamScorer
 from ..scoring.scores import aggregate
 from ..scoring.sprm import SPRM
 from ..scoring.steps import At, StepTokens
+from ..search.strategies import SCORED, WITHOUT_SCORE, WITHOUT_STEP
 from ..utils.arguments import check_text, whole
 
 
@@ -107,22 +108,24 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
         records = super().postprocess(model_outputs, *args, **kwargs)
         for i, record in enumerate(records):
             record |= {"score": score[i], "step_scores": steps[i][: n_steps[i]]}
-        if not best:
-            return records
-        return [_best(records)]
+        return [_best(records)] if best else records
 
 
 def _best(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record to choose. One without a step never beats one that has some; one without a score comes last."""
-
-    def standing(record: dict[str, Any]) -> tuple[int, float]:
-        return (0, 0.0) if math.isnan(record["score"]) else (1 + bool(record["step_scores"]), record["score"])
-
-    first = max(records, key=standing)
-    level = [record for record in records if standing(record)[0] == standing(first)[0]]
-    if first["step_scores"] and not math.isnan(first["score"]) or len(level) == 1:
-        return {**first, "chosen_by": "score"}
+    """The record to choose, of equals the first. Ranked as by ``Strategy.choose``, but nothing is known of likelihoods."""
+    standings = [_standing(record) for record in records]
+    best = max(standings)
+    level = [record for record, (rank, _) in zip(records, standings, strict=True) if rank == best[0]]
+    if best[0] == SCORED or len(level) == 1:
+        return {**records[standings.index(best)], "chosen_by": "score"}
     said = [repr([record[key] for key in record if key.startswith("generated_")]) for record in level]
     votes = collections.Counter(said).most_common()  # of equally frequent ones the first comes first
     alone = len(votes) == 1 or votes[0][1] > votes[1][1]
     return {**level[said.index(votes[0][0])], "chosen_by": "majority" if alone else "first"}
+
+
+def _standing(record: dict[str, Any]) -> tuple[int, float]:
+    """One without a step never beats one that has some; one without a score comes last."""
+    if math.isnan(record["score"]):
+        return WITHOUT_SCORE, 0.0
+    return (SCORED, record["score"]) if record["step_scores"] else (WITHOUT_STEP, 0.0)

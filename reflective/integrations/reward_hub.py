@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..scoring.scores import aggregate
 from ..serve.engine import Engine
 from ..utils.messages import is_conversation, plain
-from . import aggregation, prompt_of, scored
+from . import aggregation, scored
 
 _ROWS = 64  # conversations between two moves of the progress bar
 
@@ -90,7 +90,7 @@ class ReflectiveProcessRewardModel(AbstractProcessRewardModel):
         return results if return_full_prm_result else [r.score for r in results]
 
     def _encode(self, conversation: Sequence[Mapping[str, str]], limit: int) -> tuple[list[int], list[int]]:
-        prompt = self.engine.encode(prompt_of(self.engine.model, conversation[:-1]))
+        prompt = self.engine.encode(self.engine.model.format(conversation[:-1], "messages"))
         response = self.engine.model.tokenizer(conversation[-1]["content"], add_special_tokens=False).input_ids
         if len(prompt) + len(response) > limit:
             warnings.warn(

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batch.files import Lines
 from ..engines.hf.finished import score
 from ..engines.hf.generation import end_tokens
 from ..model import ReflectiveModel
@@ -28,6 +27,7 @@ from ..train.data import Rollouts
 from ..utils.arguments import brief
 from ..utils.messages import is_conversation, plain
 from ..utils.outputs import replacing
+from ..utils.records import Lines
 
 _NO_IMAGES = (
     "SPRMReward reads text alone, and would score as if there were none; leave it out of the rewards of such a run"

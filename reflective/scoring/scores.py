@@ -103,7 +103,8 @@ class TrajectoryScores:
         for i in score.isnan().nonzero().flatten().tolist():
             bad = columns[i][log_scores[i].isnan()].tolist()
             where = f"at column {bad[0] - (at == 'predict')}" if bad else "past the step log's capacity"
-            errors[i] = f"sequence {i}: the hidden state {where} holds NaN or inf; its trajectory has no score"
+            errors[i] = f"the hidden state {where} holds NaN or inf; its trajectory has no score"
         if errors:
-            warnings.warn("; ".join(errors.values()), NonFiniteWarning, stacklevel=3)
+            told = "; ".join(f"sequence {i}: {error}" for i, error in errors.items())
+            warnings.warn(told, NonFiniteWarning, stacklevel=3)
         return cls(score, count, [s.exp() for s in log_scores], columns, errors)

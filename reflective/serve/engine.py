@@ -5,23 +5,26 @@ Whatever else is to be run, texts to be scored and long prompts, is run in piece
 """
 
 import collections
-import copy
 import functools
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from ..engines.hf.finished import Reading
-from ..engines.hf.scorer import Schedule, StreamScorer
+from ..engines.hf.pace import Pace
+from ..engines.hf.scorer import Schedule
 from ..model import Candidate, Generation, ReflectiveModel
-from ..search.loop import Ask, Live, Pace, Question, Search
+from ..search.candidates import Ask, Live, Question
+from ..search.loop import Search
 from ..search.strategies import Strategy
+from .asides import Asides
+from .jobs import Aside, Closed, Generate, Job, Lane, Queue, QueueFull, Score
 from .logprobs import Spelling
+
+__all__ = ["Closed", "Engine", "QueueFull"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -30,14 +33,6 @@ PIECE = 0.02, 0.2  # seconds of a piece while others decode, at least and at mos
 MAX_TOKENS = 512  # where the model does not say how many positions it has
 LONG = 1 << 13  # bytes of a request that is prepared apart: 120 kB are tokenized in 40 ms, 8 MiB in 10 s
 AHEAD = 2  # of those, how many are prepared before the model has begun with them: who hangs up by then has cost nothing
-
-
-class QueueFull(RuntimeError):
-    """As many requests wait as may."""
-
-
-class Closed(RuntimeError):
-    """The engine takes no further requests."""
 
 
 class Engine:
@@ -66,20 +61,15 @@ class Engine:
         for name, value in (("batch_rows", batch_rows), ("max_queue", max_queue)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        self.model, self.batch_rows, self.max_queue, self.batch_tokens = model, batch_rows, max_queue, batch_tokens
-        self._scorer_settings = {"schedule": schedule, "at": model.config.at, "max_steps": max_steps}
-        self._changed = threading.Condition()  # guards what follows
-        self._waiting: collections.deque[_Generate] = collections.deque()
-        self._asides: collections.deque[_Aside] = collections.deque()  # those that are being scored, too
-        self._running: dict[Question, _Generate] = {}
-        self._preparing = 0
-        self._closing = False
-        self._tokens = self._scored = 0
+        self.model, self.batch_rows = model, batch_rows
+        self._scoring = {"schedule": schedule, "max_steps": max_steps}
+        self.queue = Queue(max_queue)
+        self._tokens = 0
         self._tokenizing = threading.Lock()
-        self._lanes = _Lane(model, "short"), _Lane(model, "long")
+        self._lanes = Lane(model, "short"), Lane(model, "long")
         self._here = threading.local()  # ``lane``: of a thread that prepares
-        self._finishing = ThreadPoolExecutor(1, "reflective-finish")
-        self._pace, self._oldest_first = Pace(batch_tokens, model.model.device, PIECE[1]), True
+        self._pace = Pace(batch_tokens, model.model.device, PIECE[1])
+        self._asides = Asides(model, self.queue, self._pace, batch_tokens)
         self._search = self._new_search()
         self._thread = threading.Thread(target=self._run, name="reflective-engine", daemon=True)
         self._thread.start()
@@ -125,7 +115,7 @@ class Engine:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         on_step: Callable[..., None] | None = None,
-    ) -> "_Generate":
+    ) -> Generate:
         seed, questions, texts = secrets.randbits(32) if seed is None else seed, [], []
         for i, prompt in enumerate(prompts):
             name = "prompt" if len(prompts) == 1 else f"prompt[{i}]"
@@ -142,10 +132,10 @@ class Engine:
                     f"max_new_tokens={most}: with the prompt's {len(ids)} tokens that is more than the "
                     f"{self.max_length} positions of the model"
                 )
-            questions.append(Question(self.model, ask))
+            questions.append(Question(self.model.reader, ask))
             texts.append(text)
-        job = _Generate(self, questions, texts, on_step, one)
-        self._queue(self._waiting, job)
+        job = Generate(self.queue, self.model, questions, texts, on_step, one)
+        self._queue(self.queue.waiting, job)
         return job
 
     def score(
@@ -174,8 +164,8 @@ class Engine:
         texts = [self.encode_response(r, not p) for p, r in zip(heads, responses, strict=True)]
         for i, (head, text) in enumerate(zip(heads, texts, strict=True)):
             self.check_text(head, text, "" if len(texts) == 1 else f"[{i}]", name=name, more=more)
-        job = _Score(self, heads, texts)
-        self._queue(self._asides, job)
+        job = Score(self.queue, heads, texts)
+        self._queue(self.queue.asides, job)
         return job
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
@@ -184,8 +174,8 @@ class Engine:
         Raises:
             QueueFull, Closed.
         """
-        job = _Aside(self, function)
-        self._queue(self._asides, job)
+        job = Aside(self.queue, function)
+        self._queue(self.queue.asides, job)
         return job
 
     def prepare(self, function: Callable[[], T], size: int = 0) -> Future[T]:
@@ -203,23 +193,20 @@ class Engine:
         def run() -> T:
             self._here.lane = lane
             if lane is self._lanes[1]:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closing or self._ahead() < AHEAD)
+                with self.queue.changed:
+                    self.queue.changed.wait_for(lambda: self.queue.closing or self.queue.ahead() < AHEAD)
             return function()
 
-        with self._changed:
-            self._check_room()
-            self._preparing += 1
+        with self.queue.changed:
+            self.queue.check_room()
+            self.queue.preparing += 1
             future = lane.thread.submit(run)
         future.add_done_callback(self._prepared)
         return future
 
-    def _ahead(self) -> int:
-        return sum(job.long and not job.started for job in (*self._waiting, *self._asides))
-
     def _prepared(self, _: Future) -> None:
-        with self._changed:
-            self._preparing -= 1
+        with self.queue.changed:
+            self.queue.preparing -= 1
 
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt.
@@ -258,14 +245,14 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """``queued`` requests, ``running`` ones, that decode or are scored, ``rows`` (candidates that decode), and what was done
         since the start: ``tokens`` decoded, texts ``scored``."""
-        with self._changed:
-            running, scoring = list(self._running), sum(job.started for job in self._asides)
+        with self.queue.changed:
+            running, scoring = list(self.queue.running), sum(job.started for job in self.queue.asides)
             return {
-                "queued": self._preparing + len(self._waiting) + len(self._asides) - scoring,
-                "running": len(set(self._running.values())) + scoring,
+                "queued": self.queue.preparing + len(self.queue.waiting) + len(self.queue.asides) - scoring,
+                "running": len(set(self.queue.running.values())) + scoring,
                 "rows": min(self.batch_rows, sum(len(q.open) for q in running)),
                 "tokens": self._tokens + sum(q.tokens for q in running),
-                "scored": self._scored,
+                "scored": self._asides.scored,
             }
 
     def close(self, timeout: float | None = None) -> list[str]:
@@ -277,19 +264,19 @@ class Engine:
         Returns:
             What was cut off, a line a request.
         """
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        with self.queue.changed:
+            self.queue.closing = True
+            self.queue.changed.notify_all()
         self._thread.join(timeout)
-        with self._changed:
-            running = dict.fromkeys(self._running.values())
-            cut = [*running, *self._waiting, *self._asides] if self._thread.is_alive() else []
+        with self.queue.changed:
+            running = dict.fromkeys(self.queue.running.values())
+            cut = [*running, *self.queue.waiting, *self.queue.asides] if self._thread.is_alive() else []
             lines = [str(job) for job in dict.fromkeys(cut)]
         for job in dict.fromkeys(cut):
             job.cancel()
         self._thread.join()
-        for thread in (*(lane.thread for lane in self._lanes), self._finishing):
-            thread.shutdown(cancel_futures=thread is not self._finishing)
+        for thread in (*(lane.thread for lane in self._lanes), self.queue.finishing):
+            thread.shutdown(cancel_futures=thread is not self.queue.finishing)
         return lines
 
     def check(self, name: str, ids: Sequence[int]) -> None:
@@ -319,169 +306,82 @@ class Engine:
         if prompt:
             self.check(f"prompt{which}", prompt)
 
-    def _check_room(self, reserved: int = 0) -> None:
-        if self._closing:
-            raise Closed("the engine is shutting down")
-        if self._preparing - reserved + len(self._waiting) + len(self._asides) >= self.max_queue:
-            raise QueueFull(f"{self.max_queue} requests are waiting; try again later")
-
-    def _queue(self, queue: "collections.deque[Any]", job: "_Job") -> None:
+    def _queue(self, place: "collections.deque[Any]", job: Job) -> None:
         lane = getattr(self._here, "lane", None)
         job.long = lane is self._lanes[1]
-        with self._changed:
-            self._check_room(reserved=int(lane is not None))
-            queue.append(job)
-            self._changed.notify_all()
+        self.queue.put(place, job, prepared=lane is not None)
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
     def _new_search(self) -> Search:
-        scorer = StreamScorer(self.model.model, self.model.head, self.model.steps, **self._scorer_settings)
-        return Search(
-            self.model, scorer, batch_rows=self.batch_rows, on_step=self._stepped, on_end=self._ended, pace=self._pace
-        )
+        engine = self.model.engine(batch_rows=self.batch_rows, pace=self._pace, **self._scoring)
+        return Search(engine, self.model.reader, on_step=self._stepped, on_end=self._ended)
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._asides or self._closing)
-                if not self._waiting and not self._asides:
+            with self.queue.changed:
+                self.queue.changed.wait_for(lambda: self.queue.waiting or self.queue.asides or self.queue.closing)
+                if not self.queue.waiting and not self.queue.asides:
                     return
             try:
                 self._serve()
             except Exception as error:  # noqa: BLE001  # of one, while the thread serves all
                 _log.exception("decoding failed; the requests under way are answered with the error")
-                with self._changed:
-                    failed = dict.fromkeys(self._running.values())
-                    self._running.clear()
-                    self._waiting = collections.deque(job for job in self._waiting if job not in failed)
+                with self.queue.changed:
+                    failed = dict.fromkeys(self.queue.running.values())
+                    self.queue.running.clear()
+                    self.queue.waiting = collections.deque(job for job in self.queue.waiting if job not in failed)
                 for job in failed:
                     job.set_exception(error)
                 self._search = self._new_search()
 
     def _serve(self) -> None:
         """Turns of the search, and beside them pieces of whatever else there is to run, until there is nothing."""
-        search, credit, filled = self._search, 0.0, False
-        with search.attached():
+        search, engine, credit, filled = self._search, self._search.engine, 0.0, False
+        with engine:
             while True:
-                decoding = search.decode_seconds
+                decoding = engine.decode_seconds
                 self._pace.seconds = min(max(decoding, PIECE[0]), PIECE[1]) if decoding else PIECE[1]
-                # What pieces took beyond their share is waited for; what they did not need is not saved up.
-                credit = min(0.0, credit + SHARE * decoding) if decoding else 0.0
+                credit = credit if decoding else 0.0
                 began, aside = time.perf_counter(), False
-                fill = credit == 0 and search.filling and not filled  # they take turns
+                fill = credit == 0 and engine.filling and not filled  # they take turns
                 if credit == 0 and not fill:
-                    aside = self._step_aside()
-                    fill = search.filling and not aside
-                filled = fill
+                    aside = self._asides.step()
+                    fill = engine.filling and not aside
                 worked = search.turn(self._arrivals, fill=fill)
-                credit -= time.perf_counter() - began - search.decode_seconds
-                if not worked and not aside and not self._asides:
+                filled = engine.did == "piece"
+                spent = time.perf_counter() - began
+                if engine.did == "tokens":
+                    # What pieces took beyond their share is waited for; what they did not need is not saved up.
+                    credit = min(0.0, credit - (spent - engine.decode_seconds) + SHARE * engine.decode_seconds)
+                else:
+                    credit -= spent
+                if not worked and not aside and not self.queue.asides:
                     return
 
     def _arrivals(self, room: int) -> list[Question]:
         new = []
-        with self._changed:
-            while self._waiting and room > 0:
-                job = self._waiting[0]
+        with self.queue.changed:
+            while self.queue.waiting and room > 0:
+                job = self.queue.waiting[0]
                 if not job.started and not job.set_running_or_notify_cancel():
-                    self._waiting.popleft()
+                    self.queue.waiting.popleft()
                     continue
                 job.started = True
                 while job.pending and room > 0:
                     question = job.pending.popleft()
-                    self._running[question] = job
+                    self.queue.running[question] = job
                     new.append(question)
                     room -= len(question.candidates)
                 if not job.pending:
-                    self._waiting.popleft()
+                    self.queue.waiting.popleft()
             if new:
-                self._changed.notify_all()
+                self.queue.changed.notify_all()
         return new
-
-    def _step_aside(self) -> bool:
-        """Do a piece of what is no decoding; whether there was any. A function is called, or as many short texts are scored as
-        make a piece, or a piece of a long one: by turns of the text that came first and of those of which least is left."""
-        with self._changed:
-            job = next((job for job in self._asides if not isinstance(job, _Score)), None)
-            texts = [text for job in self._asides if isinstance(job, _Score) for text in job.texts if not text.done]
-        if job is not None:
-            self._begin(job)
-            self._settle(job, job.function)
-            return True
-        if not texts:
-            return False
-        most = self._pace.tokens()
-        if not self._oldest_first:
-            texts.sort(key=_Text.left)
-        self._oldest_first = not self._oldest_first
-        first, longest, batch = texts[0], texts[0].left(), []
-        self._begin(first.job)
-        if first.reading is not None or longest > most:
-            self._read(first, most)
-            return True
-        for text in texts:
-            longer = max(longest, text.left())
-            if text.reading is None and longer * (len(batch) + 1) <= most:
-                batch.append(text)
-                longest = longer
-        with self._pace.timed(longest * len(batch)):
-            self._score(batch)
-        return True
-
-    def _begin(self, job: "_Aside") -> None:
-        if not job.started:
-            with self._changed:
-                job.started = True
-                self._changed.notify_all()
-
-    def _score(self, texts: "list[_Text]") -> None:
-        try:
-            found = self.model.score_tokens(
-                [text.prompt for text in texts], [text.response for text in texts], batch_tokens=self.batch_tokens
-            )
-        except Exception as error:  # noqa: BLE001  # it is the future
-            if len(texts) == 1:
-                self._settle(texts[0].job, lambda error=error: _raise(error))
-            else:  # whose fault it was does not concern the others
-                for text in texts:
-                    self._score([text])
-            return
-        for text, candidate in zip(texts, found, strict=True):
-            self._done(text, lambda candidate=candidate: candidate)
-
-    def _read(self, text: "_Text", tokens: int) -> None:
-        try:
-            reading = text.reading = text.reading or self.model.reading(text.prompt, text.response)
-            with self._pace.timed(min(tokens, reading.left)):
-                if reading.left:
-                    reading.read(tokens)
-        except Exception as error:  # noqa: BLE001  # it is the future
-            self._settle(text.job, lambda error=error: _raise(error))
-            return
-        if not reading.left:
-            self._done(text, lambda: self.model.read_candidate(reading, text.prompt, text.response))
-
-    def _done(self, text: "_Text", candidate: Callable[[], Candidate]) -> None:
-        text.done = candidate
-        self._scored += 1
-        if all(other.done for other in text.job.texts):
-            self._settle(text.job, lambda: [other.done() for other in text.job.texts])
-
-    def _settle(self, job: "_Aside", function: Callable[[], Any]) -> None:
-        with self._changed:
-            if job in self._asides:
-                self._asides.remove(job)
-            self._changed.notify_all()
-        if job.set_running_or_notify_cancel():
-            if isinstance(job, _Score):
-                self._finishing.submit(job.settle, function)
-            else:
-                job.settle(function)
 
     def _stepped(self, candidates: list[list[Live]]) -> None:
         for group in candidates:
-            job = self._running[group[0].question]
+            job = self.queue.running[group[0].question]
             if job.on_step:
                 try:
                     question = group[0].question
@@ -491,135 +391,10 @@ class Engine:
                     job.on_step = None
 
     def _ended(self, question: Question) -> None:
-        with self._changed:
-            job = self._running.pop(question)
+        with self.queue.changed:
+            job = self.queue.running.pop(question)
             self._tokens += question.tokens
             job.unanswered -= 1
             ended = not job.unanswered
         if ended:
-            self._finishing.submit(job.settle, job.answers)
-
-
-def _raise(error: Exception) -> None:
-    raise error
-
-
-class _Lane:
-    """A thread that prepares requests. Attributes: ``model``: with a tokenizer of its own, made when it is first needed."""
-
-    def __init__(self, model: ReflectiveModel, name: str) -> None:
-        self.thread, self.lock = ThreadPoolExecutor(1, f"reflective-prepare-{name}"), threading.Lock()
-        self._shared = model
-
-    @functools.cached_property
-    def model(self) -> ReflectiveModel:
-        own = copy.copy(self._shared)
-        own.tokenizer = copy.deepcopy(own.tokenizer)
-        return own
-
-
-class _Job(Future):
-    """Attributes: ``began``: when it was asked for, in seconds of ``time.perf_counter``; ``started``: whether the model has begun with it;
-    ``long``: whether it was prepared apart."""
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__()
-        self.engine, self.began, self.started, self.long = engine, time.perf_counter(), False, False
-
-    def settle(self, function: Callable[[], Any]) -> None:
-        try:
-            self.set_result(function())
-        except Exception as error:  # noqa: BLE001  # it is the future
-            self.set_exception(error)
-
-    def _withdraw(self, queue: "collections.deque[Any]") -> None:
-        with self.engine._changed:
-            if self in queue:
-                queue.remove(self)
-            self.engine._changed.notify_all()
-
-
-class _Generate(_Job):
-    """Attributes: ``pending``: questions that no place was found for yet; ``unanswered``: how many have not ended."""
-
-    def __init__(
-        self, engine: Engine, questions: list[Question], prompts: list[str],
-        on_step: Callable[..., None] | None, one: bool,
-    ) -> None:  # fmt: skip
-        super().__init__(engine)
-        self.questions, self.prompts, self.on_step, self.one = questions, prompts, on_step, one
-        self.pending, self.unanswered = collections.deque(questions), len(questions)
-
-    def cancel(self) -> bool:
-        """True unless it has ended."""
-        if super().cancel():
-            self._withdraw(self.engine._waiting)
-            return True
-        with self.engine._changed:
-            for question in self.questions:
-                question.cancelled = True
-            for question in self.pending:  # they never begin
-                for candidate in question.candidates:
-                    candidate.status = "interrupted"
-            dropped = len(self.pending)
-            self.unanswered -= dropped
-            self.pending.clear()
-            ended = bool(dropped) and not self.unanswered
-        self._withdraw(self.engine._waiting)
-        if ended:
-            self.engine._finishing.submit(self.settle, self.answers)
-        return not self.done()
-
-    def answers(self) -> Generation | list[Generation]:
-        model = self.engine.model
-        found = [
-            model.generation(text or model.decode(q.prompt, special=True), q)
-            for text, q in zip(self.prompts, self.questions, strict=True)
-        ]
-        return found[0] if self.one else found
-
-    def __str__(self) -> str:
-        tokens = sum(q.tokens for q in self.questions)
-        state = f"{tokens} tokens decoded" if self.running() else "still queued"
-        return f"generate: {sum(len(q.candidates) for q in self.questions)} candidates, {state}"
-
-
-class _Aside(_Job):
-    def __init__(self, engine: Engine, function: Callable[[], Any]) -> None:
-        super().__init__(engine)
-        self.function = function
-
-    def cancel(self) -> bool:
-        """True unless it has ended: it is not gone on with."""
-        cancelled = super().cancel()
-        if cancelled:
-            self._withdraw(self.engine._asides)
-        return cancelled
-
-    def __str__(self) -> str:
-        return "a request beside decoding, still queued"
-
-
-class _Score(_Aside):
-    def __init__(self, engine: Engine, prompts: list[list[int]], responses: list[list[int]]) -> None:
-        super().__init__(engine, lambda: None)
-        self.texts = [_Text(self, p, r) for p, r in zip(prompts, responses, strict=True)]
-
-    def __str__(self) -> str:
-        done = sum(text.done is not None for text in self.texts)
-        return f"score: {len(self.texts)} texts, " + (f"{done} of them scored" if self.started else "still queued")
-
-
-@dataclass(eq=False)
-class _Text:
-    """One to be scored, as ids; ``reading``: where it is scored in pieces; ``done``: what gives its candidate, once it is."""
-
-    job: _Score
-    prompt: list[int]
-    response: list[int]
-    reading: Reading | None = None
-    done: Callable[[], Candidate] | None = None
-
-    def left(self) -> int:
-        """Tokens that are still to be run, as far as known."""
-        return len(self.prompt) + len(self.response) if self.reading is None else self.reading.left
+            job.finish()

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..engines.base import Chance
 from ..model import ReflectiveModel
 from ..scoring.vocabulary import token_bytes
-from ..search.loop import Chance
 from .text import Incoming
 
 LEAST = -9999.0  # in place of minus infinity, for which JSON has no number: as OpenAI and vLLM

@@ -1,8 +1,6 @@
 """OpenAI's ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/models``, with the scores of every choice in ``reflective``."""
 
 import asyncio
-import contextlib
-import json
 import math
 import time
 import uuid
@@ -16,13 +14,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from ..model import Candidate, Generation, ReflectiveModel
+from ..engines.base import Chance
+from ..model import Candidate, Generation
 from ..scoring.scores import aggregate
-from ..search.loop import Chance, Live
+from ..search.candidates import Live
 from ..utils.outputs import finite, json_text
 from . import logprobs
 from .logprobs import Told
-from .schemas import ChatCompletion, Completion, Message, Sampling
+from .schemas import ChatCompletion, Completion, Sampling
 from .service import Service, Shared, error_body, settled
 from .text import Incoming, before
 
@@ -53,39 +52,12 @@ def _model(service: Service) -> dict[str, Any]:
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatCompletion, request: Request, service: Shared) -> Any:
-    return await _complete(_CHAT, body, lambda: [prompt_of(service.engine.model, body.messages)], request, service)
+    return await _complete(_CHAT, body, lambda: [service.prompt(body.messages)], request, service)
 
 
 @router.post("/v1/completions")
 async def completions(body: Completion, request: Request, service: Shared) -> Any:
     return await _complete(_TEXT, body, lambda: body.prompt, request, service)
-
-
-def prompt_of(model: ReflectiveModel, messages: Sequence[Message], *, answered: bool = False) -> str:
-    """The formatted prompt after ``messages``; ``answered``: these as a text, after which no answer is asked for.
-
-    Raises:
-        ValueError: the checkpoint has a prompt of its own, or no chat template, and this is not one question.
-        jinja2.TemplateError: the chat template refuses these messages.
-    """
-    chat = [{"role": m.role, "content": m.text, **_calls(m)} for m in messages]
-    if model.config.prompt is None and model.tokenizer.chat_template is not None:
-        return model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=not answered)
-    if [m.role for m in messages] != ["user"]:
-        raise ValueError("messages: this model's prompt takes one question; send one message, of role user")
-    return model.format(chat[0]["content"])
-
-
-def _calls(message: Message) -> dict[str, Any]:
-    """What a chat template is told of the tools that were called; it takes their arguments as a mapping, where they are one."""
-    told: dict[str, Any] = message.model_dump(include={"tool_call_id", "name"}, exclude_none=True)
-    if message.tool_calls:
-        told["tool_calls"] = [dict(call) for call in message.tool_calls]
-        for call in told["tool_calls"]:
-            if isinstance(call.get("function"), dict) and isinstance(call["function"].get("arguments"), str):
-                with contextlib.suppress(ValueError):
-                    call["function"] = {**call["function"], "arguments": json.loads(call["function"]["arguments"])}
-    return told
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from fastapi import APIRouter, HTTPException, Request
 
 from ..model import Candidate
 from ..utils.outputs import finite
-from .openai import prompt_of
-from .schemas import Message, PairScore, Pooling
+from .schemas import PairScore, Pooling
 from .service import Service, Shared
 
 Pairs = tuple[list[str], list[str | list[int]]]  # formatted prompts, each empty where a whole text counts; responses
@@ -31,8 +30,8 @@ async def pooling(body: Pooling, request: Request, service: Shared) -> dict[str,
             return [""] * len(body.input), body.input
         *before, last = body.messages
         if last.role == "assistant" and before:
-            return [prompt_of(service.engine.model, before)], [last.text]
-        return [""], [service.engine.encode(prompt_of(service.engine.model, body.messages, answered=True))]
+            return [service.prompt(before)], [last.text]
+        return [""], [service.engine.encode(service.prompt(body.messages, answered=True))]
 
     found, usage = await _score(request, service, pairs)
     data = [
@@ -50,7 +49,7 @@ async def score_pairs(body: PairScore, request: Request, service: Shared) -> dic
         raise HTTPException(400, f"{len(questions)} questions for {len(responses)} responses; give one, or one each")
 
     def pairs() -> Pairs:
-        prompts = [prompt_of(service.engine.model, [Message(role="user", content=q)]) for q in questions]
+        prompts = [service.engine.model.format(q) for q in questions]
         return prompts * (len(responses) // len(prompts)), responses
 
     found, usage = await _score(request, service, pairs)

@@ -1,6 +1,8 @@
 """What requests may hold. Fields that are not known are ignored, as the servers do whose interfaces these are; fields that are
 known and cannot be honoured are refused unless they ask for nothing."""
 
+import contextlib
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -128,6 +130,18 @@ class Message(_Request):
     def text(self) -> str:
         given = self.content or ""
         return given if isinstance(given, str) else "".join(part.text for part in given)
+
+    @property
+    def templated(self) -> dict[str, Any]:
+        """As chat templates take it: the arguments of the tools that were called as a mapping, where they are one."""
+        told: dict[str, Any] = self.model_dump(include={"tool_call_id", "name"}, exclude_none=True)
+        if self.tool_calls:
+            told["tool_calls"] = [dict(call) for call in self.tool_calls]
+            for call in told["tool_calls"]:
+                if isinstance(call.get("function"), dict) and isinstance(call["function"].get("arguments"), str):
+                    with contextlib.suppress(ValueError):
+                        call["function"] = {**call["function"], "arguments": json.loads(call["function"]["arguments"])}
+        return {"role": self.role, "content": self.text, **told}
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":

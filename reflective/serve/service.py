@@ -3,18 +3,18 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
 
 from ..model import Generation
 from .engine import Closed, Engine, QueueFull
 from .metrics import Metrics
+from .schemas import Message
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -63,6 +63,14 @@ class Service:
         if model not in (None, self.name):
             raise HTTPException(404, f"model: there is no {model!r}; this server has {self.name!r}")
 
+    def prompt(self, messages: Sequence[Message], *, answered: bool = False) -> str:
+        """The formatted prompt after ``messages``; ``answered``: these as a text, after which no answer is asked for.
+
+        Raises:
+            ValueError: the checkpoint's prompt has no room for them, or the chat template refuses them.
+        """
+        return self.engine.model.format([m.templated for m in messages], "messages", answered=answered)
+
     async def begin(self, request: Request, ask: Callable[[], "Future[T]"]) -> "Future[T]":
         """What ``ask`` asks of the engine; in another thread, for it tokenizes, and counted as queued.
 
@@ -82,7 +90,7 @@ class Service:
             raise
         except (QueueFull, Closed) as error:
             raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error
-        except (ValueError, TypeError, TemplateError) as error:  # what a tokenizer, or a chat template, does not take
+        except (ValueError, TypeError) as error:  # what a tokenizer, or a chat template, does not take
             raise HTTPException(400, str(error)) from error
 
     async def outcome(self, request: Request, future: "Future[T]") -> T:

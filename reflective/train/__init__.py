@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..search.verify import verifier
     from .backbone import Step, Tuned, tune
     from .data import (
         Rollouts,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .run import table, train
     from .sampler import Sampler
     from .settings import Settings
-    from .verify import verifier
 
 __all__ = [
     "Metric",
@@ -66,7 +66,7 @@ _NAMES = {
     "run": ("table", "train"),
     "sampler": ("Sampler",),
     "settings": ("Settings",),
-    "verify": ("verifier",),
+    ".search.verify": ("verifier",),  # evaluation has it, too
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 _EXTRA = ("accelerate", "datasets", "math_verify", "peft", "pyarrow", "reasoning_gym", "trl")

@@ -13,13 +13,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..engines.hf.backbone import Backbone
-from ..engines.hf.finished import batches_by_length, read_positions
+from ..engines.hf.finished import read_positions
 from ..engines.hf.internals import Conv1D, checkpoints, set_checkpointing
 from ..model import CONFIG_NAME, ReflectiveModel
 from ..scoring.loss import sprm_loss_rows
 from ..scoring.sprm import SPRM
+from ..utils.fingerprint import fingerprint
+from ..utils.lengths import batches_by_length
 from ..utils.outputs import json_text, write_text
-from .checkpoint import Checkpoint, fingerprint
+from .checkpoint import Checkpoint
 from .data import Rollouts
 from .head import Batches, Standardised
 from .processes import Processes

@@ -1,13 +1,10 @@
 """A training run's state on disk, so that a run that was killed goes on where it stood."""
 
-import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..utils.outputs import folder, replacing
 
@@ -51,16 +48,3 @@ class Checkpoint:
         folder(self.file.parent, "directory")
         with replacing(self.file, what="directory") as file:
             torch.save({"settings": self.settings, "state": state}, file)
-
-
-def fingerprint(tensors: Iterable[Tensor | None]) -> str:
-    """A hash of the tensors' shapes and of at most 4,096 values of each."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        if tensor is None:
-            digest.update(b"none")
-            continue
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, len(flat) // 4096)].double().cpu()
-        digest.update(str(list(tensor.shape)).encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..batch.files import Lines, form_of, open_file
-from ..search.strategies.votes import classes
+from ..search.strategies.votes import answer_numbers
 from ..tasks import Question
 from ..utils.outputs import partial, replacing
+from ..utils.records import Lines, form_of, open_file
 
 Format = Literal["jsonl", "parquet"]
 
@@ -157,19 +157,6 @@ def split_questions(rollouts: Rollouts, fraction: float, seed: int = 0) -> tuple
     return rollouts.select(chosen), rollouts.select(~chosen)
 
 
-def answer_numbers(questions: Sequence[Hashable], answers: Sequence[str | None]) -> list[int]:
-    """``Rollouts.answer`` of N answers: equal numbers for answers to one question that mean the same, -1 for None."""
-    given: dict[Hashable, dict[str, int]] = {}
-    for question, answer in zip(questions, answers, strict=True):
-        if answer is not None:
-            given.setdefault(question, {})[answer] = -1
-    for numbers in given.values():
-        texts = list(numbers)
-        for number, group in enumerate(classes(texts)):
-            numbers.update((texts[i], number) for i in group)
-    return [-1 if a is None else given[q][a] for q, a in zip(questions, answers, strict=True)]
-
-
 def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, format: Format | None = None) -> Rollouts:
     """Trajectories from a file of JSON or parquet, one draw or ``count`` draws a record; equal ones are counted together.
 
@@ -224,7 +211,7 @@ def read_rollouts(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, forma
 
 
 def write_rollouts(rollouts: Rollouts, path: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write what ``read_rollouts`` reads, features left out; JSON or parquet by the suffix, see ``batch.files.form_of``.
+    """Write what ``read_rollouts`` reads, features left out; JSON or parquet by the suffix, see ``utils.records.form_of``.
 
     Texts hold their special tokens, and the token ids lie beside them. The file appears when it is complete.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import trl
 from accelerate.utils import broadcast, is_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -205,12 +205,12 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
             )
         size, found = kwargs.get("batch_size") or len(input_ids), []
         for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            found.append(self._behind_prefix(model, backbone.decoder, ids, mask, logits_to_keep, shared))
+            found.append(self._behind_prefix(model, backbone, ids, mask, logits_to_keep, shared))
         log_probs, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
         return log_probs, entropy if kwargs.get("compute_entropy") else None, None
 
     def _behind_prefix(
-        self, model: nn.Module, decoder: nn.Module, ids: Tensor, mask: Tensor, keep: int, shared: int
+        self, model: nn.Module, backbone: Backbone, ids: Tensor, mask: Tensor, keep: int, shared: int
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the last ``keep`` columns of ``ids`` [B, T], both [B, keep]; the first ``shared``
         tokens, which all rows have in common behind their padding, run once."""
@@ -220,12 +220,10 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
         column = column.clamp_max(ids.shape[1] - 1)
         width = int(real.sum(1).max())
         column, real = column[:, :width], real[:, :width]
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         rest = ids.gather(1, column).masked_fill(~real, 0)
         heard = len(self._heard)
         with self.accelerator.autocast():
-            decoder(input_ids=ids[:1, pad[0] : pad[0] + shared], **with_cache(decoder, cache), use_cache=True)
-            cache.batch_repeat_interleave(len(ids))
+            cache = backbone.prefill(ids[:1, pad[0] : pad[0] + shared], len(ids))
             out = model(
                 input_ids=rest, **with_cache(model, cache), labels=rest.masked_fill(~real, -100), fused_lm_head=True,
                 attention_mask=torch.cat([real.new_ones(len(ids), shared), real], 1).to(mask.dtype),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..scoring.loss import sprm_loss_rows
 from ..scoring.sprm import SPRM
-from .checkpoint import Checkpoint, fingerprint
+from ..utils.fingerprint import fingerprint
+from .checkpoint import Checkpoint
 from .data import Rollouts, question_weights
 from .processes import Processes, mix
 

@@ -16,11 +16,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..engines.hf.internals import checkpointing_setting
 from ..model import ReflectiveModel
+from ..search.verify import Verifier
 from ..tasks import Question
 from .backbone import Tuned
 from .grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts
 from .settings import Settings
-from .verify import Verifier
 
 _TOKENS = 8192  # generated ones a forward: their logits are what fills the memory, 1.6 GB in float32 at 49,152 words
 _TOLD = {"reward": "reward", "sprm/loss": "loss", "sprm/kept": "kept", "sprm/score_gap": "gap"}

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 
 from ..engines.hf.backbone import Backbone
-from ..engines.hf.finished import batches_by_length, read_positions
+from ..engines.hf.finished import read_positions
 from ..model import ReflectiveModel
+from ..utils.lengths import batches_by_length
 from .data import Rollouts
 
 

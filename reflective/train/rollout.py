@@ -12,11 +12,12 @@ from ..engines.hf.finished import read_positions
 from ..engines.hf.generation import end_tokens
 from ..model import ReflectiveModel
 from ..scoring.steps import At, StepTokens
+from ..search.strategies.votes import answer_numbers
+from ..search.verify import Verifier, verifier
 from ..tasks import Question
 from ..utils.outputs import folder, json_text
-from .data import Rollouts, answer_numbers
+from .data import Rollouts
 from .sampler import Draw, Sampler
-from .verify import Verifier, verifier
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from rich.table import Table
 from .. import __version__
 from ..model import CONFIG_NAME, ReflectiveModel
 from ..scoring.sprm import NAMES, SPRM
+from ..search.verify import Verifier, verifier
 from ..tasks import TASKS, Question, gym, split
+from ..utils.fingerprint import fingerprint
 from ..utils.outputs import finite, folder, json_text, write_text
 from . import extras
-from .checkpoint import fingerprint
 from .data import Rollouts, read_questions, read_rollouts, split_questions
 from .head import fit
 from .metrics import evaluate
@@ -34,7 +35,6 @@ from .processes import Processes
 from .record import record_features
 from .rollout import recorded, roll_out
 from .settings import Settings
-from .verify import Verifier, verifier
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

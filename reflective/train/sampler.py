@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
 
 from ..engines.hf.backbone import Backbone
-from ..engines.hf.generation import TAIL
 from ..engines.hf.internals import (
     cache_argument,
     can_exchange_attention,
@@ -36,6 +35,7 @@ from ..engines.hf.internals import (
 )
 from ..engines.hf.kv import check_cache
 from ..engines.hf.tap import Tap
+from ..search.text import TAIL
 
 _ATTENTION = "reflective_shared_prefix"
 _HARMLESS = ("position_ids", "position_embeddings", "cache_position", "use_cache")  # what attention may be told besides

@@ -13,7 +13,7 @@ class Settings:
     Attributes:
         way: what is trained: the head on recorded features; the backbone too, from outcomes; policy and head together.
         task: ``sums``, ``chain_sum``, ``reasoning-gym:<dataset>``, or a JSONL or parquet file, see ``read_questions``.
-        verifier: see ``verify.verifier``; None: that of the reasoning-gym dataset, else ``answer``.
+        verifier: see ``reflective.train.verifier``; None: that of the reasoning-gym dataset, else ``answer``.
         data: JSONL or parquet file of judged responses, in place of a task, see ``read_rollouts``.
         questions, eval_questions: to learn from, and others to measure on. Of ``data`` at most a third is measured on,
             and the rest is learnt from.

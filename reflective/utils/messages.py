@@ -32,6 +32,11 @@ def text_of(content: Any, name: str) -> str:
     return "".join(part["text"] for part in content)
 
 
+def asked(question: Any, name: str = "question") -> list[dict[str, Any]]:
+    """The conversation that asks ``question``: of a text one message, of the user; else ``plain`` of its messages."""
+    return [{"role": "user", "content": question}] if isinstance(question, str) else plain(question, name)
+
+
 def plain(messages: Any, name: str = "messages") -> list[dict[str, Any]]:
     """The messages with texts for contents, and what else they hold.
 

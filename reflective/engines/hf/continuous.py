@@ -1,14 +1,13 @@
 """Continuous batching (``model.generate_batch``): which packed tokens of a forward belong to which request."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .internals import BatchedRequest, batched_requests, unseen_forwards
-
-if TYPE_CHECKING:
-    from .scorer import StreamScorer
+from .states import States
+from .stream import Stream
 
 
 class Batching:
@@ -22,18 +21,18 @@ class Batching:
         ValueError: the manager runs the model where Python does not see its forwards.
     """
 
-    def __init__(self, manager: Any, scorer: "StreamScorer") -> None:
+    def __init__(self, manager: Any, stream: Stream, states: States) -> None:
         if names := unseen_forwards(manager):
             raise ValueError(
                 f"continuous batching with {', '.join(names)} runs forwards that the scorer does not see; pass "
                 "continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=False, use_async_batching=False) and no "
                 "compile config"
             )
-        if scorer.flushes_by_hand:
+        if stream.flushes_by_hand:
             raise ValueError("continuous batching is scored without record_features and process_group; use generate")
-        if scorer.scope == "text":
+        if stream.scope == "text":
             raise ValueError("scope='text': continuous batching shares cached prompts; use scope='response'")
-        self.manager, self.scorer = manager, scorer
+        self.manager, self._stream, self._states = manager, stream, states
         self.rows: dict[str, int] = {}
         self.seen: dict[str, int] = {}  # tokens consumed
         self.placed: tuple[list[int], list[int]] = [], []  # rows and bounds of the forward in progress
@@ -60,19 +59,19 @@ class Batching:
 
     def _admit(self, request: BatchedRequest) -> None:
         ids, past = torch.tensor([request.prompt]), request.past
-        (row,) = self.scorer.admit(ids)
+        (row,) = self._states.admit(ids, None)
         self.rows[request.name], self.seen[request.name] = row, past
         if past:
-            hidden = self.scorer.no_hidden(1, past)
+            hidden = self._stream.no_hidden(1, past)
             rows = torch.tensor([row], dtype=torch.int32, device=hidden.device)
-            self.scorer.feed(ids[:, :past].to(hidden.device), hidden, rows)
+            self._stream.run(self._stream.state, ids[:, :past].to(hidden.device), hidden, rows)
 
     def features(self, ids: Tensor, hidden: Tensor) -> None:
         """Score the states [1, T, H] of that forward."""
         rows, bounds = (torch.tensor(x, dtype=torch.int32).to(hidden.device, non_blocking=True) for x in self.placed)
-        self.scorer.feed(ids.long(), hidden, rows, bounds)
+        self._stream.run(self._stream.state, ids.long(), hidden, rows, bounds)
         for parent in self.parents:
-            rows = self.scorer.fork([self.rows[parent.name]] * len(parent.children))
+            rows = self._states.fork([self.rows[parent.name]] * len(parent.children))
             self.rows |= zip(parent.children, rows, strict=True)
             self.seen |= dict.fromkeys(parent.children, self.seen[parent.name])
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -13,11 +12,11 @@ from ...scoring.sharded import ShardedHead
 from ...scoring.sprm import SPRM
 from ...scoring.steps import At, StepTokens, integers, padding
 from ...utils.arguments import one_of
+from ...utils.lengths import batches_by_length
+from ..base import Score
 from .backbone import Backbone
 from .kv import new_cache
-from .scorer import check_parts
-
-FORWARD = 128  # tokens that a forward costs besides its own: launches, and weights that are read again
+from .parts import check_parts
 
 
 def score(
@@ -90,7 +89,7 @@ class Reading:
     """``score`` of one text, a piece at a time: for who has other things to do between two forwards.
 
     Args:
-        model, head, steps, at: as for ``score``; a model whose cache is ``check_cache``'s.
+        model, head, steps, at: as for ``score``; a model whose cache is ``kv.check_cache``'s.
         ids: of the whole text, prompt included.
         prompt_length: as for ``score``.
 
@@ -133,6 +132,12 @@ class Reading:
         return TrajectoryScores.collect([float(found.double().sum())], [len(found)], [found], [self._steps], self.at)
 
 
+def of_text(scores: TrajectoryScores, i: int, prompt_length: int) -> Score:
+    """Of trajectory ``i``, whose prompt has ``prompt_length`` columns, padding included."""
+    positions = scores.step_positions[i] - prompt_length
+    return Score(float(scores.score[i]), scores.step_scores[i].tolist(), positions.tolist(), scores.errors.get(i))
+
+
 def read_at(step: Tensor, at: At) -> Tensor:
     """Column of the state that stands for the step whose step-token is at column ``step``."""
     return step - int(at == "predict")
@@ -164,20 +169,3 @@ def _pad(sequences: Sequence, attention_mask: Tensor | None) -> tuple[Tensor, Te
         raise ValueError("input_ids: expected at least one sequence, each a flat list of at least one token id")
     mask = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
     return pad_sequence(rows, batch_first=True), mask
-
-
-def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Rows grouped by length, each group's padded size within ``batch_tokens`` (or a single row), so that all forwards
-    together cost the least: ``sum over groups of (rows x longest + FORWARD)``, found by dynamic programming."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    cost, begin = np.zeros(len(order) + 1), [0] * (len(order) + 1)  # of the first i rows; where their last group begins
-    for i, row in enumerate(order, 1):
-        first = max(0, i - max(1, batch_tokens // max(1, lengths[row])))
-        sums = cost[first:i] + lengths[row] * np.arange(i - first, 0, -1) + FORWARD
-        begin[i] = first + int(sums.argmin())
-        cost[i] = sums.min()
-    groups, end = [], len(order)
-    while end:
-        groups.append(order[begin[end] : end])
-        end = begin[end]
-    return groups[::-1]

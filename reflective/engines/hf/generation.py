@@ -2,8 +2,6 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TAIL = 24  # tokens decoded to look for a response's end; no pattern in use spans more
-
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Any of which ends a response."""

@@ -2,7 +2,7 @@
 was seen in, and nobody else spells these names.
 
 ``make compat`` runs the tests with both ends of ``TESTED``. With a release outside of it the first scorer that is attached
-tries on a small model of transformers' own whether what scoring relies on still holds (``reflective.engines.hf.tap``), and warns.
+tries on a small model of transformers' own whether what scoring relies on still holds (``reflective.engines.hf.trial``), and warns.
 """
 
 import dataclasses

@@ -2,32 +2,33 @@
 
 import time
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
-from ...kernels import layout
 from ...scoring.backend import Backend
 from ...scoring.scores import TrajectoryScores
 from ...scoring.sharded import ShardedHead
 from ...scoring.sprm import SPRM
-from ...scoring.state import SequenceTally, StreamState, hash_ids, hash_prefixes, static
-from ...scoring.steps import At, StepTokens, padding
+from ...scoring.state import static
+from ...scoring.steps import At, StepTokens
 from ...utils.arguments import one_of
-from . import internals
 from .backbone import Backbone
 from .continuous import Batching
-from .lineage import Lineage
+from .follower import NO_CACHE, Follower
+from .parts import check_cache_counts, check_padding, check_parts
+from .results import Results
+from .states import States
+from .stream import Schedule, Scope, Stream
 from .tap import Tap
+from .trial import try_release
 
-Schedule = Literal["deferred", "immediate"]
+__all__ = ["Schedule", "StreamScorer"]
 
 
 class StreamScorer:
@@ -73,6 +74,8 @@ class StreamScorer:
     Attributes:
         backend: which code does the work (``backend.name``).
         host_seconds: host time spent within the scorer since it was made.
+        stream: the state on the device, and how far it has come.
+        unheard: whether compiled forwards ran of which the host does not know how many.
 
     Raises:
         ValueError: head, steps and model do not fit together, or the model is none that can be scored.
@@ -86,7 +89,7 @@ class StreamScorer:
         schedule: Schedule = "deferred",
         at: At = "predict",
         *,
-        scope: Literal["response", "text"] = "response",
+        scope: Scope = "response",
         backend: str | None = None,
         buffer_rows: int = 256,
         max_steps: int = 16_384,
@@ -100,61 +103,49 @@ class StreamScorer:
         if buffer_rows < 1 or max_steps < 1:
             raise ValueError(f"buffer_rows={buffer_rows} and max_steps={max_steps} must be at least 1")
         self.backbone = Backbone.of(model)
-        check_cache(self.backbone)
+        check_cache_counts(self.backbone)
         self.head, self.schedule, self.at, self.scope = head, schedule, at, scope
         self.steps = check_parts(self.backbone, head, steps)
-        pad = getattr(model.generation_config, "pad_token_id", None)
-        if steps.step_ids is not None and pad in steps.step_ids:
-            # After a sequence's end generate feeds it padding, which must not count as steps.
-            raise ValueError(f"steps: the padding token {pad} is a step-token; give the model another pad_token_id")
-        self._head = ShardedHead(head, self.backbone.device, self.backbone.dtype, backend, w1_dtype, process_group)
-        self.backend: Backend = self._head.backend
+        check_padding(self.backbone, steps)
         self.buffer_rows, self.max_steps, self.record_features = buffer_rows, max_steps, record_features
-        # Whether the buffer must not empty itself: rows are to be kept, or a part of the head cannot score them.
-        self.flushes_by_hand = record_features or process_group is not None
-        self._waiting = 0  # if so, no more rows than these wait in the buffer
-        self._state: StreamState | None = None
-        self._read: StreamState | None = None  # the state that the last result was read from
+        self.stream = Stream(
+            self.backbone,
+            ShardedHead(head, self.backbone.device, self.backbone.dtype, backend, w1_dtype, process_group),
+            self.steps, schedule=schedule, at=at, scope=scope, buffer_rows=buffer_rows, max_steps=max_steps,
+            record_features=record_features,
+        )  # fmt: skip
+        self.flushes_by_hand = self.stream.flushes_by_hand
+        self._follower, self._states, self._results = Follower(self.stream), States(self.stream), Results(self.stream)
+        self._batching: Batching | None = None  # of continuous batching
         self._attached = False
         self.host_seconds = 0.0
-        self._batch = 0  # sequences of the current generation; 0 before the first
-        self._seen = 0  # columns consumed, a host-side twin of the state's SEEN
-        self._prompt_length = 0
-        self._start = 0  # first column in scope
         self._ids: Tensor | None = None  # of the forward in progress
         self._q = 0  # how many columns they are
-        self._cache: Callable[[], Any] = lambda: None  # weak reference to the cache of the last forward
-        self._announced: _Prompt | None = None  # the prompts of the next generation
-        self._generating = False  # whether a `generate` call is in progress
-        self._returned: Tensor | None = None  # hashes [B] of what the last one returned
-        self._draft: _Draft | None = None  # the last forward, if the cache may yet be rolled back into it
-        self._lineage: Lineage | None = None  # of beam search
-        self._batching: Batching | None = None  # of continuous batching
-        self._rows: Tensor | None = None  # states of the sequences of a forward, where they were assigned
-        self._n_states, self._free = 0, []  # of those: how many there are, and which may be used again
         self.unheard = self._traced = False  # whether compiled forwards ran: of unknown number; one, of a known length
-        self._recorded: list[tuple[Tensor, Tensor]] = []  # (rows, owners) moved out of the buffer
-        self._recorded_last: list[tuple[Tensor, Tensor]] = []  # of the token that was never fed back
+
+    @property
+    def backend(self) -> Backend:
+        return self.stream.placed.backend
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         if self._attached:
             raise RuntimeError("this StreamScorer is attached already; use one `with` block at a time")
-        self._head.load()
-        for tensor in (*self._head.weights, self.steps.token_class, self.steps.transition):
+        weights = self.stream.placed.load().weights
+        for tensor in (*weights, self.steps.token_class, self.steps.transition):
             static(tensor)
-        Tap.add(self.backbone, self)
+        Tap.add(self.backbone, self, try_release)
         self._attached = True
-        self._rows = self._batching = None
+        self._as_one_batch()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         Tap.remove(self.backbone, self)
-        self._attached = self._generating = False
-        self._ids = self._announced = self._draft = None
+        self._attached, self._ids = False, None
+        self._follower.close()
 
     # -- the stream --------------------------------------------------------------------------------------------------
 
@@ -173,210 +164,108 @@ class StreamScorer:
         Raises:
             ValueError: no prompt, an empty one, or padding that is not on the left.
         """
-        self._announced = _Prompt(input_ids, _prompt(input_ids, attention_mask, self.backbone.device), by_user=True)
-        self._begin(len(input_ids), self._announced.pad, input_ids.shape[1])
+        prompts = self._follower.announce(input_ids, attention_mask)
+        self._begin(prompts.pad, input_ids.shape[1])
 
-    def _begin(self, batch: int, pad: Tensor, prompt_length: int) -> None:
-        self._allocate(batch)
-        self._start = prompt_length if self.scope == "response" else 0
-        self._state.reset(pad, torch.full_like(pad, self._start))
-        self._batch, self._seen, self._waiting, self._prompt_length = batch, 0, 0, prompt_length
-        self._draft = self._lineage = self._batching = self._rows = None
-        self._n_states, self._free = batch, []
+    def _begin(self, pad: Tensor, prompt_length: int) -> None:
+        """A generation begins: prompts of so many columns, of which ``pad`` [B] are left padding."""
+        self.stream.begin(pad, prompt_length)
+        self._follower.begin(prompt_length)
+        self._states.begin(len(pad))
+        self._results.begin()
+        self._batching = None
         self.unheard = self._traced = False
-        self._recorded, self._recorded_last = [], []
 
-    def _allocate(self, n: int) -> None:
-        """Room for ``n`` sequences; what those in the state have come to stays."""
-        b = self.backbone
-        if self._state is not None:
-            self._state = self._state.grown(n, self.head.width)
-        else:
-            self._state = StreamState.allocate(
-                n, b.hidden_size, self.head.width, buffer_rows=max(self.buffer_rows, n), max_steps=self.max_steps,
-                dtype=b.dtype, device=b.device,
-            )  # fmt: skip
+    def _as_one_batch(self) -> None:
+        """Forwards are no longer those of assigned states, nor of a manager's requests."""
+        self._states.unassign()
+        self._batching = None
 
     def _hear_host(self) -> None:
         """Bring the host's count of columns up to date after compiled forwards."""
         if self.unheard:
-            self._announced = None
-            self._seen = int(self._state.seen()[: self._batch].max())
+            self._follower.forget_announced()
+            self.stream.moved_on(None)
         elif self._traced:
-            self._seen += self._q
+            self.stream.moved_on(self._q)
         self.unheard = self._traced = False
 
     # -- what the tap tells (reflective.engines.hf.tap.Listener) ----------------------------------------------------------------
 
     def on_generate(self, arguments: dict[str, Any], batching: Any) -> None:
         if batching is not None:
-            batching = Batching(batching, self)
-            self._begin(0, torch.empty(0, dtype=torch.int64, device=self.backbone.device), 0)
+            batching = Batching(batching, self.stream, self._states)
+            self._begin(torch.empty(0, dtype=torch.int64, device=self.backbone.device), 0)
             self._batching = batching
             return
-        config = arguments.get("generation_config") or self.backbone.model.generation_config
-
-        def given(name: str) -> Any:
-            return arguments.get(name, getattr(config, name, None))
-
-        ids, mask = arguments.get("input_ids", arguments.get("inputs")), arguments.get("attention_mask")
-        if ids is None and arguments.get("inputs_embeds") is not None:
-            raise ValueError("StreamScorer reads token ids: call generate with input_ids, not inputs_embeds")
-        if given("use_cache") is False:
-            raise ValueError("StreamScorer needs the KV cache (use_cache=True); for finished text use rf.score")
-        if self.record_features and (given("num_beams") or 1) > 1:
-            raise ValueError("record_features=True cannot follow beam search (num_beams > 1); sample, or leave it out")
-        graphs = self.backbone.device.type == "cuda" and str(given("cache_implementation")).startswith("static")
-        if self.flushes_by_hand and (given("compile_config") or graphs) and not given("disable_compile"):
-            why = "record_features=True" if self.record_features else "process_group"
-            raise ValueError(f"{why} needs eager forwards: leave compile_config out or set disable_compile=True")
-        if self._state is not None:
+        self._follower.refuse(arguments)
+        if self.stream.state is not None:
             self._hear_host()
-        self._generating, self._returned = True, None
-        self._rows = self._batching = None
-        if self._announced is None and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1]:
-            pad = getattr(config, "pad_token_id", None)
-            if mask is None and pad is not None and pad != getattr(config, "eos_token_id", None):
-                mask = (ids != pad).long()  # as generate infers it
-            if mask is None or mask.shape == ids.shape:  # else the ids are only what is new
-                pad = _prompt(ids, None if mask is None or mask.all() else mask, self.backbone.device)
-                self._announced = _Prompt(ids, pad, by_user=False)
+        self._results.returned(None)
+        self._as_one_batch()
+        self._follower.generate(arguments)
 
     def on_generated(self, output: Any) -> None:
-        self._generating = False
         ids = getattr(output, "sequences", output)
         if isinstance(ids, Tensor) and ids.dim() == 2:
-            self._returned = hash_ids(ids)
-        if self._announced is not None and not self._announced.by_user:
-            self._announced = None
+            self._results.returned(ids)
+        self._follower.generated()
 
     def on_forward(self, ids: Tensor | None, cache: Any, given: dict[str, Any]) -> None:
         began = time.perf_counter()
         if ids is None:
             raise ValueError("StreamScorer reads token ids: call the model with input_ids, not inputs_embeds")
-        self._hear_host()
+        if self.unheard or self._traced:
+            self._hear_host()
         if self._batching is not None:
             self._batching.before()
-        elif self._rows is not None:
-            if len(ids) != len(self._rows):
-                raise RuntimeError(f"this forward has {len(ids)} sequences, but {len(self._rows)} states are assigned")
+        elif self._states.assigned is not None:
+            self._states.check(len(ids))
         else:
             if cache is None and given.get("use_cache") is False:
-                raise ValueError("StreamScorer needs the KV cache (use_cache=True); for finished text use rf.score")
-            self._before_dense(ids, cache, given)
+                raise ValueError(NO_CACHE)
+            past = self._follower.past(cache, ids.shape[1])
+            if (prompts := self._follower.opening(ids, past, given)) is not None:
+                self._begin(prompts.pad, prompts.ids.shape[1])
+                self._follower.skip(prompts, past)
+            self._follower.check(ids, past)
         self._ids, self._q = ids, ids.shape[1]
         self.host_seconds += time.perf_counter() - began
-
-    def _before_dense(self, ids: Tensor, cache: Any, given: dict[str, Any]) -> None:
-        past, prompt = self._cached(cache, ids.shape[1]), self._announced
-        if prompt is not None:
-            if len(ids) % len(prompt.ids):
-                raise RuntimeError(f"this forward has {len(ids)} sequences, {len(prompt.ids)} prompts were announced")
-            self._announced, times = None, len(ids) // len(prompt.ids)
-            self._begin(len(ids), prompt.pad.repeat_interleave(times), prompt.ids.shape[1])
-            if past:
-                self._skip_cached(prompt.ids.repeat_interleave(times, 0), past)
-        elif past == 0:
-            pad = _prompt(ids, given.get("attention_mask"), self.backbone.device, given.get("position_ids"))
-            self._begin(len(ids), pad, prompt_length=ids.shape[1])
-        if past != self._seen:
-            raise RuntimeError(
-                f"the cache holds {past} tokens but the scorer has seen {self._seen}: the cache was filled before the "
-                "scorer was attached (announce the whole prompt with scorer.begin), or rolled back by more than the "
-                "tokens of its last forward"
-            )
-        if past >= self._prompt_length and ids.shape[1] > 1 and not self._generating:
-            raise RuntimeError(
-                f"{ids.shape[1]} tokens at once after the prompt: if the prompt comes in pieces (chunked prefill, a "
-                "further turn on the same cache), announce the whole of it with scorer.begin"
-            )
-        if len(ids) != self._batch:
-            raise RuntimeError(f"this forward has {len(ids)} sequences, the generation began with {self._batch}")
-
-    def _cached(self, cache: Any, new: int) -> int:
-        """Tokens in the cache before this forward."""
-        if cache is None:
-            return 0
-        # A static cache counts on the device: asking it at every token would stall the host. What it would tell of a
-        # rolled-back cache, the ids' hash tells when the result is asked for.
-        if new == 1 and self._seen and internals.counts_on_device(cache) and self._cache() is cache:
-            return self._seen
-        self._cache = weakref.ref(cache)
-        return int(cache.get_seq_length())
-
-    def _skip_cached(self, ids: Tensor, past: int) -> None:
-        """Consume the announced prompts' first ``past`` columns, whose states are in the cache only."""
-        if self.scope == "text":
-            raise ValueError("scope='text' scores the prompt too, so no part of it may be in the cache beforehand")
-        if past >= ids.shape[1]:
-            raise ValueError(
-                f"the cache holds {past} tokens, all of the announced prompt; leave at least one to decode"
-            )
-        self._consume(ids[:, :past].to(self.backbone.device), self.no_hidden(len(ids), past))
-
-    def no_hidden(self, n: int, q: int = 1) -> Tensor:
-        """States [n, q, H] for tokens whose own are not known."""
-        b = self.backbone
-        return torch.zeros(n, 1, b.hidden_size, dtype=b.dtype, device=b.device).expand(-1, q, -1)
 
     def on_features(self, hidden: Tensor) -> None:
         began = time.perf_counter()
         ids, hidden = self._ids.to(hidden.device), hidden.detach()
         if self._batching is not None:
             self._batching.features(ids, hidden)
+        elif self._states.assigned is not None:
+            self._follower.forget_draft()
+            self.stream.consume(ids, hidden, self._states.assigned)
         else:
-            self._draft = None
-            rest = max(0, self._prompt_length - self._seen)  # of the prompt; what follows may be a draft
-            if self._rows is None and ids.shape[1] > max(1, rest):
-                if rest:
-                    self._consume(ids[:, :rest], hidden[:, :rest])
-                    ids, hidden = ids[:, rest:], hidden[:, rest:].clone()
-                self._settle()
-                self._draft = _Draft(self._seen, ids, hidden, self._state.snapshot(), len(self._recorded))
-            self._consume(ids, hidden)
+            self._follower.features(ids, hidden)
         self.host_seconds += time.perf_counter() - began
 
     def on_trace(self, ids: Tensor, hidden: Tensor) -> None:
-        if self._state is None:
+        if self.stream.state is None:
             raise RuntimeError("the prompt is prefilled by a compiled model: announce it with scorer.begin beforehand")
         if self.flushes_by_hand or self._batching is not None:
             why = "record_features=True" if self.record_features else "process_group"
             why = why if self.flushes_by_hand else "continuous batching"
             raise RuntimeError(f"{why} needs eager forwards: the model is compiled, with this StreamScorer in it")
         self._traced = True
-        self._run(self._state, ids.to(hidden.device), hidden.detach(), self._rows)
+        self.stream.run(self.stream.state, ids.to(hidden.device), hidden.detach(), self._states.assigned)
 
     def on_select(self, indices: Tensor, reorder: bool) -> None:
-        if not self._batch or self._rows is not None:
-            return
-        self._hear_host()
-        self._settle()
-        indices = indices.to(self.backbone.device)
-        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices.long()
-        if reorder:
-            self._lineage = self._lineage or Lineage()
-            self._lineage.record(self._state, self._seen, indices)
-        self._allocate(len(indices))
-        self._state.put(torch.arange(len(indices), device=indices.device), indices, min(self._seen, self.max_steps))
-        self._batch, self._draft = len(indices), None
+        if self.stream.batch and self._states.assigned is None:
+            self._hear_host()
+            self._follower.select(indices, reorder)
 
     def on_repeat(self, repeats: int) -> None:
-        self.on_select(torch.arange(self._batch).repeat_interleave(repeats), reorder=False)
+        self.on_select(torch.arange(self.stream.batch).repeat_interleave(repeats), reorder=False)
 
     def on_crop(self, length: int) -> None:
-        draft = self._draft
-        # Further back it cannot follow; the next forward, if it goes on from there, says so.
-        if draft is None or not draft.seen <= length < self._seen:
-            return
-        self._state.restore(draft.before)
-        self._waiting = 0
-        del self._recorded[draft.recorded :]
-        self._seen = draft.seen
-        kept = length - draft.seen
-        self._consume(draft.ids[:, :kept], draft.hidden[:, :kept])
+        self._follower.crop(length)
 
     # -- states assigned by hand ---------------------------------------------------------------------------------------
-
     #
     # A state is a trajectory's row in the scorer. Loops of one's own, which stop, fork or rest sequences or take in more of
     # them, say by ``assign`` which states the next forward belongs to.
@@ -387,39 +276,26 @@ class StreamScorer:
         After ``begin`` with B prompts there are states 0 to B-1.
         """
         began = time.perf_counter()
-        pad = _prompt(input_ids, attention_mask, self.backbone.device)
-        rows = self._new_states(len(pad))
-        self._batch = self._batch or len(pad)
-        start = input_ids.shape[1] if self.scope == "response" else 0
-        self._state.restart(torch.tensor(rows, device=pad.device), pad, start)
+        rows = self._states.admit(input_ids, attention_mask)
         self.host_seconds += time.perf_counter() - began
         return rows
 
     def fork(self, rows: Sequence[int]) -> list[int]:
         """New states that go on from those of ``rows``: text, tags and scores so far."""
         began = time.perf_counter()
-        new, device = self._new_states(len(rows)), self.backbone.device
-        self._state.put(torch.tensor(new, device=device), torch.tensor(list(rows), device=device))
+        new = self._states.fork(rows)
         self.host_seconds += time.perf_counter() - began
         return new
-
-    def _new_states(self, n: int) -> list[int]:
-        if self._state is not None:
-            self._settle()
-        reused = self._free[:n]
-        del self._free[:n]
-        rows = [*reused, *range(self._n_states, self._n_states + n - len(reused))]
-        self._n_states = max([self._n_states, *(row + 1 for row in rows)])
-        n = 0 if self._state is None else len(self._state.seq)
-        if self._n_states > n:
-            self._allocate(max(self._n_states, 2 * n))
-        return rows
 
     def feed(self, ids: Tensor, hidden: Tensor, rows: Tensor, bounds: Tensor | None = None) -> None:
         """Consume tokens of the states ``rows`` [B] int32: ids [B, q] int64 and hidden [B, q, H], or, with ``bounds`` [B + 1] int32,
         packed ids [1, T] and hidden [1, T, H] of which sequence i is columns ``bounds[i]`` to ``bounds[i + 1]``. A row of -1 is
         left out."""
-        self._run(self._state, ids, hidden, rows, bounds)
+        self.stream.run(self.stream.state, ids, hidden, rows, bounds)
+
+    def no_hidden(self, n: int, q: int = 1) -> Tensor:
+        """States [n, q, H] for tokens whose own are not known."""
+        return self.stream.no_hidden(n, q)
 
     def assign(self, rows: Sequence[int]) -> None:
         """From now on sequence i of a forward is that of state ``rows[i]``. Other states rest.
@@ -429,71 +305,22 @@ class StreamScorer:
         Raises:
             ValueError: the scorer records features, or a row that is no state.
         """
-        if self.record_features:
-            raise ValueError("record_features=True records the sequences of a plain generation; leave assign out")
-        if not all(0 <= row < self._n_states for row in rows) or len(set(rows)) < len(rows):
-            raise ValueError(f"rows={list(rows)}: expected different states, each below {self._n_states}")
-        self._rows = torch.tensor(list(rows), dtype=torch.int32).to(self.backbone.device, non_blocking=True)
+        self._states.assign(rows)
 
     def release(self, rows: Sequence[int]) -> None:
         """Leave these states to later forks."""
-        self._free += rows
+        self._states.release(rows)
 
     def counts(self) -> list[int]:
         """Of every state, how many steps count so far. One read of the device; scores what waits in the buffer."""
         began = time.perf_counter()
-        if self.schedule == "deferred":
-            self._settle()
-        counts = self._state.counts()[: self._n_states]
+        counts = self._states.counts()
         self.host_seconds += time.perf_counter() - began
         return counts
 
     def step_scores(self, row: int) -> list[float]:
         """Scores in (0, 1) of the steps of state ``row`` so far."""
-        return self._state.sequences([row])[0].log_scores.exp().tolist()
-
-    # -- running the op ----------------------------------------------------------------------------------------------
-
-    def _consume(self, ids: Tensor, hidden: Tensor) -> None:
-        if not self.flushes_by_hand:
-            self._run(self._state, ids, hidden, self._rows)
-            self._seen += ids.shape[1]
-            return
-        room, begin, (n, q) = len(self._state.slots), 0, ids.shape
-        # GPU kernels give the steps of several columns their slots in any order; ranks must agree on it.
-        piece = 1 if self._head.group else max(1, room // n)
-        while begin < q:
-            # Columns before the scope: whatever they hold, no step of it counts. Of assigned states the host does not know.
-            quiet = self._start - self._seen if self._rows is None else 0
-            end = min(begin + (quiet if quiet > 0 else piece), q)
-            rows = 0 if quiet > 0 else (end - begin) * n
-            if self._waiting + rows > room:
-                self._settle()
-            self._run(self._state, ids[:, begin:end], hidden[:, begin:end], self._rows)
-            self._seen += end - begin
-            self._waiting += rows
-            begin = end
-        if self.schedule == "immediate":
-            self._settle()
-
-    def _run(
-        self, state: StreamState, ids: Tensor, hidden: Tensor, rows: Tensor | None = None, bounds: Tensor | None = None
-    ) -> None:
-        self.backend.decode_step(
-            ids, hidden, self.steps.token_class, self.steps.transition, *self._head.weights, *state.tensors(),
-            self.at == "predict", self.schedule == "immediate" and not self.flushes_by_hand, rows, bounds,
-        )  # fmt: skip
-
-    def _settle(self) -> None:
-        """Score what waits in the buffer."""
-        self._flush(self._state, self._waiting, self._recorded)
-        self._waiting = 0
-
-    def _flush(self, state: StreamState, rows: int, record: list[tuple[Tensor, Tensor]]) -> None:
-        """Score the rows in the buffer, ``rows`` at the most; those to be kept go to ``record``."""
-        if self.record_features and (n := int(state.n_slots)):
-            record.append((state.slots[:n].clone(), state.slot_owner[:n].clone()))
-        self._head.flush(state, rows)
+        return self._states.step_scores(row)
 
     # -- results -----------------------------------------------------------------------------------------------------
 
@@ -511,23 +338,23 @@ class StreamScorer:
             ValueError: ``sequences`` are not the ids that the model decoded.
         """
         began = time.perf_counter()
-        if not self._batch and self._batching is None:
+        if not self.stream.batch and self._batching is None:
             raise RuntimeError(
                 f"nothing to score: no forward of {type(self.backbone.model).__name__} ran while this scorer was attached"
             )
         self._hear_host()
-        self._recorded_last = []
+        self._results.begin()
         if self._batching is not None:
             rows, sequences = self._batching.finished(sequences)
-        self._settle()
+        self.stream.settle()
         if rows is not None:
-            found = self._of_states(list(rows), sequences)
+            found = self._results.of_states(list(rows), sequences)
         elif sequences is None:
-            self._read = self._state
-            found = self._state.sequences(range(self._batch))
+            found = self._results.of_all()
         else:
             ids = getattr(sequences, "sequences", sequences).to(self.backbone.device)
-            found = self._of_batch(ids) if self._lineage is None else self._of_hypotheses(ids)
+            lineage = self._follower.lineage
+            found = self._results.of_batch(ids) if lineage is None else self._results.of_hypotheses(ids, lineage)
         if any(f.n_steps > len(f.columns) for f in found):
             warnings.warn(
                 f"more than max_steps={self.max_steps} steps: their single scores were not kept", stacklevel=2
@@ -541,96 +368,6 @@ class StreamScorer:
             self.at,
         )
 
-    def _of_batch(self, ids: Tensor) -> list[SequenceTally]:
-        """Of the sequences [B, T], of which all but one token at the most was consumed."""
-        T = self._seen
-        if ids.dim() != 2 or ids.shape[0] != self._batch or not T <= ids.shape[1] <= T + 1:
-            raise self._other(
-                ids, f"shape {list(ids.shape)} does not continue the {self._batch} x {T} tokens decoded while attached"
-            )
-        self._check_hashes(ids[:, :T], self._state.hashes()[: self._batch], ids)
-        return self._after(list(range(self._batch)), ids[:, T:])
-
-    def _after(self, rows: list[int], unfed: Tensor, state: StreamState | None = None) -> list[SequenceTally]:
-        """Of the states ``rows`` once they have consumed ``unfed`` [len(rows), 0 or 1]; by a copy, as decoding may go on."""
-        state = state or self._state
-        if not unfed.shape[1]:
-            self._read = state
-            return state.sequences(rows)
-        copy = self._read = state.take(rows)
-        if self.at == "token":
-            copy.silence()
-        self._run(copy, unfed, self.no_hidden(len(rows)))
-        self._flush(copy, len(rows), self._recorded_last)
-        return copy.sequences(range(len(rows)))
-
-    def _of_states(self, rows: list[int], sequences: Any) -> list[SequenceTally]:
-        if sequences is None:
-            return self._state.sequences(rows)
-        device = self.backbone.device
-        texts = [ids.to(device) for ids in sequences]
-        seen = self._state.seen()[rows].tolist()
-        for row, ids, n in zip(rows, texts, seen, strict=True):
-            if not n <= len(ids) <= n + 1:
-                raise ValueError(f"sequences: {len(ids)} tokens do not continue the {n} that state {row} has consumed")
-        consumed = torch.stack([hash_ids(ids[None, :n])[0] for ids, n in zip(texts, seen, strict=True)])
-        self._check_hashes(consumed, self._state.hashes()[rows])
-        found: dict[int, SequenceTally] = {}
-        for extra in (0, 1):
-            group = [i for i, (ids, n) in enumerate(zip(texts, seen, strict=True)) if len(ids) - n == extra]
-            if group:
-                unfed = torch.stack([texts[i][seen[i] :] for i in group])
-                found |= dict(zip(group, self._after([rows[i] for i in group], unfed), strict=True))
-        return [found[i] for i in range(len(rows))]
-
-    def _of_hypotheses(self, ids: Tensor) -> list[SequenceTally]:
-        """Of what beam search returned: hypotheses that ended at any time, padded to one length."""
-        T, found = self._seen, {}
-        # The rows as they were before beam search reordered them for a step that it did not take.
-        state = self._lineage.latest if self._lineage.seen[-1] == T else self._state
-        prefix = hash_prefixes(ids)[:, T - 1] if ids.shape[1] >= T else ids.new_zeros(len(ids)) - 1
-        alive = prefix[:, None] == state.hashes()[None, : self._batch]  # [M, B]
-        living = {i: int(match.nonzero()[0]) for i, match in enumerate(alive.cpu()) if match.any()}
-        if living:
-            states = self._after(list(living.values()), ids[list(living), T : T + 1], state)
-            found |= dict(zip(living, states, strict=True))
-        ended = [i for i in range(len(ids)) if i not in living]
-        for i, place in zip(ended, self._lineage.find(ids[ended]) if ended else [], strict=True):
-            rest = ids[i, self._lineage.seen[place[0]] :] if place else ids[i]
-            last, padding = rest[:1], rest[1:]
-            if place is None or (padding != padding[:1]).any():
-                raise self._other(ids, f"row {i} is none that beam search decoded")
-            if (
-                self.at == "predict"
-                and (self.steps.transition[self.steps.token_class[last].long()] & layout.STEP).any()
-            ):
-                raise ValueError(
-                    f"sequences: row {i} ends in token {int(last)}, a step-token whose state was given up with its beam; "
-                    "sample instead, or use an end-of-sequence token that ends no step"
-                )
-            found[i] = self._lineage.tally(*place)
-        return [found[i] for i in range(len(ids))]
-
-    def _check_hashes(self, ids: Tensor, expected: Tensor, sequences: Tensor | None = None) -> None:
-        """``ids`` [B, T], or their hashes [B], of ``sequences``."""
-        differ = (hash_ids(ids) if ids.dim() == 2 else ids) != expected
-        if differ.any():
-            rows = differ.nonzero().flatten().tolist()
-            raise self._other(sequences, f"rows {rows} are not the tokens that the model decoded")
-
-    def _other(self, ids: Tensor | None, what: str) -> Exception:
-        """The error for sequences of which ``what`` is wrong: they are others than those of ``generate``, or what ``generate``
-        did was not heard as it was done."""
-        if ids is not None and self._returned is not None and ids.dim() == 2:
-            own = hash_ids(ids)
-            if own.shape == self._returned.shape and torch.equal(own, self._returned.to(own.device)):
-                return internals.unknown(
-                    f"sequences: they are what generate returned, but {what}, so it decoded in a way that cannot be followed: "
-                    "forwards on several caches, or ids that were changed after the model had seen them, as by custom_generate",
-                    self.backbone.model,
-                )
-        return ValueError(f"sequences: {what}; pass what generate returned, unchanged")
-
     def features(self) -> tuple[Tensor, Tensor]:
         """The features of the steps that the last ``result`` scored: ``(features [M, H], sequence [M] int64)``.
 
@@ -641,78 +378,4 @@ class StreamScorer:
         """
         if not self.record_features:
             raise RuntimeError("features were not kept; create the StreamScorer with record_features=True")
-        records = self._recorded + self._recorded_last
-        if not records:
-            b = self.backbone
-            return torch.empty(0, b.hidden_size, dtype=b.dtype), torch.empty(0, dtype=torch.int64)
-        rows, owners = (torch.cat(parts) for parts in zip(*records, strict=True))
-        order = self._read.counted_order(owners)
-        return rows[order], owners[order, 0].long()
-
-
-@dataclass
-class _Prompt:
-    """Announced prompts [B, P], their left padding [B], and whether by the user or by ``generate``."""
-
-    ids: Tensor
-    pad: Tensor
-    by_user: bool
-
-
-@dataclass
-class _Draft:
-    """A forward of several tokens after the prompt, and the state before it."""
-
-    seen: int
-    ids: Tensor
-    hidden: Tensor
-    before: tuple[Tensor, ...]
-    recorded: int
-
-
-def check_parts(backbone: Backbone, head: SPRM, steps: StepTokens) -> StepTokens:
-    """``steps`` sized to the model's vocabulary and on its device.
-
-    Raises:
-        ValueError: head, steps and model do not fit together.
-    """
-    name = type(backbone.model).__name__
-    head.check_model(backbone.hidden_size, backbone.dtype, name)
-    steps.check_model(backbone.vocab_size)
-    return steps.resized(backbone.vocab_size).to(backbone.device)
-
-
-def check_cache(backbone: Backbone) -> None:
-    """Whether the model's cache tells how many tokens it holds, by which a stream knows where it is.
-
-    Raises:
-        ValueError: it consists of recurrent states alone.
-    """
-    config = backbone.model.config.get_text_config(decoder=True)
-    layers = internals.cache_layers(config)
-    if layers and not any(hasattr(layer, "get_seq_length") for layer in layers):
-        raise ValueError(
-            f"model: the cache of {type(backbone.model).__name__} consists of {type(layers[0]).__name__}s, which do not tell how "
-            "many tokens they hold, so its decoding cannot be followed; rf.score scores its finished text"
-        )
-
-
-def _prompt(
-    ids: Tensor,
-    attention_mask: Tensor | dict[str, Tensor] | None,
-    device: torch.device,
-    position_ids: Tensor | None = None,
-) -> Tensor:
-    """Columns of left padding [B] of the prompts [B, P]."""
-    if ids.dim() != 2 or 0 in ids.shape:
-        raise ValueError(f"input_ids: shape {list(ids.shape)}; expected at least one prompt of at least one token")
-    ready_made = isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2)
-    if ready_made and position_ids is not None:
-        # A static cache gets its 4-d mask, or one a kind of layer; the positions still tell how much is padding.
-        # Those of text come first where there are several kinds (Qwen2-VL: [4, B, P]).
-        positions = position_ids if position_ids.dim() == 2 else position_ids[0]
-        return (ids.shape[1] - 1 - positions[:, -1]).expand(len(ids)).to(device)
-    pad, length = padding(attention_mask, ids.shape, device)
-    if (length < ids.shape[1]).any():
-        raise ValueError("attention_mask: right-padded prompts cannot be decoded; set tokenizer.padding_side='left'")
-    return pad
+        return self._results.features()

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import internals
-from .backbone import Backbone, alike, exchange, restore
+from .backbone import Backbone
+from .listening import alike, exchange, restore
 
 _ATTRIBUTE = "_reflective_tap"
 
@@ -64,11 +65,10 @@ class Tap:
     """One model's; see the module. ``listeners`` are told in the order in which they came."""
 
     def __init__(self, backbone: Backbone) -> None:
-        self.model, self.backbone = backbone.model, backbone
+        self.model = backbone.model
         self.listeners: tuple[Listener, ...] = ()
         self.inputs = tuple(inspect.signature(self.model.forward).parameters)  # names, for positional arguments
-        self.ids_name, self.state_name = internals.ids_argument(self.model), backbone.state_argument
-        self.hidden_size = backbone.hidden_size
+        self.ids_name, self.last = internals.ids_argument(self.model), backbone.last
         self.given: dict[str, Any] | None = None  # the arguments of the forward in progress
         self.called = False  # whether the model's __call__ has told of it
         self.traced = False  # whether its hidden states came in compiled code
@@ -79,7 +79,7 @@ class Tap:
         self.rolls_back = False  # whether that is one that drafts
         self.proved = False  # whether a forward was seen to the end, and its cache counted
         self.cache: Callable[[], Any] = lambda: None  # weak reference to the cache that is followed
-        self.trial = False  # whether it is tried here what this release of transformers does
+        self.try_release: Callable[[str], None] | None = None  # see `add`
         self.plain_call: Any = None  # what generate compiled before; with listeners it compiles the listening __call__
 
     @classmethod
@@ -88,25 +88,26 @@ class Tap:
         return vars(model).get(_ATTRIBUTE)
 
     @classmethod
-    def add(cls, backbone: Backbone, listener: Listener) -> None:
+    def add(cls, backbone: Backbone, listener: Listener, try_release: Callable[[str], None] | None = None) -> "Tap":
         """Have ``listener`` told of what the backbone's model does.
+
+        Args:
+            try_release: tries, with a transformers that the tests were not run with, "decoding" right now, and "drafts" or
+                "beams" before the first ``generate`` call that has them.
 
         Raises:
             RuntimeError: this transformers is not as scoring needs it; or another thread runs the model.
         """
-        if not internals.is_tested():
-            _try_release("decoding")
-        cls._add(backbone, listener)
-
-    @classmethod
-    def _add(cls, backbone: Backbone, listener: Listener) -> "Tap":
+        if try_release is not None and not internals.is_tested():
+            try_release("decoding")
         tap = cls.of(backbone.model) or cls(backbone)
         tap.check_thread()
         if not tap.listeners:
             tap.plain_call = internals.take_compiled_call(tap.model)
             vars(tap.model)[_ATTRIBUTE] = tap
             exchange(tap.model, _listening_model)
-            backbone.add_ear(tap)
+            tap.last.add(tap)
+        tap.try_release = tap.try_release or try_release
         tap.listeners += (listener,)
         return tap
 
@@ -117,7 +118,7 @@ class Tap:
         tap.listeners = tuple(other for other in tap.listeners if other is not listener)
         if not tap.listeners:
             tap.follow(None)
-            backbone.remove_ear(tap)
+            tap.last.remove(tap)
             restore(tap.model)
             del vars(tap.model)[_ATTRIBUTE]
             internals.give_compiled_call(tap.model, tap.plain_call)
@@ -146,9 +147,9 @@ class Tap:
                 name: arguments.get(name, getattr(config, name, None)) for name in ("num_beams", *internals.DRAFTS)
             }
             self.rolls_back = any(given.pop(name) for name in internals.DRAFTS)
-            if not internals.is_tested() and not self.trial:
+            if self.try_release is not None and not internals.is_tested():
                 for way in ["drafts"] * self.rolls_back + ["beams"] * ((given["num_beams"] or 1) > 1):
-                    _try_release(way)
+                    self.try_release(way)
             for listener in self.listeners:
                 listener.on_generate(arguments, None)
             self.follow(None)
@@ -243,7 +244,7 @@ class Tap:
     def hear(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """The last layer is called with these arguments."""
         if torch.compiler.is_compiling():
-            hidden = internals.state_in(self.state_name, self.hidden_size, args, kwargs)
+            hidden = self.last.given(args, kwargs)
             self.traced = True
             for listener in self.listeners:
                 listener.on_trace(self.ids, hidden)
@@ -251,7 +252,7 @@ class Tap:
         # Else the decoder alone, as rf.score runs it, perhaps in another thread; or a forward that is not of the stream.
         if self.given is None or self.thread != threading.get_ident():
             return
-        hidden = self.backbone.state(args, kwargs)
+        hidden = self.last.state(args, kwargs)
         if hidden.shape[:2] != self.ids.shape:
             raise internals.unknown(
                 f"model: the last layer of {type(self.model).__name__} is given states {list(hidden.shape)} for token ids "
@@ -355,85 +356,3 @@ def _listening_cache(base: type) -> type:
                 listener.on_crop(int(self.get_seq_length()))
 
     return alike(Listening, base)
-
-
-class _Trial:
-    """A listener that keeps what it is told."""
-
-    unheard = False
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-        self.states: list[Tensor] = []
-
-    def on_generate(self, arguments: dict[str, Any], batching: Any) -> None:
-        self.told.append("generate")
-
-    def on_generated(self, output: Any) -> None:
-        self.told.append("generated")
-
-    def on_forward(self, ids: Tensor | None, cache: Any, given: dict[str, Any]) -> None:
-        self.told.append("forward")
-
-    def on_features(self, hidden: Tensor) -> None:
-        self.states.append(hidden)
-
-    def on_trace(self, ids: Tensor, hidden: Tensor) -> None:
-        pass
-
-    def on_select(self, indices: Tensor, reorder: bool) -> None:
-        self.told.append("select")
-
-    def on_repeat(self, repeats: int) -> None:
-        self.told.append("select")
-
-    def on_crop(self, length: int) -> None:
-        self.told.append("crop")
-
-
-_WAYS: dict[str, dict[str, Any]] = {
-    "decoding": {},
-    "beams": {"num_beams": 2},
-    "drafts": {"prompt_lookup_num_tokens": 2},
-}
-
-
-@functools.cache
-def _try_release(way: str) -> None:
-    """Once a process, with a transformers that the tests were not run with: whether a small model's ``generate`` tells what it
-    should, and the states that are heard are ``hidden_states[-2]``.
-
-    Raises:
-        RuntimeError: it does not.
-    """
-    model, heard = internals.small_model(), _Trial()
-    ids = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
-    backbone = Backbone.of(model)
-    try:
-        tap = Tap._add(backbone, heard)
-        tap.trial = True
-        try:
-            with torch.no_grad():
-                out = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, **_WAYS[way]
-                )
-        finally:
-            Tap.remove(backbone, heard)
-        with torch.no_grad():
-            truth = model(out[:, :-1], output_hidden_states=True).hidden_states[-2]
-    except Exception as e:
-        raise internals.unknown(f"tried on a small model, {way} failed ({type(e).__name__}: {e})") from e
-    missing = {"generate", "forward", "generated"} | {"beams": {"select"}, "drafts": {"crop"}}.get(way, set())
-    missing -= set(heard.told)
-    if not tap.proved:
-        missing.add("cache")
-    if way == "decoding":
-        states = torch.cat(heard.states, 1)
-        if states.shape != truth.shape or not torch.allclose(states, truth, rtol=1e-3, atol=1e-4):
-            missing.add("states")
-    if missing:
-        raise internals.unknown(
-            f"tried on a small model, {way}: nothing, or the wrong thing, was heard of {', '.join(sorted(missing))}"
-        )
-    if way == "decoding":
-        internals.warn_untested()

@@ -19,13 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-    from ...model import Candidate
-    from ..loop import Live
+    from ..results import Candidate
 
 STOP, KEEP, HOLD = 0, 1, -1  # k > 1 forks a candidate into k, itself the first
 _HOME = {
@@ -46,6 +45,30 @@ NAMES = tuple(_HOME)
 WITHOUT_SCORE, WITHOUT_STEP, SCORED = range(3)  # standings of a candidate
 
 
+class Live(Protocol):
+    """What a strategy sees of a candidate while the run lasts.
+
+    Attributes: see ``search.candidates.Live``.
+    """
+
+    number: int
+    parent: int | None
+    token_ids: list[int]
+    step_scores: list[float]
+    new_tokens: int
+    log_prob: float
+    finished: str | None
+    status: str
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def answer(self) -> str | None: ...
+
+    def score(self, aggregation: str = "geometric_mean") -> float: ...
+
+
 @dataclass
 class Step:
     """What a strategy sees.
@@ -57,7 +80,7 @@ class Step:
         changed: which candidates ended a step or finished since the last ``observe``.
     """
 
-    candidates: "list[Live]"
+    candidates: list[Live]
     rng: "Generator"
     tokens: int
     changed: list[bool]

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from ...scoring.scores import aggregate
-from . import HOLD, KEEP, SCORED, STOP, Step, Strategy, eligible
+from . import HOLD, KEEP, SCORED, STOP, Live, Step, Strategy, eligible
 
 if TYPE_CHECKING:
-    from ...model import Candidate
-    from ..loop import Live
+    from ..results import Candidate
 
 
 @dataclass

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from . import KEEP, STOP, Step, Strategy
+from . import KEEP, STOP, Step
+from .tree import TreeSearch
 
 
 @dataclass
-class DVTS(Strategy):
+class DVTS(TreeSearch):
     """In each of ``n/width`` subtrees, after every step: ``beam <- argmax_children score``, continued ``width`` times.
 
     Subtrees never mix, which keeps the search diverse where a single beam would collapse. A subtree whose best child has
@@ -26,11 +27,6 @@ class DVTS(Strategy):
     """
 
     name: ClassVar[str] = "dvts"
-    by_step: bool = True
-    aggregation: str = "last"
-    width: int = 4
-    rounds: int = 40
-    _round: int = field(default=0, init=False, repr=False)
     _tree: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # of every candidate, by its number
 
     def observe(self, step: Step) -> Sequence[int] | None:
@@ -40,8 +36,7 @@ class DVTS(Strategy):
             if c.number not in self._tree:
                 self._tree[c.number] = c.number * trees // self.n if c.parent is None else self._tree[c.parent]
             members.setdefault(self._tree[c.number], []).append(i)
-        self._round += 1
-        if self._round > self.rounds:
+        if self.over():
             return None
         actions = [STOP] * len(step.candidates)
         for tree, children in members.items():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from . import KEEP, STOP, Step, Strategy, eligible
 
 if TYPE_CHECKING:
-    from ...model import Candidate
+    from ..results import Candidate
 
 
 @dataclass

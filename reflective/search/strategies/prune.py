@@ -12,7 +12,7 @@ from ...utils.outputs import json_text, write_text
 from . import KEEP, STOP, Step, Strategy
 
 if TYPE_CHECKING:
-    from ...model import Generation
+    from ..results import Generation
 
 FILE = "prune.json"
 

@@ -12,7 +12,7 @@ from . import likelihood
 from .votes import Majority
 
 if TYPE_CHECKING:
-    from ...model import Candidate
+    from ..results import Candidate
 
 
 @dataclass

@@ -1,14 +1,15 @@
 """Beam search over reasoning steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-from . import KEEP, STOP, Step, Strategy
+from . import KEEP, STOP, Step
+from .tree import TreeSearch
 
 
 @dataclass
-class StepBeam(Strategy):
+class StepBeam(TreeSearch):
     """After every step: ``beams <- top_{n/width} by score``, each continued ``width`` times, so that n run again.
 
     Beams that finish are put aside; the search ends with n of them, or when none runs any more. Where ``width`` does not
@@ -23,19 +24,13 @@ class StepBeam(Strategy):
     """
 
     name: ClassVar[str] = "step_beam"
-    by_step: bool = True
-    aggregation: str = "last"
-    width: int = 4
-    rounds: int = 40
-    _round: int = field(default=0, init=False, repr=False)
 
     def observe(self, step: Step) -> Sequence[int] | None:
         running = [i for i, c in enumerate(step.candidates) if not c.finished]
         actions = [KEEP if c.finished else STOP for c in step.candidates]
         if len(step.candidates) - len(running) >= self.n:
             return actions
-        self._round += 1
-        if self._round > self.rounds or not running:
+        if self.over() or not running:
             return None
         running.sort(key=lambda i: -self.value(step.candidates[i]))
         kept = running[: max(1, self.n // self.width)]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from . import Strategy, eligible, likelihood
 
 if TYPE_CHECKING:
-    from ...model import Candidate
+    from ..results import Candidate
 
 _NUMBER = re.compile(r"[-+]?\d{1,40}(?:\.\d{1,40}|/0{0,40}[1-9]\d{0,39})?")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")  # and not 1,2
@@ -112,6 +112,19 @@ def classes(answers: Sequence[str]) -> list[list[int]]:
         same = next((group for group in found if same_answer(answer, answers[group[0]])), None)
         found.append([i]) if same is None else same.append(i)
     return found
+
+
+def answer_numbers(questions: Sequence[Hashable], answers: Sequence[str | None]) -> list[int]:
+    """Numbers for N answers: equal ones for answers to one question that mean the same, -1 for None."""
+    given: dict[Hashable, dict[str, int]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        if answer is not None:
+            given.setdefault(question, {})[answer] = -1
+    for numbers in given.values():
+        texts = list(numbers)
+        for number, group in enumerate(classes(texts)):
+            numbers.update((texts[i], number) for i in group)
+    return [-1 if a is None else given[q][a] for q, a in zip(questions, answers, strict=True)]
 
 
 def same_answer(given: str, right: str) -> bool:

@@ -1,20 +1,17 @@
-"""``reflective demo``: candidates scored live as they are decoded, and what the scoring cost."""
+"""What a terminal shows of candidates: live while they are decoded, and in the end. Imported where there is something to show."""
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from typing_extensions import Self
 
-from .model import Generation, ReflectiveModel
-from .plot import sparkline
-from .published import second_pass
-from .search.loop import Live as Candidate
+from ..plot import sparkline
+from ..search.candidates import Live as Candidate
+from ..search.results import Generation
 
 _REFRESH_S = 0.1
 
@@ -26,29 +23,6 @@ class Costs:
     decoding: float
     scoring: float
     second_pass: float
-
-
-def run(
-    model: ReflectiveModel, question: str, *, n: int, seed: int | None, max_new_tokens: int, console: Console | None
-) -> tuple[Generation, Costs]:
-    """Generate ``n`` candidates, show them live on ``console`` if there is one, and measure a second pass."""
-    with Board(console) if console else nullcontext() as board:
-        generation = model.generate(
-            question, n=n, seed=seed, max_new_tokens=max_new_tokens, schedule="immediate",
-            on_step=board.update if board else None,
-        )  # fmt: skip
-    scoring = generation.scoring_seconds
-    return generation, Costs(generation.seconds - scoring, scoring, second_pass_seconds(model, generation))
-
-
-def second_pass_seconds(model: ReflectiveModel, generation: Generation) -> float:
-    """What the published pipeline would now spend: every finished text once more through the model, one at a time."""
-    prompt = model.encode(generation.prompt)
-    began = time.perf_counter()
-    for candidate in generation.candidates:
-        ids = torch.cat([prompt, torch.tensor([candidate.token_ids], device=prompt.device)], 1)
-        second_pass(model, ids, prompt.shape[1])
-    return time.perf_counter() - began
 
 
 class Board:
@@ -110,3 +84,12 @@ def chosen_by(generation: Generation) -> str:
         return ""
     none = not any(c.step_scores for c in generation.candidates if c.status != "stopped")
     return f" (chosen by {generation.chosen_by}{', as no candidate has a step' if none else ''})"
+
+
+def summary(generation: Generation) -> str:
+    """What the answer to a question cost, in a line."""
+    stopped = sum(c.status == "stopped" for c in generation.candidates)
+    return (
+        f"{generation.strategy}{chosen_by(generation)}: {generation.tokens} tokens, {len(generation.candidates)} candidates, "
+        f"{stopped} of them stopped, {generation.seconds:.1f} s, {1e3 * generation.scoring_seconds:.1f} ms of it scoring"
+    )

@@ -12,8 +12,8 @@ from operator import attrgetter
 from typing import Any
 
 from .. import compute_metric
-from ..search.strategies.votes import WORDS, bare, same_text
 from ..tasks import Question
+from .strategies.votes import WORDS, bare, same_text
 
 _SHOWN = re.compile(r"^\\(?:text|textbf|textit|mathrm|mathbf|underline|mbox)\{([^{}]*)\}$")
 _APART = re.compile(r"\d\s+\d")

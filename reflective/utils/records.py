@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 from typing_extensions import Self
 
-from ..utils.outputs import json_text
+from .outputs import json_text
 
 if TYPE_CHECKING:  # pyarrow is needed for parquet and zstd alone
     import pyarrow as pa

@@ -1,0 +1,157 @@
+"""What all runs over files share: the input and its output, rows of which nothing comes, and what results depend on."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..utils.records import (
+    Json,
+    Parquet,
+    check_unchanged,
+    content_hash,
+    form_of,
+    pyarrow,
+    write_json,
+    write_parquet,
+)
+from .journal import WHOLE_ROW, Journal, Result
+from .progress import Meter
+
+if TYPE_CHECKING:  # not at run time: with torch it takes seconds, and input that cannot be read should fail before
+    import pyarrow as pa
+
+    from ..model import ReflectiveModel
+
+Given, Found = TypeVar("Given"), TypeVar("Found")
+Load = Callable[[], "ReflectiveModel"]
+Report = Callable[[str], None]
+
+CANDIDATE = (
+    "text", "score", "step_scores", "step_spans", "token_ids", "answer", "error", "status", "log_prob", "number", "parent",
+    "tokens",
+)  # fmt: skip
+
+
+class Work:
+    """An input, and the output that its journal is for.
+
+    Args:
+        reads: columns that are asked for; a parquet file has at least one of them. adds: columns that come.
+    """
+
+    def __init__(
+        self, name: str, source: Json | Parquet, journal: Journal, reads: tuple[str, ...], adds: tuple[str, ...]
+    ) -> None:
+        from .. import __version__
+
+        self.source, self.journal = source, journal
+        if journal.output.exists() and journal.output.samefile(source.path):
+            raise ValueError(f"output: {journal.name} is the input; give another file")
+        if isinstance(source, Parquet):
+            source.check_columns(reads)
+        form, _ = form_of(journal.name)
+        journal.agree({"command": name, "reflective": __version__, "input hash": content_hash(source)})
+        self.schemas: tuple[pa.Schema, pa.Schema] | None = None
+        self.lists = False
+        if form == "parquet":
+            old = source.schema(without=adds)
+            self.lists = "responses" in reads and "responses" in old.names
+            self.schemas = old, _schema(adds, self.lists)
+        elif isinstance(source, Parquet):
+            source.check_json()
+
+    def finish(self, meter: Meter, report: Report) -> int:
+        """Write the output, and tell how many rows are broken."""
+        broken = 0
+
+        def added() -> Iterator[dict[str, Any]]:
+            nonlocal broken
+            for results in self.journal.rows():
+                broken += tell(results, self.source.row, report)
+                yield joined(results, self.lists)
+
+        check_unchanged(self.source)
+        with self.journal.finished() as file:
+            if self.schemas is None:
+                write_json(self.source, file, self.journal.name, added())
+            else:
+                write_parquet(self.source, file, added(), *self.schemas)
+        meter.say(f"{self.journal.name}: {meter.summary()}")
+        return broken
+
+
+def joined(results: list[Result], lists: bool = False) -> dict[str, Any]:
+    """The columns of a row, from what came of it or of its responses."""
+    ((_, place, first), *_) = results
+    if place == WHOLE_ROW and not lists:
+        return first
+    return {name: [result[name] for _, _, result in results] for name in first}
+
+
+def tell(results: list[Result], row: str, report: Report) -> bool:
+    """Whether there is anything wrong with a row."""
+    broken = [(number, place, result["error"]) for number, place, result in results if result["error"] is not None]
+    for number, place, error in broken:
+        report(f"{row} {number}{'' if place == WHOLE_ROW else f', response {place + 1}'}: {error}")
+    return bool(broken)
+
+
+def _schema(names: Iterable[str], lists: bool) -> "pa.Schema":
+    """Of the columns that come: whatever the rows hold, these are their types."""
+    pa = pyarrow()
+    whole, real, text = pa.int64(), pa.float64(), pa.string()
+    types = {
+        "text": text, "score": real, "n_steps": whole, "step_scores": pa.list_(real), "step_spans": pa.list_(pa.list_(whole)),
+        "error": text, "token_ids": pa.list_(pa.int32()), "answer": text, "status": text, "log_prob": real, "number": whole,
+        "parent": whole, "tokens": whole, "best": whole, "strategy": text, "seed": whole,
+    }  # fmt: skip
+    types["candidates"] = pa.list_(pa.struct([(name, types[name]) for name in CANDIDATE]))
+    return pa.schema([(name, pa.list_(types[name]) if lists else types[name]) for name in names])
+
+
+def in_halves(do: Callable[[list[Given]], list[Found]], items: list[Given]) -> "list[Found | Exception]":
+    """What ``do`` makes of ``items``; where it fails, of one half and of the other, until the one that it fails at is alone."""
+    import torch
+
+    if not items:
+        return []
+    try:
+        return do(items)
+    except (ValueError, TypeError, IndexError, torch.OutOfMemoryError) as error:  # IndexError: past learned positions
+        if len(items) == 1:
+            return [error.with_traceback(None)]
+    half = len(items) // 2
+    return in_halves(do, items[:half]) + in_halves(do, items[half:])
+
+
+def fault(error: Exception | str, names: Iterable[str]) -> dict[str, Any]:
+    """Columns of a row of which nothing came."""
+    named = isinstance(error, Exception) and type(error) is not ValueError
+    return dict.fromkeys(names) | {"error": f"{type(error).__name__}: {error}" if named else str(error)}
+
+
+# -- models -------------------------------------------------------------------------------------------------------------
+
+
+def identity(model: "ReflectiveModel") -> dict[str, Any]:
+    """What results depend on.
+
+    Raises:
+        ValueError: the head does not fit the model.
+    """
+    from ..utils.fingerprint import fingerprint
+
+    check_head(model)
+    return {
+        "model": fingerprint([*model.model.parameters(), *model.head.parameters()]),
+        "dtype": str(model.model.dtype),
+        "use": dataclasses.asdict(model.config),
+    }
+
+
+def check_head(model: "ReflectiveModel") -> None:
+    """Raises ValueError for a head that does not fit the model, which else every row would be told."""
+    from ..engines.hf.backbone import Backbone
+    from ..engines.hf.parts import check_parts
+
+    check_parts(Backbone.of(model.model), model.head, model.steps)

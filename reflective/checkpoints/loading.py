@@ -1,0 +1,88 @@
+"""A model, its tokenizer and its head, from wherever they lie."""
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..scoring.sprm import SPRM
+from ..utils.repository import directory
+from .config import Config
+from .files import ADAPTER, CONFIG_NAME
+from .hub import HEAD, base_model, model_directory
+
+
+class Loaded(NamedTuple):
+    """Attributes: ``home``: the directory of the head."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    head: SPRM
+    config: Config
+    home: Path
+
+
+def load(
+    path: str | Path,
+    *,
+    head: str | Path | None = None,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    untrained: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Loaded:
+    """See ``ReflectiveModel.from_pretrained``."""
+    where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+    place = directory(path, HEAD, revision=revision, **where)
+    home = directory(head, HEAD, **where) if head else place
+    beside = home if home.is_dir() else home.parent
+    file = SPRM.found(home)
+    sprm = None if untrained and file is None else SPRM.from_pretrained(home)  # first: it fails fast
+    published = file is not None and file.suffix == ".pt"
+    config = Config(rule="exact") if published else Config()
+    if (beside / CONFIG_NAME).is_file():
+        config = Config.read(beside / CONFIG_NAME)
+    adapters = [d for d in dict.fromkeys([place, beside]) if (d / ADAPTER).is_file()]
+    name = path
+    if not (place / "config.json").is_file():
+        name, revision = base_model(place)
+    elif place in adapters:
+        # Whether the weights have the adapter's change already cannot be told.
+        raise ValueError(f"{path} holds a model and an adapter; keep the adapter elsewhere, and give that as head")
+    files = model_directory(name, revision=revision, **where)
+    model = AutoModelForCausalLM.from_pretrained(files, dtype=dtype, device_map=device_map).eval()
+    # What the head belongs to, and not its place in the Hub's cache: an adapter trained from here names it as its base.
+    model.name_or_path = model.config.name_or_path = str(path if head else name)
+    for adapter in adapters:
+        model = merged(model, adapter)
+    if sprm is None:
+        sprm = SPRM(model.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).eval()
+    sprm = sprm.to(model.dtype)
+    sprm.check_finite()
+    return Loaded(model, AutoTokenizer.from_pretrained(files), sprm, config, beside)
+
+
+def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """``model`` with the adapter's change added to its weights, in float32 and rounded once."""
+    try:
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise ImportError(f"{adapter} holds an adapter, and loading one needs peft: pip install peft") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks for what transformers 5.23 has renamed
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ValueError(f"{adapter} holds an adapter that cannot be merged: it changes inputs, not weights")
+    layers = [m.get_base_layer() for m in adapted.modules() if isinstance(m, BaseTunerLayer)]
+    dtypes = [layer.weight.dtype for layer in layers]
+    for layer, dtype in zip(layers, dtypes, strict=True):
+        layer.to(torch.promote_types(dtype, torch.float32))
+    plain = adapted.merge_and_unload()
+    for layer, dtype in zip(layers, dtypes, strict=True):
+        layer.to(dtype)
+    return plain.requires_grad_(True).eval()

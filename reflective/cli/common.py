@@ -1,0 +1,101 @@
+"""What several commands share: options, the model, and what is printed."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..utils.outputs import json_text
+
+if TYPE_CHECKING:  # at run time inside the functions, so that --help need not wait for torch
+    from ..model import Generation, ReflectiveModel
+
+_COSTS = ("strategy", "chosen_by", "seed", "tokens", "seconds", "scoring_seconds", "alive", "interrupted")
+ModelOption = Annotated[
+    str, typer.Option(help="Directory, or ORG/NAME on the Hub, of model, tokenizer and head; 'default': SmolLM2-135M.")
+]
+HeadOption = Annotated[str | None, typer.Option(help="Head and reflective.json, where they lie apart from the model.")]
+FetchOption = Annotated[bool, typer.Option("--fetch", help="Download the default model's weights if they are missing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SeedOption = Annotated[int | None, typer.Option(help="Makes the run repeatable.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output, and what another run has left unfinished of it.")
+]
+TokensOption = Annotated[int, typer.Option(min=1, help="Tokens a candidate at most.")]
+
+
+def load_model(model: str, head: str | None, fetch: bool, *, untrained: bool = False) -> "ReflectiveModel":
+    """The model of ``--model``, ``--head`` and ``--fetch``; ``untrained``: it may be without a head, which gets a new one.
+
+    Raises:
+        FileNotFoundError: no such directory. OSError, ValueError, ImportError: see ``ReflectiveModel``.
+    """
+    from ..checkpoints.hub import is_repository
+    from ..model import ReflectiveModel
+
+    if model == "default":
+        return ReflectiveModel.default(head=head, fetch=fetch)
+    if not Path(model).is_dir() and not is_repository(model):
+        raise FileNotFoundError(f"model: {model!r} is no directory; give one, ORG/NAME on the Hub, or 'default'")
+    return ReflectiveModel.from_pretrained(model, head=head, untrained=untrained)
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises where a picture cannot be drawn into ``path``, see ``plot.image``: before the work that it shows."""
+    if path:
+        from ..plot import image
+
+        image(path)
+
+
+def record(question: str, generation: "Generation") -> dict[str, Any]:
+    """What ``--json`` prints of a question: its answer, all candidates and what they cost."""
+    return {
+        "question": question,
+        "best": generation.candidates.index(generation.best),
+        "text": generation.text,
+        "score": generation.score,
+        "candidates": [c.record() for c in generation.candidates],
+        **{name: getattr(generation, name) for name in _COSTS},
+    }
+
+
+def print_json(value: Any) -> None:
+    """A line of JSON on stdout."""
+    print(json_text(value), flush=True)
+
+
+def progress_bars() -> Progress:
+    """Progress on stderr, for people only: nothing is drawn when stderr is piped."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal, transient=True,
+    )  # fmt: skip
+
+
+def complain(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr)
+
+
+def end(broken: int, done: str) -> None:
+    """Ends the command with exit code 1 where rows of its input were ``broken``, and could not be ``done``."""
+    if broken:
+        complain(f"{broken} row(s) could not be {done}")
+        raise typer.Exit(1)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, Ctrl-C ends the command with exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain("interrupted; what is done is kept, and the same command goes on from there")
+        raise typer.Exit(130) from None

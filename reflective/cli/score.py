@@ -1,0 +1,90 @@
+"""``reflective score``: finished text, scored."""
+
+import functools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from ..utils.outputs import partial
+from .common import (
+    FetchOption,
+    HeadOption,
+    ModelOption,
+    OverwriteOption,
+    complain,
+    end,
+    interruptible,
+    load_model,
+    progress_bars,
+)
+
+Item = TypeVar("Item")
+
+
+def score(
+    source: Annotated[
+        str, typer.Argument(help="File of JSON or parquet, packed or not, or '-' for JSONL from stdin.")
+    ] = "-",
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File: .jsonl, .json, .parquet, .jsonl.gz; default: JSONL on stdout."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Score this text alone instead.")] = None,
+    model: ModelOption = "default",
+    head: HeadOption = None,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens a forward, padding included; texts of similar lengths go together.")
+    ] = 16_384,
+    overwrite: OverwriteOption = False,
+    fetch: FetchOption = False,
+) -> None:
+    """Score finished text: rows of text, or of response and prompt or question (put into the model's prompt); or of responses,
+    a list, which get lists.
+
+    Every row comes back, in order, with score, n_steps, step_scores, step_spans and error. Rows that cannot be scored are
+    reported by number, the rest is scored, and the exit code is 1. From file to file: started again after it was killed, the
+    command goes on where it was, and the output appears when it is complete.
+    """
+    from .. import batch
+
+    load = functools.partial(load_model, model, head, fetch)
+    given = {"batch_tokens": batch_tokens, "report": complain}
+    if text is not None:
+        arrivals = iter([list(batch.read_lines([json.dumps({"text": text}).encode()]))])
+    elif source == "-" or _is_pipe(source):  # which is read once
+        arrivals = batch.arriving(source)
+    elif output is not None:
+        with interruptible():
+            broken = batch.score_file(load, source, output, replace=overwrite, **given)
+        return end(broken, "scored")
+    else:
+        file = batch.open_file(source)
+        given["row"] = file.row
+        arrivals = batch.windows(_progress(f"{file.row}s", file.records(), len(file)))
+    if output is None:
+        return end(batch.score_stream(load, arrivals, sys.stdout.buffer, **given), "scored")
+    if batch.form_of(output)[0] == "parquet":
+        raise ValueError(
+            f"output: {output} is made from a file, not from a pipe or --text; give one that ends in .jsonl"
+        )
+    try:
+        with batch.replacing(output, overwrite, keep=True) as target:
+            broken = batch.score_stream(load, arrivals, target, output=output, **given)
+    except BaseException as error:
+        if not isinstance(error, FileExistsError | BlockingIOError) and partial(output).exists():
+            complain(f"what was scored until then is in {partial(output)}")
+        raise
+    end(broken, "scored")
+
+
+def _is_pipe(source: str) -> bool:
+    return Path(source).exists() and not Path(source).is_file() and not Path(source).is_dir()
+
+
+def _progress(name: str, items: Iterable[Item], total: int) -> Iterator[Item]:
+    with progress_bars() as bars:
+        yield from bars.track(items, total=total, description=name)

@@ -1,0 +1,472 @@
+"""The engine that decodes models of transformers, one forward a token (``engines.base`` says what an engine is).
+
+A prompt is prefilled once. A sequence has a place in the batch only while it decodes: when it ends or rests it leaves, and goes on
+later from the keys and values kept for it.
+"""
+
+import collections
+import inspect
+import itertools
+import time
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from typing_extensions import Self
+
+from ...utils.lengths import batches_by_length
+from ..base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
+from .finished import of_text
+from .internals import cache_argument
+from .kv import Row, Rows, check_cache, new_cache
+from .pace import Pace
+from .sampling import chances, draw
+from .scorer import StreamScorer
+
+PREFILL_TOKENS = 16_384  # padded, in one forward
+LOGITS = 1 << 25  # of a prompt whose log-probabilities are asked for, in one forward: 128 MiB in float32
+_NONE = Score()
+
+
+@dataclass(eq=False)
+class _Prefix:
+    """A prompt, of which ``done`` tokens are in ``cache`` while it is prefilled in pieces."""
+
+    number: int
+    prompt: Prompt
+    columns: list[int] = field(default_factory=list)  # as the scorer was given it, left padding included
+    state: int | None = None  # of the scorer, from which sequences fork
+    row: Row | None = None  # keys and values, once they are there
+    logits: Tensor | None = None  # [V] after its last token
+    chances: list[Chance] = field(default_factory=list)
+    cache: DynamicCache | None = None
+    ids: Tensor | None = None  # [1, P] and positions, of one in pieces
+    positions: Tensor | None = None
+    done: int = 0
+    sequences: list["_Sequence"] = field(default_factory=list)  # that have not ended, in order of creation
+
+
+@dataclass(eq=False)
+class _Sequence:
+    number: int
+    prefix: _Prefix
+    sampling: Sampling
+    tokens: list[int] = field(default_factory=list)  # as told
+    steps: int = 0
+    forced: tuple[int, Sequence[int]] = (0, ())  # from which length on, which tokens
+    state: int | None = None  # of the scorer; None: as the prefix left it
+    row: Row | None = None  # keys and values, outside of the batch
+    seated: bool = False
+    unfed: bool = False  # whether the newest of tokens is still to be fed
+    resting: bool = False
+    drawn: Chance | None = None  # but not told
+    logits: Tensor | None = None  # [V], that it was or will be drawn from
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng(self.sampling.seed)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a token to feed."""
+        return self.unfed and not self.resting
+
+    def next(self) -> int:
+        """The token that it is forced to, or -1."""
+        begin, tokens = self.forced
+        place = len(self.tokens) - begin
+        return tokens[place] if place < len(tokens) else -1
+
+
+class TransformersEngine:
+    """See ``engines.base.Engine`` for all that is not said here.
+
+    Args:
+        model: decoder-only, with a cache of keys and values alone.
+        scorer: of this model; attached while the engine is entered.
+        ends: tokens that end a sequence.
+        pad: the token of left padding.
+        batch_rows: sequences decoded together at most.
+        pace: how many tokens of prompts may be prefilled between two forwards of those that decode; a longer prompt is prefilled in
+            pieces. None: all that were opened.
+
+    Attributes:
+        did: what the last ``advance`` ran: ``"prompts"``, a ``"piece"`` of a long one, ``"tokens"``; None: nothing.
+        decode_seconds: of the last forward of those that decode; 0 when nobody does.
+
+    Raises:
+        ValueError: a model whose cache cannot be taken apart.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        scorer: StreamScorer,
+        *,
+        ends: Collection[int],
+        pad: int = 0,
+        batch_rows: int = 64,
+        pace: Pace | None = None,
+    ) -> None:
+        check_cache(model)
+        self.model, self.scorer, self.ends, self.pad, self.batch_rows, self.pace = (
+            model, scorer, frozenset(ends), pad, batch_rows, pace,
+        )  # fmt: skip
+        self.did: Literal["prompts", "piece", "tokens"] | None = None
+        self.decode_seconds = 0.0
+        self._inputs, self._cache_name = inspect.signature(model.forward).parameters, cache_argument(model)
+        self._numbers = itertools.count()
+        self._prefixes: dict[int, _Prefix] = {}  # prefilled or not, in order of their prefill
+        self._sequences: dict[int, _Sequence] = {}  # that have not ended
+        self._groups: collections.deque[list[_Prefix]] = collections.deque()  # each to be prefilled in one forward
+        self._long: collections.deque[_Prefix] = collections.deque()  # each in several
+        self._batch: list[_Sequence] = []
+        self._rows: Rows | None = None
+        self._untold: list[_Sequence] = []  # behind a step or a fork: with logits, and perhaps a token drawn from them
+        self._ended: list[Ended] = []  # to be told
+        self._between: set[str] = set()  # what was run since those that decode had their last token
+
+    @property
+    def scoring_seconds(self) -> float:
+        return self.scorer.host_seconds
+
+    def __enter__(self) -> Self:
+        with ExitStack() as entered:
+            entered.enter_context(torch.no_grad())
+            entered.enter_context(self.scorer)
+            self._entered = entered.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._entered:
+            if kind is None and self._batch:
+                self._seat()  # nobody: keys and values are free
+
+    # -- prompts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        if self._groups:
+            return 0
+        return self.batch_rows - sum(s.ready or s.prefix.row is None for s in self._sequences.values())
+
+    @property
+    def filling(self) -> bool:
+        """Whether a long prompt is being prefilled."""
+        return bool(self._long)
+
+    def open(self, prompts: Sequence[Prompt]) -> list[int]:
+        new = [_Prefix(next(self._numbers), prompt) for prompt in prompts]
+        self._prefixes |= {p.number: p for p in new}
+        most = self.pace.tokens() if self.pace else PREFILL_TOKENS
+        for prefix in (p for p in new if p.prompt.logprobs is not None):
+            self._fill_later(prefix)
+        # Prompts of similar lengths together, as many as one forward may have.
+        short = [p for p in new if p.prompt.logprobs is None]
+        lengths = [len(p.prompt.ids) for p in short]
+        for part in batches_by_length(lengths, most):
+            group = [short[i] for i in sorted(part)]
+            if self.pace and lengths[part[0]] > most:
+                self._fill_later(group[0])
+            else:
+                self._groups.append(group)
+        return [p.number for p in new]
+
+    def start(self, prefix: int, samplings: Sequence[Sampling]) -> list[int]:
+        place = self._prefixes[prefix]
+        new = [_Sequence(next(self._numbers), place, sampling) for sampling in samplings]
+        self._keep(new)
+        if place.row is not None:
+            self._begin(new)
+        return [s.number for s in new]
+
+    def _keep(self, new: list[_Sequence]) -> None:
+        for s in new:
+            self._sequences[s.number] = s
+            s.prefix.sequences.append(s)
+
+    def _begin(self, sequences: Iterable[_Sequence]) -> None:
+        """Behind their prefixes, whose keys and values are there."""
+        for s in sequences:
+            s.row, s.logits = s.prefix.row, s.prefix.logits
+            if s.sampling.max_tokens:
+                self._untold.append(s)
+            else:
+                self._end([s])
+                self._ended.append(Ended(s.number, "length", None, _NONE))
+
+    def _fill_later(self, prefix: _Prefix) -> None:
+        prefix.ids, prefix.positions, _ = self._admit([prefix])
+        prefix.cache = new_cache()
+        self._long.append(prefix)
+
+    def _admit(self, prefixes: list[_Prefix]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """New states for the prompts, and these as ids [B, P] with their positions and mask."""
+        device, lengths = self.model.device, [len(p.prompt.ids) for p in prefixes]
+        width = max(lengths)
+        for p in prefixes:
+            p.columns = [self.pad] * (width - len(p.prompt.ids)) + list(p.prompt.ids)
+        ids = torch.tensor([p.columns for p in prefixes], device=device)
+        begins, column = width - torch.tensor(lengths, device=device)[:, None], torch.arange(width, device=device)
+        mask = None if width == min(lengths) else (column >= begins).long()
+        for p, state in zip(prefixes, self.scorer.admit(ids, mask), strict=True):
+            p.state = state
+        return ids, (column - begins).clamp_min(0), mask
+
+    def _prefill(self, prefixes: list[_Prefix]) -> list[Event]:
+        ids, positions, mask = self._admit(prefixes)
+        cache = new_cache()
+        self.scorer.assign([p.state for p in prefixes])
+        logits = self._call(cache, ids, positions, mask)
+        self.scorer.assign([s.state for s in self._batch])
+        return self._prefilled(prefixes, cache, logits)
+
+    def _fill(self) -> list[Event]:
+        """A piece of the long prompt that came first."""
+        prefix, most = self._long[0], self.pace.tokens() if self.pace else PREFILL_TOKENS
+        asked = prefix.prompt.logprobs is not None
+        if asked:
+            most = min(most, max(1, LOGITS // self.model.get_input_embeddings().num_embeddings))
+        piece = slice(prefix.done, min(prefix.done + most, prefix.ids.shape[1]))
+        self.scorer.assign([prefix.state])
+        with self.pace.timed(piece.stop - piece.start) if self.pace else nullcontext():
+            logits = self._call(
+                prefix.cache, prefix.ids[:, piece], prefix.positions[:, piece], None, keep=0 if asked else 1
+            )
+            if asked:
+                self._read_chances(prefix, logits[0], piece.start)
+                logits = logits[:, -1]
+        self.scorer.assign([s.state for s in self._batch])
+        prefix.done = piece.stop
+        if prefix.done < prefix.ids.shape[1]:
+            return []
+        self._long.popleft()
+        cache, prefix.cache = prefix.cache, None
+        return self._prefilled([prefix], cache, logits)
+
+    def _read_chances(self, prefix: _Prefix, logits: Tensor, begin: int) -> None:
+        """Of the tokens behind those, from place ``begin`` on, that ``logits`` [T, V] are of."""
+        ids = prefix.prompt.ids
+        if not begin:
+            prefix.chances.append(Chance(ids[0], None, []))
+        tokens = torch.tensor(ids[begin + 1 : begin + 1 + len(logits)], dtype=torch.int64, device=logits.device)
+        wanted = [prefix.prompt.logprobs] * len(tokens)
+        prefix.chances += chances(logits[: len(tokens)].float(), tokens[:, None], wanted)
+
+    def _prefilled(self, prefixes: list[_Prefix], cache: DynamicCache, logits: Tensor) -> list[Event]:
+        """Every sequence's first token, after prompts whose keys and values are in ``cache``."""
+        rows = Rows(cache, [len(p.prompt.ids) for p in prefixes])
+        for i, p in enumerate(prefixes):
+            p.row, p.logits = rows.take(i), logits[i].clone()  # or those of all would be kept
+            self._prefixes[p.number] = self._prefixes.pop(p.number)  # those that were prefilled first are seated first
+        if self._rows is None:
+            rows.arrange([])
+            self._rows = rows
+        self._begin(s for p in prefixes for s in list(p.sequences))
+        return [*(Opened(p.number, p.chances) for p in prefixes), *self._tell_untold()]
+
+    # -- tokens ------------------------------------------------------------------------------------------------------
+
+    def advance(self, *, fill: bool = True) -> list[Event] | None:
+        """``fill``: whether it may be a piece of a long prompt."""
+        self.did = None
+        if events := self._tell_untold():
+            return events
+        decoding = any(s.ready for s in self._sequences.values())
+        if not decoding:
+            self.decode_seconds = 0.0
+        # At a pace no two prompts, and never two pieces, between two tokens of those that decode.
+        if self._groups and not (decoding and self.pace and "prompts" in self._between):
+            self.did = "prompts"
+        elif self._long and fill and not (decoding and "piece" in self._between):
+            self.did = "piece"
+        elif decoding:
+            self.did = "tokens"
+        else:
+            return [] if self._long else None
+        if self.did == "tokens":
+            self._between.clear()
+            return self._decode()
+        self._between.add(self.did)
+        return self._prefill(self._groups.popleft()) if self.did == "prompts" else self._fill()
+
+    def _decode(self) -> list[Event]:
+        """Feed every seated sequence's newest token and draw its next."""
+        began = time.perf_counter()
+        self._seat()
+        batch, device = self._batch, self.model.device
+        sent = torch.tensor([[s.tokens[-1] for s in batch], self._rows.lengths]).to(device, non_blocking=True)
+        logits = self._call(self._rows.cache, sent[0, :, None], sent[1, :, None], self._rows.mask(device))
+        self._rows.grown()
+        self._draw(batch, logits)
+        for s in batch:
+            s.unfed = False
+        events, waiting = self._stepped(batch, logits)
+        events += self._tell([s for s in batch if s not in waiting])
+        self.decode_seconds = time.perf_counter() - began
+        return events
+
+    def _stepped(self, batch: list[_Sequence], logits: Tensor) -> tuple[list[Event], set[_Sequence]]:
+        """What there is to tell of steps, and the sequences of which nothing more is to be told now."""
+        events, waiting = [], set()
+        if all(p.prompt.steps == "untold" for p in self._prefixes.values()):
+            return events, waiting
+        counts = self.scorer.counts()
+        for s, logit in zip(batch, logits, strict=True):
+            if s.prefix.prompt.steps == "untold" or counts[s.state] == s.steps:
+                continue
+            ended, s.steps = counts[s.state] > s.steps, counts[s.state]
+            events.append(Stepped(s.number, self.scorer.step_scores(s.state), ended))
+            if ended and s.prefix.prompt.steps == "awaited":
+                s.logits = logit.clone()  # forks draw from it
+                self._untold.append(s)
+                waiting.add(s)
+        return events, waiting
+
+    def _tell_untold(self) -> list[Event]:
+        """What is known already, of those that do not rest."""
+        going = [s for s in self._untold if not s.resting]
+        if going:
+            self._untold = [s for s in self._untold if s.resting]
+            fresh = [s for s in going if s.drawn is None]
+            for begin in range(0, len(fresh), self.batch_rows):
+                part = fresh[begin : begin + self.batch_rows]
+                self._draw(part, torch.stack([s.logits for s in part]))
+        ended, self._ended = self._ended, []
+        return [*self._tell(going), *ended]
+
+    def _draw(self, sequences: list[_Sequence], logits: Tensor) -> None:
+        """A next token for each, from ``logits`` [R, V]."""
+        found = draw(
+            logits, [s.random.random() for s in sequences], [s.next() for s in sequences], [s.sampling for s in sequences]
+        )  # fmt: skip
+        for s, chance in zip(sequences, found, strict=True):
+            s.drawn = chance
+
+    def _tell(self, sequences: list[_Sequence]) -> list[Event]:
+        """The tokens drawn, and the ends that they make."""
+        events: list[Event] = []
+        ended: list[tuple[_Sequence, Literal["stop", "length"], Chance | None]] = []
+        for s in sequences:
+            chance, s.drawn, s.logits = s.drawn, None, None
+            if chance.token in self.ends:
+                ended.append((s, "stop", chance))
+                continue
+            s.tokens.append(chance.token)
+            s.unfed = True
+            events.append(Appended(s.number, chance))
+            if len(s.tokens) >= s.sampling.max_tokens:
+                ended.append((s, "length", None))
+        if ended:
+            scores = self._scores([s for s, *_ in ended])
+            events += [
+                Ended(s.number, reason, chance, score)
+                for (s, reason, chance), score in zip(ended, scores, strict=True)
+            ]
+        return events
+
+    def _seat(self) -> None:
+        """Empty the places of those that do not go on, and fill what is free."""
+        stay = [i for i, s in enumerate(self._batch) if s.ready and s.number in self._sequences]
+        kept = set(stay)
+        for i, s in enumerate(self._batch):
+            if i not in kept:
+                s.seated = False
+                s.row = self._rows.take(i) if s.number in self._sequences else None
+        waiting = (s for p in self._prefixes.values() for s in p.sequences if s.ready and not s.seated)
+        join = list(itertools.islice(waiting, self.batch_rows - len(stay)))
+        if not join and len(stay) == len(self._batch):
+            return
+        self._give_states(join)
+        self._rows.arrange(stay, [s.row for s in join])
+        self._batch = [self._batch[i] for i in stay] + join
+        for s in self._batch:
+            s.seated, s.row = True, None
+        self.scorer.assign([s.state for s in self._batch])
+
+    def _call(
+        self, cache: DynamicCache, ids: Tensor, positions: Tensor, mask: Tensor | None, *, keep: int = 1
+    ) -> Tensor:
+        """Logits [R, V] after the last of ``ids``; ``keep`` 0: [R, T, V], after each of them."""
+        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
+        given = {name: value for name, value in given.items() if name in self._inputs}
+        logits = self.model(input_ids=ids, **{self._cache_name: cache}, use_cache=True, **given).logits
+        return logits[:, -1] if keep else logits
+
+    # -- what becomes of sequences -----------------------------------------------------------------------------------
+
+    def fork(self, sequence: int, samplings: Sequence[Sampling]) -> list[int]:
+        s = self._sequences[sequence]
+        row = self._rows.take(self._batch.index(s)) if s.seated else s.row
+        states = [None] * len(samplings) if s.state is None else self.scorer.fork([s.state] * len(samplings))
+        new = [
+            _Sequence(
+                next(self._numbers), s.prefix, sampling, tokens=list(s.tokens), steps=s.steps, forced=s.forced, state=state,
+                row=row, unfed=s.unfed, logits=s.logits,
+            )
+            for sampling, state in zip(samplings, states, strict=True)
+        ]  # fmt: skip
+        self._keep(new)
+        self._untold += [f for f in new if f.logits is not None]
+        return [f.number for f in new]
+
+    def stop(self, sequences: Sequence[int]) -> list[Score]:
+        with torch.no_grad():
+            return self._scores([self._sequences[number] for number in sequences])
+
+    def rest(self, sequences: Sequence[int]) -> None:
+        for number in sequences:
+            self._sequences[number].resting = True
+
+    def resume(self, sequences: Sequence[int]) -> None:
+        for number in sequences:
+            self._sequences[number].resting = False
+
+    def force(self, sequence: int, tokens: Sequence[int]) -> None:
+        s = self._sequences[sequence]
+        s.forced = len(s.tokens), list(tokens)
+
+    def close(self, prefixes: Sequence[int]) -> None:
+        closed = [self._prefixes.pop(number) for number in prefixes]
+        for prefix in closed:
+            self.scorer.release([s.state for s in prefix.sequences if s.state is not None])
+            self._end(list(prefix.sequences))
+            if prefix.state is not None:
+                self.scorer.release([prefix.state])
+        groups = ([p for p in group if p not in closed] for group in self._groups)
+        self._groups = collections.deque(group for group in groups if group)
+        self._long = collections.deque(p for p in self._long if p not in closed)
+
+    def _give_states(self, sequences: list[_Sequence]) -> None:
+        """A score state for each that has none yet."""
+        new = [s for s in sequences if s.state is None]
+        for s, state in zip(new, self.scorer.fork([s.prefix.state for s in new]) if new else [], strict=True):
+            s.state = state
+
+    def _scores(self, sequences: list[_Sequence]) -> list[Score]:
+        """Of sequences that end here; their states are free afterwards."""
+        there = [s for s in sequences if s.prefix.row is not None]
+        self._give_states(there)
+        rows, found = [s.state for s in there], {}
+        if there:
+            scores = self.scorer.result([torch.tensor(s.prefix.columns + s.tokens) for s in there], rows=rows)
+            found = {s: of_text(scores, i, len(s.prefix.columns)) for i, s in enumerate(there)}
+            self.scorer.release(rows)
+        self._end(sequences)
+        return [found.get(s, _NONE) for s in sequences]
+
+    def _end(self, sequences: list[_Sequence]) -> None:
+        gone = set(sequences)
+        for s in sequences:
+            del self._sequences[s.number]
+            s.row = s.logits = s.drawn = None
+        for prefix in {s.prefix for s in sequences}:
+            prefix.sequences = [s for s in prefix.sequences if s not in gone]
+        self._untold = [s for s in self._untold if s not in gone]

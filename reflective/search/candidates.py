@@ -1,0 +1,225 @@
+"""Questions and their candidates while a run lasts: what strategies see, and what a result is made of."""
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..engines.base import Chance, Prompt, Sampling, Score
+from ..utils.arguments import real, whole
+from .strategies import Strategy
+from .text import Reader, Watch
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted of a run: one question and how to answer it.
+
+    Attributes:
+        prompt: its ids.
+        strategy: copied for this question.
+        max_new_tokens: of a candidate, what it has from its parent included; 0 with ``prompt_logprobs`` alone.
+        temperature, top_p: 0 decodes greedily. Of the model's ``generation_config`` only the end-of-sequence counts.
+        seed, number: candidate c draws one uniform a token from ``default_rng([seed, number, c])``: its text does not
+            depend on which others are alive.
+        thinking_budget: tokens after which thinking is ended, see ``ReflectiveModel.generate``; None: never.
+        stop: texts that end a response too, each of them part of it.
+        logprobs: the chances of how many tokens to keep at every place of a response, beside that of the token that came; None:
+            keep nothing. No influence on what is drawn.
+        prompt_logprobs: the same of the prompt, which is then prefilled on its own and in pieces.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    prompt: Sequence[int] = field(repr=False)
+    strategy: Strategy
+    max_new_tokens: int = 512
+    temperature: float = 0.6
+    top_p: float = 0.95
+    seed: int = 0
+    number: int = 0
+    thinking_budget: int | None = None
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), 0)
+        whole("max_new_tokens", self.max_new_tokens, 1 if self.prompt_logprobs is None else 0)
+        whole("seed", self.seed, 0)
+        if self.thinking_budget is not None:
+            whole("thinking_budget", self.thinking_budget, 0)
+        if not real(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r} must be finite, and not negative")
+        if not real(self.top_p) or not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r} must lie in [0, 1]")
+        listed = isinstance(self.stop, Collection) and not isinstance(self.stop, str | bytes)
+        if not listed or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop={self.stop!r}: expected a list of texts, none of them empty")
+
+
+@dataclass(eq=False)
+class Question:
+    """One question of a run, and afterwards its result.
+
+    Attributes:
+        reader: of the checkpoint's responses.
+        strategy: its own copy; prompt: its ids; observes: whether the strategy looks at steps.
+        random: of the strategy.
+        candidates: all that there ever were, in order of creation.
+        prompt_chances: of the prompt's tokens, where they are asked for.
+        tokens: decoded in all; alive: ``(seconds since it came, candidates running)`` after every forward.
+        seconds: from when it came to its end, time within ``on_step`` left out.
+        cancelled: set it, from any thread, to have its candidates ended before the next forward.
+        watched: seconds that the search had spent within ``on_step`` when it came; None: it is yet to come.
+
+    Raises:
+        ValueError: a ``thinking_budget`` without a text that ends thinking.
+    """
+
+    reader: Reader = field(repr=False)
+    ask: Ask
+    candidates: list["Live"] = field(default_factory=list, repr=False)
+    prompt_chances: list[Chance] = field(default_factory=list, repr=False)
+    tokens: int = 0
+    alive: list[tuple[float, int]] = field(default_factory=list, repr=False)
+    seconds: float = 0.0
+    cancelled: bool = False
+    watched: float | None = field(default=None, repr=False)
+    _began: float = field(default_factory=time.perf_counter, repr=False)
+
+    def __post_init__(self) -> None:
+        self.prompt, self.strategy = list(self.ask.prompt), copy.deepcopy(self.ask.strategy)
+        self.observes = type(self.strategy).observe is not Strategy.observe
+        # Numbered beyond every candidate: numpy takes a shorter seed for one that ends in zeros.
+        self.random = np.random.default_rng([self.ask.seed, self.ask.number, 0, 1])
+        self.watch = Watch(self.reader, self.ask.stop)
+        self._end_ids = [] if self.ask.thinking_budget is None else self.reader.thinking_end()
+        self._end_text = self.reader.decode(self._end_ids, special=True).strip()
+        thinking, self._may_cut = self.reader.opens(self.prompt)
+        self.candidates = [Live(i, self, answer_from=None if thinking else 0) for i in range(self.strategy.n)]
+
+    @property
+    def open(self) -> list["Live"]:
+        return [c for c in self.candidates if c.running]
+
+    def opening(self, told: bool) -> Prompt:
+        """For the engine; ``told``: whether somebody looks at steps, even where the strategy does not."""
+        steps = "awaited" if self.observes else "told" if told else "untold"
+        return Prompt(self.prompt, steps, self.ask.prompt_logprobs)
+
+    def sampling(self, number: int) -> Sampling:
+        """Of candidate ``number``."""
+        a = self.ask
+        return Sampling((a.seed, a.number, number), a.temperature, a.top_p, a.max_new_tokens, a.logprobs)
+
+    def forced(self, candidate: "Live") -> Sequence[int]:
+        """The tokens that must come next: those that end thinking, where the budget is just used up and it still thinks."""
+        if not self._end_ids or not self._may_cut or len(candidate.token_ids) != self.ask.thinking_budget:
+            return ()
+        ended = self.reader.think_end in candidate.token_ids
+        ended = ended or self._end_text in self.reader.decode(candidate.token_ids, special=True)
+        return () if ended else self._end_ids
+
+    def went_by(self, watched: float) -> None:
+        """Note the time. ``watched``: seconds that the search has spent within ``on_step`` by now."""
+        self.seconds = time.perf_counter() - self._began - (watched - (self.watched or 0.0))
+
+
+@dataclass(eq=False)
+class Live:
+    """A candidate while the run lasts, as strategies and ``on_step`` see it.
+
+    Attributes:
+        number: within its question, in order of creation; parent: the number of the one that it was forked from.
+        token_ids: of the response so far, without end-of-sequence token; a fork's include its parent's.
+        step_scores: in (0, 1), of every step so far. Kept up to date for strategies that observe and for ``on_step``.
+        new_tokens: decoded for this candidate itself.
+        log_prob: sum of the model's log-probabilities of its tokens, end-of-sequence included, at temperature 1.
+        chances: of each of these tokens, where they are asked for.
+        finished: ``"stop"`` (end-of-sequence, stop pattern, complete answer) or ``"length"``; None while it decodes.
+        status: ``finished``, or else ``"running"``; ``"stopped"`` by the strategy, ``"interrupted"``.
+        scored: what its last scoring says; None before.
+        sequence: by which number the engine knows it; None where it does not, before the start and after the end.
+        changed: whether it has ended a step or finished since the strategy last observed.
+        held: by the strategy; resting: in the engine, as it is held or waits for the others to end their steps.
+        waits: behind a step that ended, whether the engine keeps back its next token.
+        answer_from: where thinking ended in ``token_ids``; None within it.
+    """
+
+    number: int
+    question: Question = field(repr=False)
+    parent: int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    step_scores: list[float] = field(default_factory=list)
+    new_tokens: int = 0
+    log_prob: float = 0.0
+    chances: list[Chance] = field(default_factory=list, repr=False)
+    finished: str | None = None
+    status: str = "running"
+    scored: Score | None = field(default=None, repr=False)
+    sequence: int | None = field(default=None, repr=False)
+    changed: bool = field(default=False, repr=False)
+    held: bool = field(default=False, repr=False)
+    resting: bool = field(default=False, repr=False)
+    waits: bool = field(default=False, repr=False)
+    answer_from: int | None = field(default=0, repr=False)
+
+    @property
+    def text(self) -> str:
+        return self.question.reader.decode(self.token_ids)
+
+    @property
+    def answer(self) -> str | None:
+        return self.question.reader.answer(self.text)
+
+    def score(self, aggregation: str = "geometric_mean") -> float:
+        """The steps so far in one number, see ``reflective.scoring.scores.aggregate``."""
+        from ..scoring.scores import aggregate
+
+        return aggregate(self.step_scores, aggregation)
+
+    @property
+    def running(self) -> bool:
+        return self.status == "running"
+
+    def heard(self, chance: Chance) -> None:
+        """Count a token that was drawn for it."""
+        self.waits = False
+        self.new_tokens += 1
+        self.question.tokens += 1
+        self.log_prob += chance.log_prob
+        if self.question.ask.logprobs is not None:
+            self.chances.append(chance)
+
+    def append(self, chance: Chance) -> None:
+        """Take a token into the response."""
+        self.heard(chance)
+        self.token_ids.append(chance.token)
+        reader = self.question.reader
+        if chance.token in (reader.think_start, reader.think_end):
+            self.answer_from = len(self.token_ids) if chance.token == reader.think_end else None
+
+    def complete(self) -> bool:
+        """Whether its text says that it is."""
+        return self.question.watch.complete(self.token_ids, self.answer_from)
+
+    def end(self, status: str, score: Score) -> None:
+        """``status``: as the attribute; nothing comes any more."""
+        self.status, self.scored, self.step_scores, self.sequence = status, score, list(score.step_scores), None
+        if status in ("stop", "length"):
+            self.finished, self.changed = status, True
+
+    def forked(self, number: int, sequence: int | None) -> "Live":
+        """A further candidate that goes on where this one is, or is as it has ended."""
+        return dataclasses.replace(
+            self, number=number, parent=self.number, token_ids=list(self.token_ids), new_tokens=0, chances=list(self.chances),
+            step_scores=list(self.step_scores), sequence=sequence, resting=False,
+        )  # fmt: skip
