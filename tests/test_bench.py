@@ -250,6 +250,14 @@ def test_every_combination_is_planned():
     assert len([c for c in planned if c.op == "score_rows"]) == 5 * 8 * 4  # no rows are no case of it
 
 
+def test_a_float8_head_is_the_same_in_any_one_dtype():
+    head = cases.make(Cell("score_rows", "", 64, 64, FLOAT8), CPU).weights(0)
+    rows = torch.randn(9, 64, dtype=torch.float64)
+    moved = peers.in_one_dtype(head, torch.float64)
+    assert not torch.equal(moved[2], head[2].double()) and {w.dtype for w in moved} == {torch.float64}
+    assert torch.equal(kernels.logit_rows(rows, *moved), kernels.logit_rows(rows, *(w.double() for w in head)))
+
+
 def test_float8_is_checked_against_its_own_weights_and_its_error_told():
     case = cases.make(Cell("score_rows", "", 64, 64, FLOAT8), CPU)
     w1, b1, w2, b2 = case.weights(0)

@@ -96,7 +96,7 @@ def hold(server, tokens, event):
 
 def held(server, tokens=0):
     """Lets nothing more be decoded, from so many tokens on, until a request to ``server`` is cancelled: however long that
-    takes. Returns the list of what the engine was asked for.
+    takes. Returns the event of that, and the list of what the engine was asked for.
     """
     cancelled, asked, engine = threading.Event(), [], server.engine
 
@@ -115,7 +115,7 @@ def held(server, tokens=0):
     for name in ("generate", "generate_all", "score"):
         setattr(engine, name, partial(ask, getattr(engine, name)))
     hold(server, tokens, cancelled)
-    return asked
+    return cancelled, asked
 
 
 @pytest.fixture(scope="module")
@@ -829,7 +829,7 @@ def test_the_api_key():
 def test_the_time_is_up(stream, monkeypatch):
     body = {"messages": [{"role": "user", "content": "ABC"}], "max_tokens": 400, "temperature": 1.0, "n": 8, "stream": stream}
     with live(endless(), limits=Limits(seconds=0.3)) as server:
-        asked = held(server, tokens=20)
+        cancelled, asked = held(server, tokens=20)
         # Which begins when the engine is asked: until then a slow machine may take as long as it wants.
         monkeypatch.setattr(Service, "left", lambda *_: 0.3 if asked else None)
         answer = server.http.post("/v1/chat/completions", json=body)
@@ -839,7 +839,7 @@ def test_the_time_is_up(stream, monkeypatch):
         else:
             assert answer.status_code == 504 and "longer than 0.3 seconds" in answer.json()["error"]["message"]
         until(lambda: server.engine.stats()["rows"] == 0)
-        assert server.engine.stats()["tokens"] < 8 * 10
+        assert cancelled.is_set() and server.engine.stats()["tokens"] < 8 * 10
 
 
 @pytest.mark.parametrize(
@@ -854,12 +854,12 @@ def test_who_hangs_up_is_no_longer_decoded_for(path, body):
     data = json.dumps({"max_tokens": 400, "temperature": 1.0, **body}).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     with live(endless()) as server:
-        held(server, tokens=20)
+        cancelled, _ = held(server, tokens=20)
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
             connection.sendall(head.encode() + data)
             until(lambda: server.engine.stats()["tokens"] >= 20)
         until(lambda: server.engine.stats()["rows"] == 0)
-        assert server.engine.stats()["tokens"] < 8 * 10
+        assert cancelled.is_set() and server.engine.stats()["tokens"] < 8 * 10
 
 
 def test_who_hangs_up_is_no_longer_scored_for():
@@ -869,7 +869,7 @@ def test_who_hangs_up_is_no_longer_scored_for():
     data = json.dumps(body).encode()
     head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     with live(model) as server:
-        held(server)
+        cancelled, _ = held(server)
         server.engine._pace.most = 64
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
             connection.sendall(head.encode() + data)
@@ -877,7 +877,7 @@ def test_who_hangs_up_is_no_longer_scored_for():
             metrics = server.http.get("/metrics").text
             assert "reflective_running_requests 1.0" in metrics and "reflective_queued_requests 0.0" in metrics
         until(lambda: server.engine.stats()["running"] == 0)
-        assert server.engine.stats()["scored"] == 0
+        assert cancelled.is_set() and server.engine.stats()["scored"] == 0
         assert server.http.post("/v1/completions", json={"prompt": "A", "max_tokens": 2}).status_code == 200
 
 
@@ -898,12 +898,13 @@ def test_the_time_is_up_for_long_texts(path, monkeypatch):
     body = {"/score": {"text": text}, "/pooling": {"input": text}, "/v1/completions": {"prompt": text, "max_tokens": 2}}
     model = reflective_model(prompt=None)
     with live(model, limits=Limits(seconds=0.5)) as server:
-        asked = held(server)
+        cancelled, asked = held(server)
         monkeypatch.setattr(Service, "left", lambda *_: 0.3 if asked else None)
         server.engine._pace.most = 64
         answer = server.http.post(path, json=body[path])
         assert answer.status_code == 504 and "longer than 0.5 seconds" in answer.text
         until(lambda: server.engine.stats()["running"] == server.engine.stats()["queued"] == 0)
+        assert cancelled.is_set()
         monkeypatch.undo()
         until(lambda: server.http.post("/score", json={"text": "A"}).status_code == 200)
 
