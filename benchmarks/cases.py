@@ -182,14 +182,8 @@ class Case(ABC):
         return Gate(*worst, passed and exact, exact)
 
     def as_rows(self, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The head in its rows' dtype: PyTorch's own expression of a float8 head, whose definition is in float32 throughout.
-
-        A power of two moves between its layers, so that float16 would have room for all weights.
-        """
-        if self.cell.dtype != FLOAT8:
-            return weights
-        w1, b1, w2, b2 = (w.float() for w in weights)
-        return tuple(w.to(self.row_dtype) for w in (w1 * 2**-8, b1 * 2**-8, w2 * 2**8, b2))
+        """The head in its rows' dtype: PyTorch's own expression of a float8 head."""
+        return tuple(peers.in_one_dtype(weights, self.row_dtype)) if self.cell.dtype == FLOAT8 else weights
 
     @property
     def samples(self) -> int:

@@ -2,7 +2,7 @@
 pipeline's way. Each does what its op's formula says and no more: no thinking tags, padding, scope, step log or hash.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,18 @@ from torch import Tensor
 
 from reflective.kernels import layout
 from reflective.kernels.layout import LOG_FLOOR, NEXT_STATE, STEP
+
+
+def in_one_dtype(head: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """``w1, b1, w2, b2`` as PyTorch uses them with features of ``dtype``: all weights of that dtype.
+
+    The definition of a float8 head works in float32 throughout, which tensor cores do not; what it is compared with in 16 bits
+    is this. Any power of two can be moved between the layers, here so that float16 has room for all of them.
+    """
+    w1, b1, w2, b2 = (t.float() for t in head)
+    if head[0].dtype == torch.float8_e4m3fn:
+        w1, b1, w2 = w1 * 2**-8, b1 * 2**-8, w2 * 2**8
+    return [t.to(dtype) for t in (w1, b1, w2, b2)]
 
 
 def logit_rows(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from reflective import kernels
+from reflective.benchmarks.peers import in_one_dtype
 from reflective.kernels import layout
+from reflective.scoring.sprm import quantize
 
 V, CLASSES, STATES = 50, 6, 7
 NEVER = 2**63 - 1  # a scope that never begins
@@ -30,27 +32,14 @@ def random_head(
     shapes = ((K, H), H**-0.5), ((K,), 0.1), ((1, K), 4 * K**-0.5), ((1,), 0.1)
     w1, b1, w2, b2 = (torch.randn(shape, generator=g) * scale for shape, scale in shapes)
     if fp8:
-        scale = w1.abs().amax(1) / torch.finfo(FLOAT8).max
-        w1, b1, w2 = w1 / scale[:, None], b1 / scale, w2 * scale
+        w1, b1, w2 = quantize(w1, b1, w2)
 
     def guarded(t: Tensor, dtype: torch.dtype) -> Tensor:
-        flat = torch.cat([t.flatten(), torch.tensor([NAN])])
+        flat = torch.cat([t.float().flatten(), torch.tensor([NAN])])
         return flat.to(dtype).to(device)[:-1].view(t.shape)
 
     rest = torch.float32 if fp8 else dtype
     return [guarded(w1, FLOAT8 if fp8 else dtype), guarded(b1, rest), guarded(w2, rest), guarded(b2, rest)]
-
-
-def expression(head: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """``head`` as PyTorch would use it with features of ``dtype``: all weights of that dtype.
-
-    The definition of a float8 head works in float32 throughout, which tensor cores do not; what it is compared with in 16 bits
-    is this. Any power of two can be moved between the layers, here so that float16 has room for all of them.
-    """
-    w1, b1, w2, b2 = (t.float() for t in head)
-    if head[0].dtype == FLOAT8:
-        w1, b1, w2 = w1 * 2**-8, b1 * 2**-8, w2 * 2**8
-    return [t.to(dtype) for t in (w1, b1, w2, b2)]
 
 
 def random_rows(*shape: int, dtype: torch.dtype, seed: int = 1, device: torch.device | str = "cpu") -> Tensor:
@@ -73,6 +62,27 @@ def random_automaton(seed: int = 0, step: float = 0.35, device: torch.device | s
     for flag, share in ((layout.STEP, step), (layout.THINK, 0.05), (layout.END, 0.05)):
         transition |= flag * (torch.rand(CLASSES, STATES, generator=g) < share).int()
     return torch.randint(CLASSES, (V,), generator=g, dtype=torch.int32).to(device), transition.to(device)
+
+
+def random_scopes(T: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    """``pad, length, start`` of 12 sequences of ``T`` columns: none and some of each, nothing but padding, and a scope that
+    never begins."""
+    bounds = [
+        (0, T, 0), (0, T, T // 4), (T // 7, T, 0), (T // 3, T - 7, T // 2), (T, T, 0), (0, T, NEVER), (2, 5, 0), (0, 0, 0),
+        (1, T, 1), (0, T // 2, T // 2), (3, T - 1, T), (T // 4, T, 2),
+    ]  # fmt: skip
+    return tuple(torch.tensor(column, device=device) for column in zip(*bounds, strict=True))
+
+
+def check_step_mask(step_mask: Callable, T: int, seed: int, device: torch.device | str = "cpu") -> None:
+    """Against the definition: random ids, every second row of a wider tensor, in every scope, and none at all."""
+    automaton, scopes = random_automaton(seed, device=device), random_scopes(T, device)
+    ids = random_ids(24, T, seed, device)[::2]
+    expected = kernels.step_mask(ids, *automaton, *scopes)
+    assert expected.any() and not expected.all()
+    assert torch.equal(step_mask(ids, *automaton, *scopes), expected)
+    assert step_mask(ids[:, :0], *automaton, *scopes).shape == (12, 0)
+    assert step_mask(ids[:0], *automaton, *(bound[:0] for bound in scopes)).shape == (0, T)
 
 
 def new_state(
@@ -250,10 +260,14 @@ class Stream:
         return state
 
     def head_as(self, dtype: torch.dtype | None, defined: bool) -> list[Tensor]:
-        """In ``dtype``; else the head itself, or for a definition its expression in the stream's dtype."""
+        """In ``dtype``; else the head itself, or for a definition what PyTorch would use in the stream's dtype."""
         if dtype is not None:
             return [t.to(dtype) for t in self.head]
-        return expression(self.head, self.dtype) if defined else self.head
+        return in_one_dtype(self.head, self.dtype) if defined else self.head
+
+    def arguments(self) -> tuple:
+        """Of one ``decode_step`` over all tokens, as far as ``workspace``: the state is the last ten."""
+        return self.ids, self.hidden, *self.automaton, *self.head, *self.state().values()
 
     def check(
         self, decode_step: Callable, flush: Callable, chunks: Sequence[int], at_predict: bool, immediate: bool
@@ -301,6 +315,24 @@ def assert_same_state(ours: State, definition: State, truth: State) -> None:
     for sums in (layout.LOG_SUM, layout.MIN, layout.LAST):
         assert_2x(*(s["tally"][..., sums] for s in (ours, definition, truth)))
     assert_2x(*(s["step_score"] for s in (ours, definition, truth)))
+
+
+def check_resting(decode_step: Callable, q: int, device: torch.device | str = "cpu", beyond: bool = False) -> None:
+    """Of six states three rows of ids name two, in a dense call and, as q tokens, none and two columns of nobody, in a packed
+    one: not one bit of the others is touched, whatever lies in them, nor of anything by a row outside the state (``beyond``).
+    """
+    case = Stream(3 + beyond, q, 16, torch.float32, step=1.1, N=6, device=device, sizes={"pad": [0] * 6, "start": [0] * 6})
+    int32 = {"dtype": torch.int32, "device": device}
+    rows = torch.tensor([4, -1, 2, 6][: 3 + beyond], **int32)
+    packed = torch.tensor([0, q, q, q, q][: 4 + beyond], **int32)
+    for bounds in (None, packed):
+        ids, hidden = (case.ids, case.hidden) if bounds is None else (case.ids[:1], case.hidden[:1])
+        state = case.state()
+        before = {name: t.clone() for name, t in state.items()}
+        decode_step(ids, hidden, *case.automaton, *case.head, *state.values(), True, True, rows, bounds)
+        for name in STATE[:6]:
+            assert_identical(state[name][[0, 1, 3, 5]], before[name][[0, 1, 3, 5]])
+        assert state["seq"][:, layout.SEEN].tolist() == [0, 0, q if bounds is None else 0, 0, q, 0]
 
 
 def opcheck_arguments(device: torch.device | str = "cpu", fp8: bool = False) -> dict[str, tuple]:

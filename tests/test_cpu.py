@@ -14,12 +14,12 @@ from cases import (
     V,
     assert_2x,
     assert_identical,
+    check_resting,
+    check_step_mask,
     flush_arguments,
     opcheck_arguments,
     packed_arguments,
-    random_automaton,
     random_head,
-    random_ids,
     random_rows,
 )
 from torch import Tensor
@@ -49,8 +49,7 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def stream_case(H: int, dtype: torch.dtype, T: int = 9, **sizes: int) -> tuple:
     """Arguments of one ``decode_step`` over ``T`` tokens of 3 sequences."""
-    case = Stream(3, T, H, dtype, seed=5, sizes=sizes)
-    return case.ids, case.hidden, *case.automaton, *case.head, *case.state().values()
+    return Stream(3, T, H, dtype, seed=5, sizes=sizes).arguments()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,19 +96,9 @@ def test_extreme_logits(capability: str, dtype: torch.dtype) -> None:
     assert cpu.score_rows(rows, w1, b1, w2, b1[:1]).isnan().all()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_step_mask(seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    B, T = 5, 40
-    ids, automaton = random_ids(B, T, seed), random_automaton(seed)
-    pad = torch.randint(0, 10, (B,), generator=g)
-    length = torch.randint(5, T + 1, (B,), generator=g)
-    start = torch.randint(0, T, (B,), generator=g) // 2
-    mask = cpu.step_mask(ids, *automaton, pad, length, start)
-    assert mask.any()
-    assert_identical(mask, kernels.step_mask(ids, *automaton, pad, length, start))
-    assert cpu.step_mask(ids[:, :0], *automaton, pad, length, start).shape == (B, 0)
-    assert cpu.step_mask(ids[:0], *automaton, pad[:0], length[:0], start[:0]).shape == (0, T)
+    check_step_mask(cpu.step_mask, 40, seed)
 
 
 @pytest.mark.parametrize("immediate", [False, True])
@@ -145,18 +134,9 @@ def test_the_definition_of_rows_and_segments() -> None:
         case.check_calls(kernels.decode_step, kernels.flush, True, True, seed, same_bits=False)
 
 
-def test_states_that_no_row_names_rest() -> None:
-    """Whatever lies in them, and in what is skipped: not one bit of it is touched."""
-    case = Stream(3, 4, 16, torch.float32, step=1.1, N=6, sizes={"pad": [0] * 6, "start": [0] * 6})
-    for bounds in (None, torch.tensor([0, 2, 4, 4], dtype=torch.int32)):
-        ids, hidden = (case.ids, case.hidden) if bounds is None else (case.ids[:1], case.hidden[:1])
-        state = case.state()
-        resting = {name: state[name][[0, 1, 3, 5]].clone() for name in STATE[:6]}
-        rows = torch.tensor([4, -1, 2], dtype=torch.int32)
-        cpu.decode_step(ids, hidden, *case.automaton, *case.head, *state.values(), True, True, rows, bounds)
-        for name, before in resting.items():
-            assert_identical(state[name][[0, 1, 3, 5]], before)
-        assert state["seq"][[4, 2], layout.SEEN].tolist() == ([4, 4] if bounds is None else [2, 0])
+@pytest.mark.parametrize("q", [1, 4])
+def test_states_that_no_row_names_rest(q: int) -> None:
+    check_resting(cpu.decode_step, q)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,8 @@ from cases import (
     Stream,
     assert_2x,
     assert_identical,
-    expression,
+    check_resting,
+    check_step_mask,
     flush_arguments,
     new_state,
     random_head,
@@ -22,6 +23,7 @@ from cases import (
 
 import reflective as rf
 from reflective import backends, kernels
+from reflective.benchmarks.peers import in_one_dtype
 from reflective.kernels import layout
 from reflective.scoring.backend import Backend
 
@@ -68,7 +70,7 @@ def test_score_rows(cuda, dtype, fp8, H, K):
     head = random_head(H, K, dtype, fp8=fp8, device=DEVICE)
     for M in (0, 1, 8, 9, 16, 17, 64, 65, 128, 129, 300)[: 5 if H > 1000 and not ON_GPU else None]:
         rows = random_rows(M, H, dtype=dtype, seed=M, device=DEVICE)
-        same, true, true_rows = expression(head, dtype), double(head), rows.double()
+        same, true, true_rows = in_one_dtype(head, dtype), double(head), rows.double()
         for op in ("score_rows", "logit_rows"):
             ours, definition = getattr(cuda, op), getattr(kernels, op)
             assert_2x(ours(rows, *head), definition(rows, *same), definition(true_rows, *true))
@@ -182,16 +184,7 @@ def test_packed_columns_of_nobody_want_no_room(cuda):
 
 @pytest.mark.parametrize("q", [1, 2])
 def test_states_that_no_row_names_rest(cuda, q):
-    """Nor does a row outside the state do harm."""
-    stream = Stream(4, q, 32, torch.float32, N=6, sizes={"pad": [0] * 6, "start": [0] * 6}, device=DEVICE)
-    state = stream.state()
-    before = {name: t.clone() for name, t in state.items()}
-    rows = torch.tensor([4, -1, 2, 6], dtype=torch.int32, device=DEVICE)
-    arguments = stream.ids, stream.hidden, *stream.automaton, *stream.head, *state.values(), True, True
-    cuda.decode_step(*arguments, rows)
-    for name in cases.STATE[:6]:
-        assert_identical(state[name][[0, 1, 3, 5]], before[name][[0, 1, 3, 5]])
-    assert state["seq"][:, layout.SEEN].tolist() == [0, 0, q, 0, q, 0]
+    check_resting(cuda.decode_step, q, DEVICE, beyond=True)
 
 
 def test_many_sequences(cuda, schedule):
@@ -275,15 +268,10 @@ def test_tally_slots(cuda):
         cases.assert_same_state(*states)
 
 
-def test_step_mask(cuda):
-    for B, T in ((1, 1), (3, 40), (2, 400)):
-        for seed in range(4):
-            stream = Stream(B, T, 16, torch.float32, seed=seed, device=DEVICE)
-            g = torch.Generator().manual_seed(seed)
-            pad, start = (torch.randint(0, T // 3 + 1, (B,), generator=g).to(DEVICE) for _ in range(2))
-            length = T - torch.randint(0, T // 4 + 1, (B,), generator=g).to(DEVICE)
-            args = stream.ids, *stream.automaton, pad, length, start
-            assert torch.equal(cuda.step_mask(*args), kernels.step_mask(*args))
+@pytest.mark.parametrize("T", [12, 40, 400])
+def test_step_mask(cuda, T):
+    for seed in range(3):
+        check_step_mask(cuda.step_mask, T, seed, DEVICE)
 
 
 def test_bad_arguments_are_named(cuda):

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import subprocess
 import sys
 from dataclasses import replace
 from datetime import timedelta
@@ -15,6 +14,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from cases import assert_2x
+from ranks import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.utils import is_accelerate_available
@@ -161,24 +161,7 @@ def ranks(tmp_path_factory):
     """What ``work`` found on every rank."""
     folder = tmp_path_factory.mktemp("ranks")
     model_of(EVEN_VOCAB).save_pretrained(folder)
-    environment = {**os.environ, "WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    command = [sys.executable, __file__, str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    try:
-        texts = [process.communicate(timeout=tiny.PATIENCE)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [p.returncode for p in processes] == [0] * WORLD, "\n".join(texts)
+    run_ranks([sys.executable, __file__, folder], WORLD)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
 
 
@@ -313,12 +296,6 @@ def assert_close(ours, expected, rtol=1e-5, atol=1e-6):
 
 if __name__ == "__main__":
     home, own_rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{home / 'meeting'}",
-        rank=own_rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=tiny.PATIENCE),
-    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=tiny.PATIENCE))
     (home / f"{own_rank}.pickle").write_bytes(pickle.dumps(work(own_rank, home)))
     dist.destroy_process_group()

@@ -55,7 +55,7 @@ def test_requests_in_one_batch_are_answered_as_each_alone(model, twin, engine):
         (QUESTIONS[i % 3], {**SAMPLING, "n": 1 + i % 3, "seed": i, "temperature": (1.0, 0.7, 0.0)[i % 3], "top_p": (0.9, 1.0)[i % 2]})
         for i in range(8)
     ]  # fmt: skip
-    found = [f.result(60) for f in [engine.generate(q, **settings) for q, settings in asked]]
+    found = [f.result(tiny.PATIENCE) for f in [engine.generate(q, **settings) for q, settings in asked]]
     handle.remove()
     assert max(widths) == 6, "they share a batch"
     for (question, settings), generation in zip(asked, found, strict=True):
@@ -70,7 +70,7 @@ def test_requests_in_one_batch_are_answered_as_each_alone(model, twin, engine):
 
 def test_strategies_differ_within_a_batch(model, twin, engine):
     names = ["step_beam", "particles", "best_of_n", "majority"]
-    found = [f.result(60) for f in [engine.generate("ABC", strategy=s, n=4, seed=5, **SAMPLING) for s in names]]
+    found = [f.result(tiny.PATIENCE) for f in [engine.generate("ABC", strategy=s, n=4, seed=5, **SAMPLING) for s in names]]
     for name, generation in zip(names, found, strict=True):
         assert generation.strategy == name
         same(generation, twin.generate("ABC", strategy=name, n=4, seed=5, **SAMPLING))
@@ -79,7 +79,7 @@ def test_strategies_differ_within_a_batch(model, twin, engine):
 def test_stop_texts(model, twin, engine):
     alone = twin.generate("ABC", n=2, seed=1, **SAMPLING)
     stop = alone.candidates[0].text[3:5]
-    cut = engine.generate("ABC", n=2, seed=1, stop=[stop, "none"], **SAMPLING).result(60)
+    cut = engine.generate("ABC", n=2, seed=1, stop=[stop, "none"], **SAMPLING).result(tiny.PATIENCE)
     for a, b in zip(alone.candidates, cut.candidates, strict=True):
         at = a.text.find(stop)
         assert b.text == (a.text if at < 0 else a.text[: at + len(stop)])
@@ -94,13 +94,13 @@ def test_texts_are_scored_between_forwards(model, twin, engine):
     wrong = engine.submit(lambda: 1 / 0)
     assert engine.stats()["queued"] == 3 and not running.done()
     gate.open.set()
-    found = [c for f in scores for c in f.result(60)]
+    found = [c for f in scores for c in f.result(tiny.PATIENCE)]
     expected = [twin.score("AB", ["CKZKLE"]), twin.score("", ["CKZKLEKK"]), twin.score("A", ["ZZKAKA"])]
     for a, (b,) in zip(found, expected, strict=True):
         assert a.step_spans == b.step_spans and a.step_scores == pytest.approx(b.step_scores, rel=1e-4)
     with pytest.raises(ZeroDivisionError):
-        wrong.result(60)
-    same(running.result(60), twin.generate("ABC", n=1, seed=1, **SAMPLING))
+        wrong.result(tiny.PATIENCE)
+    same(running.result(tiny.PATIENCE), twin.generate("ABC", n=1, seed=1, **SAMPLING))
     assert engine.stats()["scored"] == 3
 
 
@@ -118,10 +118,10 @@ def test_what_one_request_does_wrong_the_others_do_not_pay(engine, model, twin, 
     monkeypatch.setattr(type(model), "score_tokens", picky)
     good, bad = engine.score(["A"], ["CKZK"]), engine.score(["A"], ["CKZ"])
     gate.open.set()
-    assert len(good.result(60)) == 1
+    assert len(good.result(tiny.PATIENCE)) == 1
     with pytest.raises(RuntimeError, match="three"):
-        bad.result(60)
-    running.result(60)
+        bad.result(tiny.PATIENCE)
+    running.result(tiny.PATIENCE)
 
     gate = Gate()
     running = engine.generate("ABC", seed=1, on_step=gate, **SAMPLING)
@@ -130,10 +130,10 @@ def test_what_one_request_does_wrong_the_others_do_not_pay(engine, model, twin, 
         patched.setattr(model.model, "forward", lambda *a, **k: 1 / 0)
         gate.open.set()
         with pytest.raises(ZeroDivisionError):
-            running.result(60)
-    same(engine.generate("ABC", n=2, seed=1, **SAMPLING).result(60), twin.generate("ABC", n=2, seed=1, **SAMPLING))
+            running.result(tiny.PATIENCE)
+    same(engine.generate("ABC", n=2, seed=1, **SAMPLING).result(tiny.PATIENCE), twin.generate("ABC", n=2, seed=1, **SAMPLING))
     odd = engine.generate("ABC", n=2, seed=1, on_step=lambda c: 1 / 0, **SAMPLING)
-    same(odd.result(60), twin.generate("ABC", n=2, seed=1, **SAMPLING))
+    same(odd.result(tiny.PATIENCE), twin.generate("ABC", n=2, seed=1, **SAMPLING))
 
 
 def test_cancellation(model, twin, engine):
@@ -150,11 +150,11 @@ def test_cancellation(model, twin, engine):
     assert gate.reached.wait(tiny.PATIENCE) and engine.stats()["queued"] == 2
     assert running.cancel() and waiting.cancel() and engine.stats()["queued"] == 1
     gate.open.set()
-    cut = running.result(60)
+    cut = running.result(tiny.PATIENCE)
     assert cut.interrupted and seen == [1] and {c.status for c in cut.candidates} <= {"interrupted", "stop"}
     with pytest.raises(CancelledError):
-        waiting.result(60)
-    same(after.result(60), twin.generate("Z", n=2, seed=4, **SAMPLING))
+        waiting.result(tiny.PATIENCE)
+    same(after.result(tiny.PATIENCE), twin.generate("Z", n=2, seed=4, **SAMPLING))
     assert not after.cancel()
 
 
@@ -167,7 +167,7 @@ def test_long_prompts_and_texts_come_in_pieces(model, twin):
     ]
     gate = Gate()
     running = engine.generate("ABC", seed=1, on_step=gate, **{**SAMPLING, "max_new_tokens": 400})
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(tiny.PATIENCE)
     text = "CKZKLEKKAB" * 30
     prompts = ["AB" * 100, "Z", "KLM" * 60]
     asked = [engine.generate(p, n=2, seed=2, **SAMPLING) for p in prompts]
@@ -178,14 +178,14 @@ def test_long_prompts_and_texts_come_in_pieces(model, twin):
     ]
     gate.open.set()
     for prompt, future in zip(prompts, asked, strict=True):
-        same(future.result(120), twin.generate(prompt, n=2, seed=2, **SAMPLING))
+        same(future.result(tiny.PATIENCE), twin.generate(prompt, n=2, seed=2, **SAMPLING))
     expected = [("AB", text), ("", text[:5]), ("A", "ZZKAKA"), ("A", text[7:])]
-    found = [c for future in scores for c in future.result(120)]
+    found = [c for future in scores for c in future.result(tiny.PATIENCE)]
     for c, (prompt, response) in zip(found, expected, strict=True):
         (one,) = twin.score(prompt, [response])
         assert c.step_spans == one.step_spans and c.text == one.text
         assert c.step_scores == pytest.approx(one.step_scores, rel=1e-4)
-    same(running.result(120), twin.generate("ABC", n=1, seed=1, **{**SAMPLING, "max_new_tokens": 400}))
+    same(running.result(tiny.PATIENCE), twin.generate("ABC", n=1, seed=1, **{**SAMPLING, "max_new_tokens": 400}))
     for hook in hooks:
         hook.remove()
     assert max(sizes) <= 64 and engine.stats()["running"] == engine.stats()["queued"] == 0
@@ -199,17 +199,17 @@ def test_long_texts_are_given_up_between_two_pieces(model):
 
     def slow(*_):
         reached.set()
-        assert with_pieces.wait(60)
+        assert with_pieces.wait(tiny.PATIENCE)
 
     hook = model.model.model.register_forward_pre_hook(slow)
     long = [engine.score([""], ["ABC" * 150 + "K"]), engine.generate("ABC" * 150, **SAMPLING)]
-    assert reached.wait(60) and engine.stats()["running"] + engine.stats()["queued"] == 2
+    assert reached.wait(tiny.PATIENCE) and engine.stats()["running"] + engine.stats()["queued"] == 2
     assert all(future.cancel() for future in long)
     with_pieces.set()
     assert long[0].cancelled()
-    after = engine.generate("Z", n=1, seed=4, **SAMPLING).result(60)
+    after = engine.generate("Z", n=1, seed=4, **SAMPLING).result(tiny.PATIENCE)
     assert len(after.candidates) == 1
-    assert long[1].cancelled() or long[1].result(60).interrupted
+    assert long[1].cancelled() or long[1].result(tiny.PATIENCE).interrupted
     hook.remove()
     assert engine.stats()["scored"] == 0 and engine.close() == []
 
@@ -218,11 +218,11 @@ def test_short_texts_do_not_wait_for_long_ones(model):
     engine = Engine(model, batch_tokens=64)
     order, gate = [], Gate()
     running = engine.generate("ABC", seed=1, on_step=gate, **SAMPLING)
-    assert gate.reached.wait(60)
+    assert gate.reached.wait(tiny.PATIENCE)
     for name, text in (("long", "ABC" * 160 + "K"), ("short", "ABCK"), ("longer", "ABC" * 165 + "K"), ("brief", "AK")):
         engine.score([""], [text]).add_done_callback(lambda _, name=name: order.append(name))
     gate.open.set()
-    running.result(60)
+    running.result(tiny.PATIENCE)
     engine.close()
     assert sorted(order[:2]) == ["brief", "short"] and order[2:] == ["long", "longer"]
 
@@ -233,18 +233,18 @@ def test_preparing_counts(model):
 
     def ask():
         reached.set()
-        assert hold.wait(60)
+        assert hold.wait(tiny.PATIENCE)
         return engine.generate("A", seed=1, **SAMPLING)
 
     first, second = engine.prepare(ask), engine.prepare(ask)
-    assert reached.wait(60) and engine.stats()["queued"] == 2
+    assert reached.wait(tiny.PATIENCE) and engine.stats()["queued"] == 2
     with pytest.raises(QueueFull, match="2 requests"):
         engine.prepare(ask)
     assert second.cancel() and engine.stats()["queued"] == 1
     quick = engine.prepare(lambda: engine.encode("ABC"), size=1 << 20)
-    assert quick.result(60) == engine.encode("ABC"), "in a lane of its own"
+    assert quick.result(tiny.PATIENCE) == engine.encode("ABC"), "in a lane of its own"
     hold.set()
-    assert len(first.result(60).result(60).candidates) == 1
+    assert len(first.result(tiny.PATIENCE).result(tiny.PATIENCE).candidates) == 1
     engine.close()
     with pytest.raises(Closed):
         engine.prepare(ask)
@@ -257,14 +257,14 @@ def test_several_prompts_in_one_request(model, twin):
     found = engine.generate_all(
         QUESTIONS, n=2, seed=7, on_step=lambda i, c: told.append((i, c[0].question.prompt)), **SAMPLING
     )
-    for prompt, generation in zip(QUESTIONS, found.result(60), strict=True):
+    for prompt, generation in zip(QUESTIONS, found.result(tiny.PATIENCE), strict=True):
         same(generation, twin.generate(prompt, n=2, seed=7, **SAMPLING))
     assert {i for i, _ in told} == {0, 1, 2} and all(p == engine.encode(QUESTIONS[i]) for i, p in told)
     cut = engine.generate_all(QUESTIONS, n=2, seed=7, on_step=lambda i, c: gate(c), **SAMPLING)
-    assert gate.reached.wait(60) and engine.stats()["running"] == 1
+    assert gate.reached.wait(tiny.PATIENCE) and engine.stats()["running"] == 1
     assert cut.cancel()
     gate.open.set()
-    assert all(g.interrupted for g in cut.result(60)) and engine.stats()["running"] == 0
+    assert all(g.interrupted for g in cut.result(tiny.PATIENCE)) and engine.stats()["running"] == 0
     with pytest.raises(ValueError, match=r"prompt\[1\]: 61 is no token"):
         engine.generate_all([[5], [61]], **SAMPLING)
     engine.close()
@@ -291,7 +291,7 @@ def test_what_shutting_down_cuts_off_is_said(model):
     running = engine.generate("ABC", n=2, seed=1, on_step=gate, **SAMPLING)
     assert gate.reached.wait(tiny.PATIENCE)
     queued = [engine.generate("A", **SAMPLING), engine.score(["A"], ["B"]), engine.submit(int)]
-    threading.Timer(0.5, gate.open.set).start()
+    queued[-1].add_done_callback(lambda _: gate.open.set())  # cancelled last
     lines = engine.close(timeout=0.1)
     assert [line.split(":")[0] for line in lines] == [
         "generate",
@@ -341,6 +341,6 @@ def test_bad_texts_are_named_at_once(engine):
 def test_the_model_is_left_as_it_was(model):
     kind = type(model.model), type(model.model.model.layers[-1])
     engine = Engine(model)
-    engine.generate([5, 6, 7], n=2, **SAMPLING).result(60)
+    engine.generate([5, 6, 7], n=2, **SAMPLING).result(tiny.PATIENCE)
     engine.close()
     assert (type(model.model), type(model.model.model.layers[-1])) == kind

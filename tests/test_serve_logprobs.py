@@ -6,6 +6,7 @@ from dataclasses import replace
 from operator import itemgetter
 
 import pytest
+import tiny
 import torch
 from test_model import small  # noqa: F401 (a fixture)
 from test_search import QUESTIONS, reflective_model
@@ -340,7 +341,7 @@ def test_requests_in_one_batch_keep_what_each_asks_for(alone):  # noqa: F811
         for i, a in enumerate(asked)
     ]
     for i, (future, given) in enumerate(zip(futures, asked, strict=True)):
-        found = future.result(60)
+        found = future.result(tiny.PATIENCE)
         plain = alone.generate(QUESTIONS[i % 3], n=2, seed=i, temperature=1.0, max_new_tokens=20)
         for c, expected in zip(found.candidates, plain.candidates, strict=True):
             assert c.token_ids == expected.token_ids
@@ -356,7 +357,7 @@ def test_requests_in_one_batch_keep_what_each_asks_for(alone):  # noqa: F811
         engine.generate("A", logprobs=-1)
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         engine.generate("A", max_new_tokens=0)
-    more = engine.generate("A", max_new_tokens=2, logprobs=100, seed=1).result(60).candidates[0].logprobs
+    more = engine.generate("A", max_new_tokens=2, logprobs=100, seed=1).result(tiny.PATIENCE).candidates[0].logprobs
     assert len(more[0].top) == 61, "no more than there are tokens"
     engine.close()
 
@@ -366,9 +367,9 @@ def test_a_long_prompt_is_given_up(alone):  # noqa: F811
     engine = Engine(model, batch_tokens=64)
     future = engine.generate("ABC" * 150, prompt_logprobs=1, max_new_tokens=0)
     future.cancel()
-    after = engine.generate("AB", prompt_logprobs=1, max_new_tokens=0).result(60)
+    after = engine.generate("AB", prompt_logprobs=1, max_new_tokens=0).result(tiny.PATIENCE)
     assert len(after.prompt_logprobs) == 2 and after.candidates[0].status == "length" and not after.tokens
-    whole = engine.generate("ABC" * 150, prompt_logprobs=0, max_new_tokens=0).result(60)
+    whole = engine.generate("ABC" * 150, prompt_logprobs=0, max_new_tokens=0).result(tiny.PATIENCE)
     ids = alone.encode("ABC" * 150)[0].tolist()
     check(alone, ids[:1], ids[1:], [(chance.log_prob, []) for chance in whole.prompt_logprobs[1:]], 0)
     assert engine.stats()["running"] == 0

@@ -3,9 +3,6 @@
 Run as a program, this file compiles them ahead of time and prints what the assembler used as JSON, see test_triton_aot.
 """
 
-import json
-import sys
-import tempfile
 
 import pytest
 import test_triton_aot as aot
@@ -274,5 +271,4 @@ def test_compiled_ahead_of_time(tmp_path, pytestconfig):
 
 if __name__ == "__main__":
     aot.launch_all, aot.HEADS = launch_all, HEADS
-    with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(aot.compile_all(scratch, int(sys.argv[1]))))
+    aot.main()

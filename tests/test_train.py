@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from ranks import run_ranks
 from rich.console import Console
 from test_model import byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -302,32 +302,12 @@ def test_joint_of_a_chat_goes_on_from_a_head_with_all_weights(tmp_path, monkeypa
 
 def test_command_line_as_two_processes(tmp_path):
     policy().save_pretrained(tmp_path / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "1",
-    }  # fmt: skip
     command = [
         sys.executable, "-m", "reflective", "train", str(tmp_path / "run"), "--model", str(tmp_path / "model"), "--way",
         "backbone", "--verifier", "test_train:even", "--questions", "6", "--eval-questions", "5", "--samples", "8",
         "--temperature", "1", "--max-new-tokens", "10", "--epochs", "2", "--batch", "16", "--lora", "2", "--json",
     ]  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        (out, error), (nothing, other) = (rank.communicate(timeout=tiny.PATIENCE) for rank in ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], error + other
+    (out, _), (nothing, _) = run_ranks(command, cwd=Path(__file__).parent, TRITON_INTERPRET="1")
     report = json.loads(out)
     assert nothing == "" and report == json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["rollouts"]["train"]["trajectories"] == 48 and report["rollouts"]["eval"]["questions"] == 5

@@ -12,6 +12,7 @@ import test_model
 import test_train_head
 import tiny
 import torch
+from ranks import run_ranks
 from test_train_head import Killed, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -396,7 +397,7 @@ def main(folder):
 
 
 def test_two_processes_are_as_one(tmp_path):
-    test_train_head.in_two_processes(__file__, tmp_path)
+    run_ranks([sys.executable, __file__, tmp_path])
     (count, head, tuned), other = (pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2))
     assert count == 2
     close = {"rtol": 1e-3, "atol": 1e-5}

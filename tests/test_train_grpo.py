@@ -4,7 +4,6 @@ import copy
 import os
 import pickle
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", TRL_EXPERIMENTAL_SILENCE="1")
 import pytest
 import tiny
 import torch
+from ranks import run_ranks
 from test_model import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -376,25 +376,9 @@ def train_for(folder, batch):
 
 
 def test_two_processes_are_one(tmp_path):
-    environment = {
-        **os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(random.Random(os.getpid()).randrange(20_000, 60_000)), "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)], env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    try:
-        one, log, _ = train_for(tmp_path, 8)
-        texts = [process.communicate(timeout=tiny.PATIENCE)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(texts)
+    found = []
+    run_ranks([sys.executable, __file__, tmp_path], meanwhile=lambda: found.append(train_for(tmp_path, 8)))
+    ((one, log, _),) = found
     first, second = (pickle.loads((tmp_path / f"{r}.pickle").read_bytes()) for r in range(2))
     assert first[2] == second[2] == 2
     for name, expected in one.items():

@@ -1,12 +1,8 @@
 """The head fitted to recorded features: what it finds, that a killed run goes on, and that two processes are as one."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
-import tiny
 import torch
 
 import reflective as rf
@@ -171,30 +167,6 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, last):
 
 
 # -- two processes: also those of the backbone, to start them once ----------------------------------------------------
-
-
-def in_two_processes(program, folder):
-    """Run ``program folder`` as both ranks of a gloo group."""
-    environment = {
-        **os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20_000 + os.getpid() % 20_000), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, program, str(folder)], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        texts = [rank.communicate(timeout=tiny.PATIENCE)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(texts)
 
 
 def without_dropout(hidden=16):

@@ -6,17 +6,16 @@ from cases import (
     FLOAT8,
     NAN,
     NEVER,
-    STATE,
     Stream,
     V,
     assert_2x,
     assert_identical,
     assert_same_state,
+    check_resting,
+    check_step_mask,
     flush_arguments,
     new_state,
-    random_automaton,
     random_head,
-    random_ids,
     random_rows,
 )
 
@@ -83,16 +82,7 @@ def truth_of(op, rows, head):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_step_mask(device, seed):
-    B, T = 6, 37
-    automaton = random_automaton(seed, device=device)
-    # Columns of a wider tensor: neither stride is the one of a fresh tensor.
-    ids = random_ids(2 * B, T, seed, device)[::2]
-    pad = torch.tensor([0, 0, 5, 11, T, 0], device=device)
-    length = torch.tensor([T, T, T, 30, T, T], device=device)
-    start = torch.tensor([0, 9, 0, 14, 0, NEVER], device=device)
-    expected = kernels.step_mask(ids, *automaton, pad, length, start)
-    assert expected.any()
-    assert torch.equal(step_mask(ids, *automaton, pad, length, start), expected)
+    check_step_mask(step_mask, 40, seed, device)
 
 
 @pytest.mark.parametrize("tags", [0, 1, 2])
@@ -254,15 +244,7 @@ def test_sequences_that_come_and_go(device, dtype, slots, at_predict, immediate,
 
 @pytest.mark.parametrize("q", [1, 2])
 def test_states_that_no_row_names_rest(device, q):
-    """Nor does a row outside the state do harm."""
-    case = Stream(4, q, 16, torch.float32, N=6, device=device, sizes={"pad": [0] * 6, "start": [0] * 6})
-    state = case.state()
-    before = {name: t.clone() for name, t in state.items()}
-    rows = torch.tensor([4, -1, 2, 6], dtype=torch.int32, device=device)
-    decode_step(case.ids, case.hidden, *case.automaton, *case.head, *state.values(), True, True, rows)
-    for name in STATE[:6]:
-        assert_identical(state[name][[0, 1, 3, 5]], before[name][[0, 1, 3, 5]])
-    assert state["seq"][:, layout.SEEN].tolist() == [0, 0, q, 0, q, 0]
+    check_resting(decode_step, q, device, beyond=True)
 
 
 def outside_the_vocabulary(case):

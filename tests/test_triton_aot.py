@@ -1,6 +1,6 @@
 """Every Triton kernel, compiled ahead of time for GPUs that need not be there: registers, spills, shared memory.
 
-Run as a program, this file calls the launchers on meta tensors, compiles what they would launch for one target instead of
+Run as a program, this file calls the launchers on meta tensors, compiles what they would launch for every target instead of
 launching it, and prints what the assembler used as JSON. Meta tensors have no values: a launcher that read one back to the
 host would raise.
 """
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def shuffled(ptx: str) -> list[str]:
 
 
 def compile_all(folder: str, capability: int) -> list[dict]:
+    """What the assembler says of every kernel for one target, which this process can then compile for alone."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import __file__ as backend
@@ -129,7 +131,7 @@ def compile_all(folder: str, capability: int) -> list[dict]:
         found.clear()
         launch_all(*head)
         for name, kernel in found.values():
-            cubin = Path(folder, "cubin")
+            cubin = Path(folder, f"{capability}.cubin")
             cubin.write_bytes(kernel.asm["cubin"])
             tool = Path(backend).parent / "bin" / "cuobjdump"
             usage = subprocess.check_output([tool, "--dump-resource-usage", cubin], text=True)
@@ -142,8 +144,32 @@ def compile_all(folder: str, capability: int) -> list[dict]:
     return rows
 
 
+def main() -> None:
+    """Prints ``compile_all`` of every target: in forks, at the same time, so that PyTorch and Triton are loaded once."""
+    import triton.backends.compiler  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as scratch:
+        children = []
+        for capability in CAPABILITIES:
+            if not (child := os.fork()):
+                failed = 1
+                try:
+                    Path(scratch, f"{capability}.json").write_text(json.dumps(compile_all(scratch, capability)))
+                    failed = 0
+                except BaseException:  # noqa: BLE001
+                    traceback.print_exc()
+                finally:
+                    os._exit(failed)
+            children.append(child)
+        ends = [os.waitpid(child, 0)[1] for child in children]
+        if any(ends):
+            sys.exit(f"ends of the targets' processes: {ends}")
+        files = (Path(scratch, f"{capability}.json") for capability in CAPABILITIES)
+        print(json.dumps([row for file in files for row in json.loads(file.read_text())]))
+
+
 def compile_for_every_target(program: str, scratch: Path, config: pytest.Config) -> list[dict]:
-    """What ``program``, this file or one that borrows from it, prints for each target; the targets at the same time.
+    """What ``program``, this file or one that borrows from it, prints.
 
     A minute's work, so pytest's cache keeps the answer until a kernel, the program, Triton or PyTorch is another.
     """
@@ -159,13 +185,10 @@ def compile_for_every_target(program: str, scratch: Path, config: pytest.Config)
     if known and known["state"] == state:
         return known["rows"]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(scratch)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen([sys.executable, program, str(c)], env=env, **pipes) for c in CAPABILITIES]
-    rows = []
-    for process in running:
-        out, error = process.communicate(timeout=tiny.PATIENCE)
-        assert process.returncode == 0, error
-        rows += json.loads(out)
+    command = [sys.executable, program]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=tiny.PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
     if cache:
         cache.set(name, {"state": state, "rows": rows})
     return rows
@@ -234,5 +257,4 @@ def test_shared_memory(compiled):
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(compile_all(scratch, int(sys.argv[1]))))
+    main()
