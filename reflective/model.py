@@ -202,7 +202,7 @@ class ReflectiveModel:
                 in one batch, and a list comes back.
             effort: ``"low"``, ``"medium"``, ``"high"``: 2, 8, 32 candidates. ``n`` overrides it, and without either the
                 strategy's own ``n`` counts, 8 if it says nothing else.
-            strategy: by name (``reflective.search.strategies.NAMES``) or as an object; None: best of n.
+            strategy: by name (``reflective.strategies.NAMES``) or as an object; None: best of n.
             max_new_tokens: of a candidate, which ends sooner where the model has no further position.
             temperature, top_p: 0.6 and 0.95 as published; temperature 0 decodes greedily, all candidates the same. Of the model's
                 ``generation_config`` only the end-of-sequence tokens count.
