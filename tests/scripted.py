@@ -156,6 +156,7 @@ class ScriptedEngine:
     def close(self, prefixes: Sequence[int]) -> None:
         for prefix in prefixes:
             del self.prefixes[prefix]
+            self._unopened = [other for other in self._unopened if other != prefix]
             self.sequences = {number: s for number, s in self.sequences.items() if s.prefix != prefix}
         self.calls.append(("close", len(prefixes)))
 
