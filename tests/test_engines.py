@@ -85,6 +85,7 @@ class Log:
                 self.tokens.setdefault(event.sequence, []).append(event.chance.token)
                 assert event.chance.log_prob <= 0
             elif isinstance(event, Stepped):
+                assert not event.ended or len(event.step_scores) > len(self.steps.get(event.sequence, ()))
                 self.steps[event.sequence] = event.step_scores
             elif isinstance(event, Ended):
                 self.ended[event.sequence] = event
@@ -169,7 +170,7 @@ def test_forks_go_on_where_the_parent_is_and_draw_their_own(kind):
         before = list(log.tokens[s])
         forks = engine.fork(s, [sampling(2, c) for c in (1, 2, 3)])
         for fork in forks:
-            log.tokens[fork] = list(before)
+            log.tokens[fork], log.steps[fork] = list(before), log.steps[s]
         log.run()
         engine.close([prefix])
     behind = {s: log.tokens[s][len(before) :] for s in (s, *forks)}
