@@ -271,6 +271,10 @@ def test_sequences_started_behind_a_prefix_that_was_run(kind):
 def test_a_transformers_model_is_left_as_it_was_found():
     model = reflective_model()
     engine = model.engine()
-    with pytest.raises(KeyError), engine:
+    with pytest.raises(KeyError, match="sequence 12 has ended"), engine:
         engine.stop([12])
+    with pytest.raises(KeyError, match="prefix 3 was closed"), engine:
+        engine.start(3, [sampling(0)])
     assert type(model.model) is type(tiny.model()) and torch.is_grad_enabled()
+    with pytest.raises(RuntimeError, match="within `with engine:`"):
+        engine.advance()

@@ -79,6 +79,7 @@ class TransformersEngine:
         self._rows: Rows | None = None
         self._untold: list[Continuation] = []  # behind a step or a fork: with logits, perhaps a token drawn
         self._ended: list[Ended] = []  # to be told
+        self._entered: ExitStack | None = None
         self._between: set[str] = set()  # what was run since those that decode had their last token
 
     @property
@@ -95,7 +96,8 @@ class TransformersEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._entered:
+        entered, self._entered = self._entered, None
+        with entered:
             if kind is None and self._batch:
                 self._seat()  # nobody: keys and values are free
 
@@ -130,7 +132,8 @@ class TransformersEngine:
         return [p.number for p in new]
 
     def start(self, prefix: int, samplings: Sequence[Sampling]) -> list[int]:
-        place = self._prefixes[prefix]
+        if (place := self._prefixes.get(prefix)) is None:
+            raise KeyError(f"prefix {prefix} was closed, or never opened")
         new = [Continuation(next(self._numbers), place, sampling) for sampling in samplings]
         self._keep(new)
         if place.row is not None:
@@ -226,6 +229,8 @@ class TransformersEngine:
 
     def advance(self, *, fill: bool = True) -> list[Event] | None:
         """``fill``: whether it may be a piece of a long prompt."""
+        if self._entered is None:
+            raise RuntimeError("the engine hears no forward: call it within `with engine:`")
         self.did = None
         if events := self._tell_untold():
             return events
@@ -353,7 +358,7 @@ class TransformersEngine:
     # -- what becomes of sequences -----------------------------------------------------------------------------------
 
     def fork(self, sequence: int, samplings: Sequence[Sampling]) -> list[int]:
-        s = self._sequences[sequence]
+        s = self._going(sequence)
         row = self._rows.take(self._batch.index(s)) if s.seated else s.row
         states = [None] * len(samplings) if s.state is None else self.scorer.fork([s.state] * len(samplings))
         new = [
@@ -369,18 +374,18 @@ class TransformersEngine:
 
     def stop(self, sequences: Sequence[int]) -> list[Score]:
         with torch.no_grad():
-            return self._scores([self._sequences[number] for number in sequences])
+            return self._scores([self._going(number) for number in sequences])
 
     def rest(self, sequences: Sequence[int]) -> None:
         for number in sequences:
-            self._sequences[number].resting = True
+            self._going(number).resting = True
 
     def resume(self, sequences: Sequence[int]) -> None:
         for number in sequences:
-            self._sequences[number].resting = False
+            self._going(number).resting = False
 
     def force(self, sequence: int, tokens: Sequence[int]) -> None:
-        s = self._sequences[sequence]
+        s = self._going(sequence)
         s.forced = len(s.tokens), list(tokens)
 
     def close(self, prefixes: Sequence[int]) -> None:
@@ -393,6 +398,12 @@ class TransformersEngine:
         groups = ([p for p in group if p not in closed] for group in self._groups)
         self._groups = collections.deque(group for group in groups if group)
         self._long = collections.deque(p for p in self._long if p not in closed)
+
+    def _going(self, sequence: int) -> Continuation:
+        """The sequence of this number; KeyError if none of those that go on has it."""
+        if (found := self._sequences.get(sequence)) is None:
+            raise KeyError(f"sequence {sequence} has ended, or was never started")
+        return found
 
     def _give_states(self, sequences: list[Continuation]) -> None:
         """A score state for each that has none yet."""
