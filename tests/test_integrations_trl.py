@@ -185,7 +185,14 @@ def test_reward_behind_messages_without_content_and_in_parts():
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% elif m.content is defined %}"
         "{% for p in m.content %}<{{ p.text }}>{% endfor %}{% else %}-{% endif %}{% endfor %}"
     )
-    same(CALLED, "ab-a longer prompt")  # a template that knows of these is the trainer's, and gets them as they are
+    # A template that knows of these is the trainer's, and gets them as they are: by transformers 5.17 with None, which this one
+    # does not take, later ones without.
+    try:
+        text = model.tokenizer.apply_chat_template(CALLED, tokenize=False)
+        assert text == "ab-a longer prompt"
+    except TypeError:
+        text = "aba longer prompt"
+    same(CALLED, text)
     same(PARTS, "<a><b>")
     model.tokenizer.chat_template = "{{ raise_exception('no tools') }}"
     with pytest.raises(ValueError, match="prompts: the tokenizer's chat template refuses them: no tools"):
