@@ -31,7 +31,7 @@ from .search.loop import Search
 from .search.outcome import candidate, outcome
 from .search.prompts import Messages, PromptFormat, conversations, seeds, text_list
 from .search.results import Candidate, Generation
-from .search.strategies import Strategy, by_name
+from .search.strategies import Strategy, by_name, observes
 from .search.text import Reader
 from .utils.arguments import brief, whole
 from .utils.messages import asked
@@ -244,7 +244,7 @@ class ReflectiveModel:
             )
             for name, prompt, (own, number) in zip(names, prompts, drawn_by, strict=True)
         ]  # fmt: skip
-        looked_at = on_step is not None or type(strategy).observe is not Strategy.observe
+        looked_at = on_step is not None or observes(strategy)
         engine = self.engine(
             schedule=schedule or ("immediate" if looked_at else "deferred"), batch_rows=batch_rows,
             max_steps=max((a.max_new_tokens for a in asks), default=1), backend=backend, w1_dtype=w1_dtype,
@@ -439,4 +439,4 @@ class ReflectiveModel:
 
     def decode(self, tokens: list[int], *, special: bool = False) -> str:
         """The text of ``tokens``; ``special``: with that of special tokens."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        return self.reader.decode(tokens, special=special)

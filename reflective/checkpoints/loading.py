@@ -36,10 +36,20 @@ def load_head(path: str | Path, **where: Any) -> tuple[SPRM, Config]:
         FileNotFoundError, ValueError, PermissionError: see ``SPRM.from_pretrained``; a broken ``reflective.json``.
     """
     home = directory(path, HEAD, **where)
-    head, beside = SPRM.from_pretrained(home), home if home.is_dir() else home.parent
+    return SPRM.from_pretrained(home), _config(home)
+
+
+def _config(home: Path) -> Config:
+    """How the head at ``home``, which may be yet to come, is used."""
+    file, beside = SPRM.found(home), _beside(home)
     if (beside / CONFIG_NAME).is_file():
-        return head, Config.read(beside / CONFIG_NAME)
-    return head, Config(rule="exact") if SPRM.found(home).suffix == ".pt" else Config()
+        return Config.read(beside / CONFIG_NAME)
+    return Config(rule="exact") if file is not None and file.suffix == ".pt" else Config()
+
+
+def _beside(home: Path) -> Path:
+    """The directory in which a head lies."""
+    return home if home.is_dir() else home.parent
 
 
 def load(
@@ -57,11 +67,9 @@ def load(
     where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
     place = directory(path, HEAD, revision=revision, **where)
     home = directory(head, HEAD, **where) if head else place
-    beside = home if home.is_dir() else home.parent
+    beside = _beside(home)
     # First, as it fails fast.
-    sprm, config = (None, Config()) if untrained and SPRM.found(home) is None else load_head(home)
-    if sprm is None and (beside / CONFIG_NAME).is_file():
-        config = Config.read(beside / CONFIG_NAME)
+    sprm, config = (None, _config(home)) if untrained and SPRM.found(home) is None else load_head(home)
     adapters = [d for d in dict.fromkeys([place, beside]) if (d / ADAPTER).is_file()]
     name = path
     if not (place / "config.json").is_file():

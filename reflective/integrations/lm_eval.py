@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..model import Generation, ReflectiveModel
 from ..search.candidates import Ask, Question
 from ..search.loop import Search
-from ..search.strategies import Strategy
+from ..search.strategies import Strategy, observes
 from ..utils.arguments import whole
 
 _LOADING = (
@@ -120,7 +120,7 @@ class ReflectiveLM(HFLM):
             asks.append(self._ask(context, given, seen[context]))
             seen[context] += 1
         places = {id(ask): i for i, ask in enumerate(asks)}
-        looked_at = type(self.strategy).observe is not Strategy.observe
+        looked_at = observes(self.strategy)
         engine = self.reflective.engine(
             batch_rows=self.batch_rows, schedule="immediate" if looked_at else "deferred",
             max_steps=max((a.max_new_tokens for a in asks), default=1),

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..engines.base import Chance, Prompt, Sampling, Score
 from ..utils.arguments import real, whole
-from .strategies import Strategy
+from .strategies import Strategy, observes
 from .text import Reader, Watch
 
 
@@ -97,7 +97,7 @@ class Question:
 
     def __post_init__(self) -> None:
         self.prompt, self.strategy = list(self.ask.prompt), copy.deepcopy(self.ask.strategy)
-        self.observes = type(self.strategy).observe is not Strategy.observe
+        self.observes = observes(self.strategy)
         # Numbered beyond every candidate: numpy takes a shorter seed for one that ends in zeros.
         self.random = np.random.default_rng([self.ask.seed, self.ask.number, 0, 1])
         self.watch = Watch(self.reader, self.ask.stop)

@@ -33,8 +33,9 @@ def outcome(prompt: str, question: Question, scoring_seconds: float = 0.0) -> Ge
 
 def _ended(live: Live) -> Candidate:
     return dataclasses.replace(
-        candidate(live.question.reader, live.token_ids, live.scored or Score()), status=live.status, log_prob=live.log_prob, number=live.number, parent=live.parent,
-        tokens=live.new_tokens, logprobs=None if live.question.ask.logprobs is None else live.chances,
+        candidate(live.question.reader, live.token_ids, live.scored or Score()),
+        status=live.status, log_prob=live.log_prob, number=live.number, parent=live.parent, tokens=live.new_tokens,
+        logprobs=None if live.question.ask.logprobs is None else live.chances,
     )  # fmt: skip
 
 

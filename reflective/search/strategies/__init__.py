@@ -166,6 +166,11 @@ class Strategy:
         return -1.0 if math.isnan(score) else score
 
 
+def observes(strategy: Strategy) -> bool:
+    """Whether it looks at candidates before they have ended."""
+    return type(strategy).observe is not Strategy.observe
+
+
 def likelihood(candidate: "Candidate | Live") -> float:
     """``exp(log_prob / length)``, the geometric mean of its tokens' probabilities; 0 where they are not known."""
     p = math.exp(candidate.log_prob / max(1, len(candidate.token_ids)))
