@@ -56,11 +56,11 @@ def converted(*, fetch: bool = False) -> Path:
         )
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
-        _publish(Path(scratch), target)
+        publish(Path(scratch), target)
     return target
 
 
-def _publish(scratch: Path, target: Path) -> None:
+def publish(scratch: Path, target: Path) -> None:
     """Move a finished directory into place in one step, so that an interrupted conversion leaves nothing half made."""
     os.chmod(scratch, 0o755)
     try:

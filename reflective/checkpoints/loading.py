@@ -36,18 +36,18 @@ def load_head(path: str | Path, **where: Any) -> tuple[SPRM, Config]:
         FileNotFoundError, ValueError, PermissionError: see ``SPRM.from_pretrained``; a broken ``reflective.json``.
     """
     home = directory(path, HEAD, **where)
-    return SPRM.from_pretrained(home), _config(home)
+    return SPRM.from_pretrained(home), config_of(home)
 
 
-def _config(home: Path) -> Config:
+def config_of(home: Path) -> Config:
     """How the head at ``home``, which may be yet to come, is used."""
-    file, beside = SPRM.found(home), _beside(home)
+    file, beside = SPRM.found(home), beside_head(home)
     if (beside / CONFIG_NAME).is_file():
         return Config.read(beside / CONFIG_NAME)
     return Config(rule="exact") if file is not None and file.suffix == ".pt" else Config()
 
 
-def _beside(home: Path) -> Path:
+def beside_head(home: Path) -> Path:
     """The directory in which a head lies."""
     return home if home.is_dir() else home.parent
 
@@ -67,9 +67,9 @@ def load(
     where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
     place = directory(path, HEAD, revision=revision, **where)
     home = directory(head, HEAD, **where) if head else place
-    beside = _beside(home)
+    beside = beside_head(home)
     # First, as it fails fast.
-    sprm, config = (None, _config(home)) if untrained and SPRM.found(home) is None else load_head(home)
+    sprm, config = (None, config_of(home)) if untrained and SPRM.found(home) is None else load_head(home)
     adapters = [d for d in dict.fromkeys([place, beside]) if (d / ADAPTER).is_file()]
     name = path
     if not (place / "config.json").is_file():

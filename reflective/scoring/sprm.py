@@ -15,7 +15,7 @@ from ..utils.outputs import folder, replacing
 from ..utils.repository import directory
 
 NAMES = ("score_module.safetensors", "score_module.pt")
-_KEYS = ("0.weight", "0.bias", "3.weight", "3.bias")
+KEYS = ("0.weight", "0.bias", "3.weight", "3.bias")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in files; widened when they are read
 _QUANTISED = re.compile("scale|zero|absmax|quant|qweight|packed|SCB")  # in what quantisers call their tensors
@@ -126,18 +126,18 @@ class SPRM(nn.Sequential):
     @classmethod
     def _from_state(cls, state: object, file: Path, dtype: torch.dtype | None) -> "SPRM":
         tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
-        if not tensors or set(state) != set(_KEYS):
+        if not tensors or set(state) != set(KEYS):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            message = f"{file} is not an SPRM head: expected tensors under {list(_KEYS)}, found {keys}"
+            message = f"{file} is not an SPRM head: expected tensors under {list(KEYS)}, found {keys}"
             if isinstance(state, dict) and any(map(_QUANTISED.search, map(str, state))):
                 message += "; it looks quantised, so give the head as it was trained"
             raise ValueError(message)
-        for key in _KEYS:
+        for key in KEYS:
             check_dtype(state[key], f"{file}: {key}", (*_FLOATS, *_FLOAT8))
         w1 = state["0.weight"]
         expected = [tuple(w1.shape), w1.shape[:1], (1, w1.shape[0]), (1,)] if w1.dim() == 2 else None
-        if expected is None or [tuple(state[k].shape) for k in _KEYS] != [tuple(s) for s in expected]:
-            shapes = {k: tuple(state[k].shape) for k in _KEYS}
+        if expected is None or [tuple(state[k].shape) for k in KEYS] != [tuple(s) for s in expected]:
+            shapes = {k: tuple(state[k].shape) for k in KEYS}
             raise ValueError(f"{file}: shapes do not fit Linear(H, W) -> Linear(W, 1): {shapes}")
         width, hidden_size = w1.shape
         with torch.device("meta"):

@@ -113,7 +113,7 @@ class StreamState:
         self.tally.zero_()
         self.n_slots.zero_()
 
-    def restart(self, rows: Tensor, pad: Tensor, start: int) -> None:
+    def restart(self, rows: Tensor, pad: Tensor, start: int | Tensor) -> None:
         """The same for the sequences ``rows`` alone. Nothing of theirs may wait in the buffer."""
         self.seq[rows] = 0
         self.seq[rows, layout.PAD] = pad
@@ -131,6 +131,12 @@ class StreamState:
     def seen(self) -> Tensor:
         """Per sequence, the tokens consumed, left padding included."""
         return self.seq[:, layout.SEEN]
+
+    def totals(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``(count, log_sum)``, int64 and float64 [len(rows)]: of the scored steps that count for the tags seen so far. The host does not
+        wait for the device."""
+        tally, counted = self.tally[rows], _counted(self.seq[rows])
+        return (tally[..., layout.COUNT] * counted).sum(1).long(), tally[..., layout.LOG_SUM].where(counted, 0).sum(1)
 
     def counts(self) -> list[int]:
         """Of every sequence, how many scored steps count for the tags seen so far. One read of the device."""
@@ -175,7 +181,7 @@ _COUNTED = torch.tensor(
 def _counted(seq: Tensor) -> Tensor:
     """[n, N_REGIONS]: which regions count for the tags that each of ``seq`` [n, SEQ_FIELDS] has seen."""
     n_think, n_end = seq[:, [layout.N_THINK, layout.N_END]].clamp_max(2).unbind(1)
-    return _COUNTED.to(seq.device)[n_think, n_end]
+    return _COUNTED.to(seq.device, non_blocking=True)[n_think, n_end]
 
 
 def static(tensor: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""The scorer in vLLM's Model Runner V2: a model brings a state of its own, and that wraps the sampler."""
+
+import functools
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from ...scoring.sharded import ShardedHead
+from .options import Options
+from .requests import Requests, Wanted
+
+
+def new_requests(config: VllmConfig, device: torch.device) -> Requests:
+    """What scores the requests of a worker.
+
+    Raises:
+        ValueError: settings that are none; a head, step-tokens and a model that do not fit together.
+    """
+    options, model = Options.of(config.additional_config), config.model_config
+    head = options.load_head(model.dtype)
+    head.check_model(model.get_hidden_size(), model.dtype, model.architecture)
+    placed = ShardedHead(head, device, model.dtype, options.backend, options.head_dtype(), None).load()
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
+    )
+    steps = options.load_steps(tokenizer)
+    steps.check_model(model.get_vocab_size())
+    drafted = 0 if config.speculative_config is None else config.speculative_config.num_speculative_tokens
+    rule = options.prune_rule
+    if rule is not None and drafted:
+        raise ValueError(
+            "prune: the worker does not prune while tokens are drafted (speculative_config); leave one of the two out"
+        )
+    ends = model.try_get_generation_config().get("eos_token_id", tokenizer.eos_token_id)
+    return Requests(
+        steps.resized(model.get_vocab_size()).to(device), placed, at=options.at, seats=config.scheduler_config.max_num_seqs,
+        # In the step of the end itself, and in the one that was under way by then.
+        past=2 * (drafted + 1) if drafted else 1, max_steps=options.max_steps, rule=rule,
+        ends=[ends] if isinstance(ends, int) else list(ends or [0]),
+    )  # fmt: skip
+
+
+@functools.cache
+def scored_state(base: type | None) -> type:
+    """The state that a model of vLLM brings, or the usual one, with scores.
+
+    Raises:
+        ValueError: it is of another kind, whose sampling nobody has looked at.
+    """
+    base = base or DefaultModelState
+    if not issubclass(base, DefaultModelState):
+        raise ValueError(f"{base.__name__}: reflective scores models with the usual state of vLLM's runner alone")
+    return type(f"Scored{base.__name__}", (ScoredState, base), {"__module__": __name__})
+
+
+class ScoredState:
+    """What such a class gets before it."""
+
+    def __init__(self, vllm_config: VllmConfig, model: Any, *args: Any) -> None:
+        super().__init__(vllm_config, model, *args)
+        if model.reflective is None:
+            model.reflective = new_requests(vllm_config, self.device)
+        self.requests: Requests = model.reflective
+        self.rows = torch.full((self.max_num_reqs,), -1, dtype=torch.int32, device=self.device)  # of the runner's slots
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        super().add_request(req_index, new_req_data)
+        if (params := new_req_data.sampling_params) is not None:
+            self.rows[req_index] = self.requests.admit(
+                new_req_data.req_id, list(new_req_data.prefill_token_ids), len(new_req_data.prompt_token_ids),
+                Wanted.of(params.extra_args),
+            )  # fmt: skip
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)
+        self.requests.leave(req_id)
+
+    def apply_staged_writes(self) -> None:
+        super().apply_staged_writes()
+        self.requests.settle()
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        rejection = None
+        if (speculation := self.vllm_config.speculative_config) is not None:
+            from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+            rejection = ScoredSampler(RejectionSampler(sampler, speculation, self.device), self)
+        return ScoredSampler(sampler, self), rejection
+
+
+class ScoredSampler:
+    """A sampler of vLLM. What it sampled is scored, with the states that it was sampled from.
+
+    Args:
+        inner: vLLM's, whose attributes are this one's.
+    """
+
+    def __init__(self, inner: Any, state: ScoredState) -> None:
+        self.inner, self.state = inner, state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, logits: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        out = self.inner(logits, input_batch, *args, **kwargs)
+        state, requests = self.state, self.state.requests
+        if input_batch.req_ids[0] not in requests:  # vLLM's own trial runs
+            return out
+        hidden, B = state.model.reflective_hidden, input_batch.num_reqs
+        if input_batch.has_prefill:
+            starts = input_batch.query_start_loc_np
+            for i in input_batch.is_prefilling_np.nonzero()[0].tolist():
+                begin = int(input_batch.num_computed_tokens_np[i])
+                requests.prefilled(input_batch.req_ids[i], begin, hidden[int(starts[i]) : int(starts[i + 1])])
+        rows = state.rows[input_batch.idx_mapping[:B]]
+        rows = torch.where(out.num_sampled[:B] > 0, rows, -1)
+        requests.force(out.sampled_token_ids[:B, 0], rows)
+        ids = out.sampled_token_ids[:B].long()
+        at = input_batch.logits_indices
+        if state.vllm_config.speculative_config is None:
+            requests.consume(ids[:, 0], hidden[at], rows)
+        else:
+            requests.consume_some(ids, out.num_sampled[:B], hidden[at], input_batch.cu_num_logits[:B], rows)
+        return out
