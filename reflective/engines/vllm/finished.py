@@ -1,0 +1,88 @@
+"""Scores of finished texts, by vLLM's prefill: every column's state passes by, and those of steps are read."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ...scoring.scores import TrajectoryScores
+from ...scoring.steps import At, StepTokens
+from ..base import Score
+from .core import Core
+from .options import NAME
+from .results import MissingSteps, collect
+
+
+@dataclass(eq=False)
+class Text:
+    """One to be scored: ids of the whole, whose steps from column ``start`` on count."""
+
+    ids: Sequence[int]
+    start: int
+    request: str | None = None
+    scores: TrajectoryScores | None = None
+    again: bool = field(default=False)
+
+
+class Finished:
+    """Texts that are being scored, beside whatever decodes.
+
+    Texts of one call share the cached beginnings of each other, as their prompts, and of nobody else: what was cached while it was decoded has
+    no states. A text in whose scope others' cached columns lie, as it begins like another one, is run again without the cache.
+
+    Args:
+        texts: ``(ids, start)`` of each.
+    """
+
+    def __init__(self, core: Core, steps: StepTokens, at: At, texts: Sequence[tuple[Sequence[int], int]]) -> None:
+        self._core, self._steps, self._at = core, steps, at
+        self.texts = [Text(ids, start) for ids, start in texts]
+        self._salt = uuid.uuid4().hex
+        for text in self.texts:
+            self._add(text)
+
+    def _add(self, text: Text) -> None:
+        text.request = self._core.add(
+            text.ids, cache_salt=self._salt, max_tokens=1, temperature=0.0, skip_reading_prefix_cache=text.again or None,
+            extra_args={NAME: {"score_from": text.start}},
+        )  # fmt: skip
+
+    @property
+    def left(self) -> int:
+        """How many are not scored yet."""
+        return sum(text.scores is None for text in self.texts)
+
+    def collect(self) -> None:
+        """Take in what vLLM has done by now."""
+        ended = [t for t in self.texts if t.scores is None and any(o.finished for o in self._core.fetch(t.request))]
+        logs = {log.key: log for log in self._core.logs([t.request for t in ended], forget=True)}
+        for text in ended:
+            try:
+                text.scores = collect([logs[text.request]], [text.ids], [text.start], self._steps, self._at)
+            except MissingSteps:
+                if text.again:
+                    raise
+                text.again = True
+                self._add(text)
+
+    def run(self) -> list[TrajectoryScores]:
+        """Have vLLM step until all are scored."""
+        try:
+            while self.left:
+                self._core.step()
+                self.collect()
+        except BaseException:
+            self.cancel()
+            raise
+        return [text.scores for text in self.texts]
+
+    def cancel(self) -> None:
+        """Give up those that are not scored."""
+        names = [t.request for t in self.texts if t.scores is None]
+        self._core.abort(names)
+        self._core.logs(names, forget=True)
+
+
+def of_response(scores: TrajectoryScores, prompt_length: int) -> Score:
+    """Of the one trajectory in ``scores``, as the search knows it."""
+    positions = scores.step_positions[0] - prompt_length
+    return Score(float(scores.score[0]), scores.step_scores[0].tolist(), positions.tolist(), scores.errors.get(0))
