@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
+from like_vllm import LikeVLLM
 from scripted import ScriptedEngine, ids
 from test_search import reflective_model
 
 import reflective as rf
 from reflective.engines.base import Appended, Ended, Engine, Opened, Prompt, Sampling, Stepped
+from reflective.engines.vllm.engine import VLLMEngine
 
 
 @dataclass
@@ -46,11 +48,26 @@ def transformers(schedule):
     return Kind(lambda places: model.engine(batch_rows=places, schedule=schedule), prompts, truth)
 
 
+def vllm(at="predict", **how):
+    """The engine for vLLM, on what is like it."""
+    model = reflective_model()
+    core, kind = LikeVLLM(model, at=at, **how).core(), transformers("deferred")
+
+    def truth(prompt, tokens):
+        scores = rf.score(model.model, model.head, model.steps, [[*prompt, *tokens]], None, at, [len(prompt)])
+        return scores.step_scores[0].tolist()
+
+    return Kind(lambda places: VLLMEngine(core, model.steps, at=at, ends=[2], batch_rows=places), kind.prompts, truth)
+
+
 ENGINES = {
     "scripted": lambda: scripted(True),
     "scripted, steps told at once": lambda: scripted(False),
     "transformers, immediate": lambda: transformers("immediate"),
     "transformers, deferred": lambda: transformers("deferred"),
+    "vllm": lambda: vllm(),
+    "vllm, a token past every end, preempted": lambda: vllm(ahead=True, preempt=0.1),
+    "vllm, several tokens a step, prompts in pieces": lambda: vllm(draft=3, piece=3),
 }
 
 
@@ -163,10 +180,11 @@ def test_forks_go_on_where_the_parent_is_and_draw_their_own(kind):
     engine, prompt = kind.make(8), kind.prompts[0]
     with engine:
         (prefix,) = engine.open([Prompt(prompt, steps="awaited")])
-        (s,) = engine.start(prefix, [sampling(2, 0)])
+        started = engine.start(prefix, [sampling(2, 9 + c) for c in range(4)])
         log = Log(engine)
-        while s not in log.steps:
+        while not (set(log.steps) - set(log.ended)):
             assert log.advance()
+        s = min(set(log.steps) - set(log.ended))
         before = list(log.tokens[s])
         forks = engine.fork(s, [sampling(2, c) for c in (1, 2, 3)])
         for fork in forks:
@@ -175,7 +193,7 @@ def test_forks_go_on_where_the_parent_is_and_draw_their_own(kind):
         engine.close([prefix])
     behind = {s: log.tokens[s][len(before) :] for s in (s, *forks)}
     assert len({tuple(tokens) for tokens in behind.values()}) > 2
-    assert log.tokens[s] == alone(kind, prompt, sampling(2, 0))[0], "a parent does not notice"
+    assert log.tokens[s] == alone(kind, prompt, sampling(2, 9 + started.index(s)))[0], "a parent does not notice"
     for sequence, end in log.ended.items():
         same(end.score.step_scores, kind.truth(prompt, log.tokens[sequence]))
 

@@ -1,6 +1,6 @@
 """What runs in a real vLLM: ``make vllm``, which runs every file in a process of its own, those named ``test_stream*`` on both model runners.
 
-Of one vLLM a process: in-process engines do not come twice.
+Engines' cores run in the process of the tests, which starts them in two seconds; the servers' do not.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import pytest
 # Before vLLM is imported anywhere. A word is said by an error alone; a core is nobody's own.
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }  # fmt: skip
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if importlib.util.find_spec("vllm") is None:

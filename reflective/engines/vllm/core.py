@@ -1,9 +1,10 @@
 """vLLM's engine, in this process, for several who ask of it: those that decode, and texts that are scored beside them."""
 
+import functools
 import importlib.metadata
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .requests import Log
@@ -16,26 +17,22 @@ class Core:
     """
     Args:
         llm: an ``LLMEngine`` that scores.
+        params: makes vLLM's ``SamplingParams`` of their fields.
 
     Attributes:
         under_way: requests that have not ended.
     """
 
-    def __init__(self, llm: Any) -> None:
-        self.llm = llm
+    def __init__(self, llm: Any, params: Callable[..., Any]) -> None:
+        self.llm, self._params = llm, params
         self.under_way: set[str] = set()
         self._mail: dict[str, list[Any]] = {}  # outputs that were not fetched
 
     def add(self, ids: Sequence[int], *, cache_salt: str | None = None, **params: Any) -> str:
         """A request; its name. ``params``: of vLLM's ``SamplingParams``."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         name = f"reflective.{next(_NUMBERS)}"
         prompt = {"prompt_token_ids": list(ids)} | ({"cache_salt": cache_salt} if cache_salt else {})
-        self.llm.add_request(
-            name, prompt, SamplingParams(output_kind=RequestOutputKind.DELTA, detokenize=False, **params)
-        )
+        self.llm.add_request(name, prompt, self._params(**params))
         self.under_way.add(name)
         return name
 
@@ -91,7 +88,9 @@ def start(settings: dict[str, Any]) -> Core:
         ValueError: a mode that is not scored.
     """
     check_version()
+    from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import RequestOutputKind
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor import Executor
@@ -104,7 +103,7 @@ def start(settings: dict[str, Any]) -> Core:
         usage_context=UsageContext.LLM_CLASS, multiprocess_mode=False,
     )  # fmt: skip
     llm.collective_rpc("reflective_start")
-    return Core(llm)
+    return Core(llm, functools.partial(SamplingParams, output_kind=RequestOutputKind.DELTA, detokenize=False))
 
 
 def check_version() -> None:

@@ -4,8 +4,20 @@ import types
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.backends import backends
+    from triton.runtime.interpreter import InterpreterBuilder
 
     class Driver:
         is_active = staticmethod(lambda: True)
 
     backends.setdefault("cpu", types.SimpleNamespace(driver=Driver, compiler=None))
+
+    # `a & b & c` of scalars and vectors becomes an int there, which the interpreter's loads and stores refuse.
+    def boolean(access, place):
+        def call(self, *args):
+            args[place].data = args[place].data.astype(bool)
+            return access(self, *args)
+
+        return call
+
+    InterpreterBuilder.create_masked_load = boolean(InterpreterBuilder.create_masked_load, 1)
+    InterpreterBuilder.create_masked_store = boolean(InterpreterBuilder.create_masked_store, 2)
