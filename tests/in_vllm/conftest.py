@@ -60,6 +60,16 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain(tiny, tmp_path_factory) -> Path:
+    """The same model without the head, which vLLM would take for weights of the model."""
+    place = tmp_path_factory.mktemp("plain")
+    for file in tiny.iterdir():
+        if "score_module" not in file.name:
+            (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+@pytest.fixture(scope="session")
 def truth(tiny):
     """``truth(prompt, response, at)``: step scores and their columns by ``rf.score``, in float32, of ids."""
     import torch
