@@ -33,6 +33,7 @@ try:
     from ray import data
     from ray.data.block import BlockMetadata
     from ray.data.exceptions import SystemException
+    from ray.util.annotations import RayDeprecationWarning
 except ImportError as error:
     raise ImportError("--ray needs Ray: pip install 'reflective-kernels[ray]'") from error
 
@@ -40,6 +41,7 @@ LOCAL = "local"
 ADDRESS = re.compile(r"local|auto|[\w.-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 SHARE = 0.01  # of a CPU that a replica books: it lies where there are some, and never waits for those that Ray's own tasks have
 PASSES = 3  # in a row that bring nothing, after which a run is given up
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}  # of this process and of a cluster of its own
 CONNECT = 10.0  # seconds in which a cluster's port answers
 
 
@@ -307,26 +309,29 @@ def _connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        own: dict[str, Any] = {"num_cpus": 1, "include_dashboard": False}  # CPUs: processes that Ray starts at once
-    else:
-        own = {}
-        if address != "auto":
-            _answers(address)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        settings |= {"num_cpus": 1, "include_dashboard": False}  # CPUs: processes that Ray starts before they are needed
+    elif address != "auto":
+        _check_answers(address)
+    before = dict(os.environ)
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        ray.init(address, **settings)
     except Exception as error:
         ray.shutdown()
         raise ConnectionError(f"ray: no cluster at {address!r}: {error}") from error
+    finally:
+        for name in ENVIRONMENT.keys() - before.keys():
+            del os.environ[name]
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _answers(address: str) -> None:
+def _check_answers(address: str) -> None:
     """Raises ConnectionError where nothing listens at ``address``: Ray would try for a minute, and then end the process."""
     host, _, port = address.rpartition(":")
     try:
@@ -352,6 +357,7 @@ def _quiet() -> Iterator[None]:
     try:
         with data.DataContext.current(context), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"ray\.")
+            warnings.filterwarnings("ignore", category=RayDeprecationWarning)  # max_task_retries, see pyproject.toml
             yield
     finally:
         log.setLevel(level)
