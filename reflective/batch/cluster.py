@@ -41,7 +41,8 @@ LOCAL = "local"
 ADDRESS = re.compile(r"local|auto|[\w.-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 SHARE = 0.01  # of a CPU that a replica books: it lies where there are some, and never waits for those that Ray's own tasks have
 PASSES = 3  # in a row that bring nothing, after which a run is given up
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}  # of this process and of a cluster of its own
+# Of this process and of a cluster of its own.
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 CONNECT = 10.0  # seconds in which a cluster's port answers
 
 
@@ -129,7 +130,7 @@ class _Passes:
             if vain == PASSES:
                 raise OSError(
                     f"ray: {lost:,} rows could not be done, their replicas died {PASSES} times in a row; what is done is kept in "
-                    f"{self.work.journal.file}, and the same command goes on there" + (f" ({error})" if error else "")
+                    f"{self.work.journal.file}, and the same command goes on there" + (f" ({str(error).splitlines()[-1]})" if error else "")
                 ) from error
             if lost:
                 self.meter.say(f"{lost:,} rows were lost with replicas that died, and are begun again")
@@ -284,7 +285,7 @@ def _failed(error: BaseException) -> _Failed:
     try:
         given = pickle.dumps(error.with_traceback(None))
         pickle.loads(given)
-    except Exception:  # there are errors that cannot be pickled, or come back as something else
+    except Exception:  # noqa: BLE001  # there are errors that cannot be pickled, or come back as something else
         given = pickle.dumps(OSError(f"ray: a replica failed {told}"))
     return _Failed(given, told)
 
@@ -311,24 +312,22 @@ def _connected(address: str) -> Iterator[None]:
         return
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
-        settings |= {"num_cpus": 1, "include_dashboard": False}  # CPUs: processes that Ray starts before they are needed
+        # Ray starts a process for every CPU, needed or not.
+        settings |= {"num_cpus": 1, "include_dashboard": False}
     elif address != "auto":
         _check_answers(address)
-    before = dict(os.environ)
+    added = ENVIRONMENT.keys() - os.environ.keys()
+    os.environ.update({name: ENVIRONMENT[name] for name in added})
     try:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        ray.init(address, **settings)
-    except Exception as error:
-        ray.shutdown()
-        raise ConnectionError(f"ray: no cluster at {address!r}: {error}") from error
-    finally:
-        for name in ENVIRONMENT.keys() - before.keys():
-            del os.environ[name]
-    try:
+        try:
+            ray.init(address, **settings)
+        except Exception as error:
+            raise ConnectionError(f"ray: no cluster at {address!r}: {error}") from error
         yield
     finally:
         ray.shutdown()
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _check_answers(address: str) -> None:
@@ -345,19 +344,20 @@ def _check_answers(address: str) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Within, Ray Data is set up for parts, and says nothing: of what goes wrong ``_Passes`` tells."""
-    context = data.DataContext.get_current().copy()
-    context.target_max_block_size = 1  # bytes: each part is a block, and no two are put together
-    context.max_errored_blocks = -1  # lost parts are left out
-    context.max_consecutive_actor_init_deaths = PASSES
-    context.execution_no_progress_timeout_s = -1  # of long texts a part may take hours
-    context.enable_progress_bars = context.print_on_execution_start = False
     log = logging.getLogger("ray.data")
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with data.DataContext.current(context), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"ray\.")
             warnings.filterwarnings("ignore", category=RayDeprecationWarning)  # max_task_retries, see pyproject.toml
-            yield
+            context = data.DataContext.get_current().copy()
+            context.target_max_block_size = 1  # bytes: each part is a block, and no two are put together
+            context.max_errored_blocks = -1  # lost parts are left out
+            context.max_consecutive_actor_init_deaths = PASSES
+            context.execution_no_progress_timeout_s = -1  # of long texts a part may take hours
+            context.enable_progress_bars = context.print_on_execution_start = False
+            with data.DataContext.current(context):
+                yield
     finally:
         log.setLevel(level)

@@ -89,9 +89,7 @@ def score_stream(
     return broken
 
 
-def windows(
-    records: Iterable[Record], rows: int | None = None, text: int | None = None
-) -> Iterator[list[Record]]:
+def windows(records: Iterable[Record], rows: int | None = None, text: int | None = None) -> Iterator[list[Record]]:
     """As many records as are sorted by length together: ``WINDOW_ROWS``, and ``WINDOW_TEXT`` characters, or as given."""
 
     def characters(record: Record) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # at run time inside the functions, so that --help need not w
     from ..batch.run import Run
     from ..model import Generation, ReflectiveModel
 
-ADDRESS = re.compile(r"local|auto|ray://.*|[\w.-]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")  # what follows --ray, if it is one
+_ADDRESS = re.compile(r"local|auto|ray://.*|\S+:\d+")  # what follows --ray, where that is not alone
 Where = TypeVar("Where", str, str | None)
 _COSTS = ("strategy", "chosen_by", "seed", "tokens", "seconds", "scoring_seconds", "alive", "interrupted")
 ModelOption = Annotated[
@@ -71,7 +71,7 @@ class RayCommand(TyperCommand):
             if argument == "--":
                 given += args[i + 1 :]
                 break
-            if argument == "--ray" and not ADDRESS.fullmatch("".join(args[i + 1 : i + 2])):
+            if argument == "--ray" and not _ADDRESS.fullmatch("".join(args[i + 1 : i + 2])):
                 given.append(os.environ.get("RAY_ADDRESS") or "local")
         return super().parse_args(ctx, given)
 
