@@ -1,6 +1,6 @@
 """Models for replicas, which write down what they are given, die and fail; and a driver to kill.
 
-    python clustered.py CHECKPOINT NOTES SOURCE OUTPUT KIND
+python clustered.py CHECKPOINT NOTES SOURCE OUTPUT KIND
 """
 
 import functools
@@ -19,7 +19,7 @@ SETTINGS = {"n": 2, "max_new_tokens": 6, "seed": 3, "together": 2}
 
 
 class Noting(rf.ReflectiveModel):
-    """Notes every call in a file of the folder ``notes``, by its number among all calls of all replicas that it could get."""
+    """Notes every call as a file in the folder ``notes``; ``kind`` says what else it does."""
 
     def __init__(self, model, notes, kind):
         self.__dict__ |= vars(model)
@@ -49,20 +49,27 @@ class Noting(rf.ReflectiveModel):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "deadly":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "both":
+            self.wait(lambda: len({note.name.split("-")[1] for note in self.notes.glob("call-*")}) > 1)
         if self.kind == "waiting" and self.calls == 3 and self.note("waits"):
             time.sleep(PATIENCE)
-        if self.kind == "lodger" and on_second() and self.calls == 2:
-            self.note("waits")
+        if self.kind == "lodger" and not on_second():
+            self.wait((self.notes / "waits").exists)
+        elif self.kind == "lodger" and self.calls == 2 and self.note("waits"):
             time.sleep(PATIENCE)
+
+    def wait(self, done):
+        end = time.monotonic() + PATIENCE
+        while not done() and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 def on_second():
-    """Whether this is a replica on the machine that the test has added."""
+    """Whether this is a replica on the machine that the test has added, and kills."""
     import ray
 
-    return "second" in ray.get_runtime_context().get_assigned_resources() or bool(
-        [n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id() and "second" in n["Resources"]]
-    )
+    here = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == here and "second" in node["Resources"] for node in ray.nodes())
 
 
 def load(checkpoint, notes, kind):
