@@ -77,36 +77,41 @@ class Cluster:
             a replica failed as a local run would not.
         """
         with _connected(self.address), _quiet():
+            room, gpus = self.room()
+            if self.replicas and self.replicas > room:
+                raise OSError(f"replicas={self.replicas}: the cluster has {room} GPU(s), and each replica needs one")
             if work.journal.count() or not len(work.source):  # else the first part says whose results they are
-                work.journal.agree(self._introduced(load, job))
+                work.journal.agree(_introduced(load, job, gpus))
             with work.meter() as meter:
-                _Passes(self, load, job, work, meter).run()
+                _Passes(self, gpus, load, job, work, meter).run()
                 return work.finish(meter, report)
 
     def room(self) -> tuple[int, int]:
-        """Replicas, and GPUs of each.
-
-        Raises:
-            OSError: there are fewer GPUs.
-        """
-        gpus = int(ray.cluster_resources().get("GPU", 0))
+        """Replicas for which the cluster has room now, and GPUs of each."""
+        if gpus := int(ray.cluster_resources().get("GPU", 0)):
+            return min(self.replicas or gpus, gpus), 1
         machines = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        if gpus and self.replicas is not None and self.replicas > gpus:
-            raise OSError(f"replicas={self.replicas}: the cluster has {gpus} GPU(s), and each replica needs one")
-        return self.replicas or gpus or max(1, len(machines)), min(1, gpus)
+        return self.replicas or max(1, len(machines)), 0
 
-    def _introduced(self, load: Load, job: Job) -> dict[str, Any]:
-        """What results depend on, as a replica says before it has any part."""
-        _, gpus = self.room()
-        introduce = ray.remote(num_cpus=SHARE, num_gpus=gpus)(_introduce)
+
+def _introduced(load: Load, job: Job, gpus: int) -> dict[str, Any]:
+    """What results depend on, as a replica says before it has any part.
+
+    Raises:
+        OSError: it died.
+    """
+    introduce = ray.remote(num_cpus=SHARE, num_gpus=gpus)(_introduce)
+    try:
         return _checked(ray.get(introduce.remote(load, job, _threads()))).identity
+    except ray.exceptions.RayError as error:
+        raise OSError(f"ray: a replica could not be started: {_last_line(error)}") from error
 
 
 class _Passes:
     """Passes over the input until all of its parts are done."""
 
-    def __init__(self, cluster: Cluster, load: Load, job: Job, work: Work, meter: Meter) -> None:
-        self.cluster, self.load, self.job, self.work, self.meter = cluster, load, job, work, meter
+    def __init__(self, cluster: Cluster, gpus: int, load: Load, job: Job, work: Work, meter: Meter) -> None:
+        self.cluster, self.gpus, self.load, self.job, self.work, self.meter = cluster, gpus, load, job, work, meter
         self.identity: dict[str, Any] | None = None
         self.ended: set[int] = set()  # parts, by the numbers of their first rows
         self.begun: dict[int, set[tuple[int, int]]] = {}  # what is there of other parts, which a local run has left
@@ -130,7 +135,7 @@ class _Passes:
             if vain == PASSES:
                 raise OSError(
                     f"ray: {lost:,} rows could not be done, their replicas died {PASSES} times in a row; what is done is kept in "
-                    f"{self.work.journal.file}, and the same command goes on there" + (f" ({str(error).splitlines()[-1]})" if error else "")
+                    f"{self.work.journal.file}, and the same command goes on there" + (f" ({_last_line(error)})" if error else "")
                 ) from error
             if lost:
                 self.meter.say(f"{lost:,} rows were lost with replicas that died, and are begun again")
@@ -147,8 +152,10 @@ class _Passes:
 
     def _found(self, rows: int) -> Iterator["_Done"]:
         """What comes of parts that have not ended, of ``rows``, in any order."""
-        replicas, gpus = self.cluster.room()
-        replicas = min(replicas, rows)
+        room, gpus = self.cluster.room()
+        if gpus < self.gpus:  # without, bits would be others
+            raise OSError(f"ray: the cluster has lost its GPUs; what is done is kept in {self.work.journal.file}")
+        replicas = min(room, rows)
         self.meter.say(f"{replicas} replica(s) of the model on a cluster of {len(ray.nodes())} machine(s)")
         parts = _Parts(self.work.source.path.absolute(), self.job, frozenset(self.ended), self.begun)
         found = data.read_datasource(
@@ -187,6 +194,11 @@ def _is_done(record: Record, done: Collection[tuple[int, int]]) -> bool:
         and bool(responses)
         and all((record.number, i) in done for i in range(len(responses)))
     )
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong, of a message with a traceback in it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _threads() -> int:
