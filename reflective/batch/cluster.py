@@ -80,10 +80,12 @@ class Cluster:
             room, gpus = self.room()
             if self.replicas and self.replicas > room:
                 raise OSError(f"replicas={self.replicas}: the cluster has {room} GPU(s), and each replica needs one")
+            identity = None
             if work.journal.count() or not len(work.source):  # else the first part says whose results they are
-                work.journal.agree(_introduced(load, job, gpus))
+                identity = _introduced(load, job, gpus)
+                work.journal.agree(identity)
             with work.meter() as meter:
-                _Passes(self, gpus, load, job, work, meter).run()
+                _Passes(self, gpus, load, job, work, meter, identity).run()
                 return work.finish(meter, report)
 
     def room(self) -> tuple[int, int]:
@@ -110,9 +112,18 @@ def _introduced(load: Load, job: Job, gpus: int) -> dict[str, Any]:
 class _Passes:
     """Passes over the input until all of its parts are done."""
 
-    def __init__(self, cluster: Cluster, gpus: int, load: Load, job: Job, work: Work, meter: Meter) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        gpus: int,
+        load: Load,
+        job: Job,
+        work: Work,
+        meter: Meter,
+        identity: dict[str, Any] | None,
+    ) -> None:
         self.cluster, self.gpus, self.load, self.job, self.work, self.meter = cluster, gpus, load, job, work, meter
-        self.identity: dict[str, Any] | None = None
+        self.identity, self.total = identity, len(work.source)
         self.ended: set[int] = set()  # parts, by the numbers of their first rows
         self.begun: dict[int, set[tuple[int, int]]] = {}  # what is there of other parts, which a local run has left
         self.rows = 0  # of the parts that ended
@@ -122,20 +133,21 @@ class _Passes:
     def run(self) -> None:
         """Raises OSError where nothing comes any more; see ``Cluster.__call__``."""
         vain = 0
-        while (left := len(self.work.source) - self.rows) > 0:
+        while left := self.total - self.rows:
             error = None
             try:
                 for done in self._found(left):
                     self._keep(done)
-            except (ray.exceptions.RayError, SystemException) as lost:
-                error = lost
+            except (ray.exceptions.RayError, SystemException) as raised:
+                error = raised
             check_unchanged(self.work.source)
-            lost = len(self.work.source) - self.rows
+            lost = self.total - self.rows
             vain = vain + 1 if lost == left else 0
             if vain == PASSES:
+                why = f" ({_last_line(error)})" if error else ""
                 raise OSError(
-                    f"ray: {lost:,} rows could not be done, their replicas died {PASSES} times in a row; what is done is kept in "
-                    f"{self.work.journal.file}, and the same command goes on there" + (f" ({_last_line(error)})" if error else "")
+                    f"ray: {lost:,} rows could not be done, their replicas died {PASSES} times in a row{why}; what is done is "
+                    f"kept in {self.work.journal.file}, and the same command goes on there"
                 ) from error
             if lost:
                 self.meter.say(f"{lost:,} rows were lost with replicas that died, and are begun again")
