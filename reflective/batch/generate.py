@@ -1,14 +1,16 @@
 """Questions of a file to answer."""
 
+import dataclasses
 import secrets
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.outputs import finite
-from ..utils.records import PIECE_BYTES, Record, open_file, pieces
+from ..utils.records import PIECE_BYTES, Json, Parquet, Record, open_file, pieces
 from .journal import WHOLE_ROW, Journal, Result
-from .progress import Meter
-from .run import Load, Report, Work, fault, identity, in_halves
+from .progress import Tally
+from .run import Load, Report, Run, Work, fault, here, identity, in_halves
 
 if TYPE_CHECKING:
     from ..model import Generation, ReflectiveModel
@@ -34,6 +36,7 @@ def generate_file(
     together: int = 8,
     replace: bool = False,
     report: Report = print,
+    run: Run = here,
 ) -> int:
     """Answer every question of a file of JSON or parquet, and write it with ``ANSWERED`` into another.
 
@@ -41,7 +44,7 @@ def generate_file(
     that there were, and ``best`` is the index of the chosen one among them.
 
     Args:
-        load, source, output, replace, report: as for ``score_file``.
+        load, source, output, replace, report, run: as for ``score_file``.
         effort, strategy, n, max_new_tokens, temperature, top_p, thinking_budget: as for ``ReflectiveModel.generate``.
         seed: row r is answered with ``seed_of(seed, r)``, which its ``seed`` says, as it would be alone. None draws one, with
             which the run goes on when it was killed.
@@ -58,36 +61,54 @@ def generate_file(
         if seed is None and (seed := journal.setting("seed")) is None:
             seed = secrets.randbits(32)
         journal.agree({"seed": seed, **settings})
-        model = load()
-        strategy = model.strategy(strategy, effort, n)
-        _check_settings(model, strategy, settings)
-        journal.agree({**identity(model), "strategy": repr(strategy)})
+        return run(load, _Answering(strategy, effort, n, seed, together, settings), work, report)
+
+
+@dataclasses.dataclass
+class _Answering:
+    """A ``run.Job``; attributes: as the arguments of ``generate_file``, ``settings`` those that every question has."""
+
+    strategy: "Strategy | str | None"
+    effort: str | None
+    n: int | None
+    seed: int
+    together: int
+    settings: dict[str, Any]
+
+    def windows(self, source: Json | Parquet) -> Iterator[list[Record]]:
+        return pieces(source.records(TO_ANSWER), lambda record: record.size, self.together, PIECE_BYTES)
+
+    def begin(self, model: "ReflectiveModel") -> dict[str, Any]:
+        strategy = model.strategy(self.strategy, self.effort, self.n)
+        _check_settings(model, strategy, self.settings)
+        return {**identity(model), "strategy": repr(strategy)}
+
+    def results(
+        self, model: "ReflectiveModel", window: list[Record], done: Collection[tuple[int, int]], tally: Tally
+    ) -> Iterator[list[Result]]:
+        strategy = model.strategy(self.strategy, self.effort, self.n)
+        results: list[Result] = []
+        asked: list[tuple[int, str]] = []
+        for record in window:
+            if (record.number, WHOLE_ROW) not in done:
+                try:
+                    asked.append((record.number, _question(model, record)))
+                except ValueError as error:
+                    results.append((record.number, WHOLE_ROW, fault(error, ANSWERED)))
 
         def answer(asked: list[tuple[int, str]]) -> "list[Generation]":
-            seeds = [seed_of(seed, number) for number, _ in asked]
-            found = model.generate([question for _, question in asked], strategy=strategy, seed=seeds, **settings)
+            seeds = [seed_of(self.seed, number) for number, _ in asked]
+            found = model.generate([question for _, question in asked], strategy=strategy, seed=seeds, **self.settings)
             if any(generation.interrupted for generation in found):
                 raise KeyboardInterrupt
             return found
 
-        with Meter("generate", len(file), journal.count()) as meter:
-            for window in pieces(file.records(TO_ANSWER), lambda record: record.size, together, PIECE_BYTES):
-                done = journal.done(window[0].number, window[-1].number)
-                results: list[Result] = []
-                asked: list[tuple[int, str]] = []
-                for record in window:
-                    if (record.number, WHOLE_ROW) not in done:
-                        try:
-                            asked.append((record.number, _question(model, record)))
-                        except ValueError as error:
-                            results.append((record.number, WHOLE_ROW, fault(error, ANSWERED)))
-                for (number, _), found in zip(asked, in_halves(answer, asked), strict=True):
-                    results.append((number, WHOLE_ROW, _answered(found)))
-                tokens = sum(result["tokens"] or 0 for _, _, result in results)
-                meter.expect(len(results), tokens)
-                journal.keep(results)
-                meter.advance(len(results), tokens, sum(result["error"] is not None for _, _, result in results))
-            return work.finish(meter, report)
+        for (number, _), found in zip(asked, in_halves(answer, asked), strict=True):
+            results.append((number, WHOLE_ROW, _answered(found)))
+        tokens = sum(result["tokens"] or 0 for _, _, result in results)
+        tally.expect(len(results), tokens)
+        tally.advance(len(results), tokens, sum(result["error"] is not None for _, _, result in results))
+        yield results
 
 
 def seed_of(seed: int, row: int) -> int:

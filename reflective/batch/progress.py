@@ -10,7 +10,24 @@ from typing_extensions import Self
 EVERY = 60.0  # seconds between two lines where nobody watches
 
 
-class Meter:
+class Tally:
+    """Rows and tokens of which somebody else tells.
+
+    Attributes: ``rows`` and ``tokens`` that are done; ``broken``: responses of which nothing came.
+    """
+
+    def __init__(self) -> None:
+        self.rows = self.tokens = self.broken = 0
+
+    def expect(self, rows: int, tokens: int) -> None:
+        """So many were read and are still to do."""
+
+    def advance(self, rows: int, tokens: int, broken: int = 0) -> None:
+        """So many are done."""
+        self.rows, self.tokens, self.broken = self.rows + rows, self.tokens + tokens, self.broken + broken
+
+
+class Meter(Tally):
     """Rows done, rates and remaining time, on stderr.
 
     The time is told from tokens, for rows of different lengths take different times: those of rows not read yet are taken to
@@ -22,8 +39,9 @@ class Meter:
     """
 
     def __init__(self, name: str, total: int, before: int = 0) -> None:
+        super().__init__()
         self.name, self.total, self.before = name, total, before
-        self.rows = self.tokens = self._read_rows = self._read_tokens = self.broken = 0
+        self._read_rows = self._read_tokens = 0
         self._console = Console(stderr=True)
         self._watched = self._console.is_terminal
         self._bar = Progress(
@@ -41,13 +59,11 @@ class Meter:
         self._bar.stop()
 
     def expect(self, rows: int, tokens: int) -> None:
-        """So many were read and are still to do."""
         self._read_rows += rows
         self._read_tokens += tokens
 
     def advance(self, rows: int, tokens: int, broken: int = 0) -> None:
-        """So many are done."""
-        self.rows, self.tokens, self.broken = self.rows + rows, self.tokens + tokens, self.broken + broken
+        super().advance(rows, tokens, broken)
         left = self._left()
         self._bar.update(self._task, completed=self.tokens, total=self.tokens + left, text=str(self))
         if not self._watched and time.monotonic() - self._told > EVERY:

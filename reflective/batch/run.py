@@ -1,12 +1,13 @@
 """What all runs over files share: the input and its output, rows of which nothing comes, and what results depend on."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..utils.records import (
     Json,
     Parquet,
+    Record,
     check_unchanged,
     content_hash,
     form_of,
@@ -15,7 +16,7 @@ from ..utils.records import (
     write_parquet,
 )
 from .journal import WHOLE_ROW, Journal, Result
-from .progress import Meter
+from .progress import Meter, Tally
 
 if TYPE_CHECKING:  # not at run time: with torch it takes seconds, and input that cannot be read should fail before
     import pyarrow as pa
@@ -44,7 +45,7 @@ class Work:
     ) -> None:
         from .. import __version__
 
-        self.source, self.journal = source, journal
+        self.name, self.source, self.journal = name, source, journal
         if journal.output.exists() and journal.output.samefile(source.path):
             raise ValueError(f"output: {journal.name} is the input; give another file")
         if isinstance(source, Parquet):
@@ -59,6 +60,10 @@ class Work:
             self.schemas = old, _schema(adds, self.lists)
         elif isinstance(source, Parquet):
             source.check_json()
+
+    def meter(self) -> Meter:
+        """Of the rows that are still to do."""
+        return Meter(self.name, len(self.source), self.journal.count())
 
     def finish(self, meter: Meter, report: Report) -> int:
         """Write the output, and tell how many rows are broken."""
@@ -78,6 +83,45 @@ class Work:
                 write_parquet(self.source, file, added(), *self.schemas)
         meter.say(f"{self.journal.name}: {meter.summary()}")
         return broken
+
+
+class Job(Protocol):
+    """What is done to a file's rows. It is pickled where that is done elsewhere; what is random in it comes from its seed."""
+
+    def windows(self, source: Json | Parquet) -> Iterator[list[Record]]:
+        """Rows that are worked on together: the same ones whenever and wherever the same run is started."""
+        ...
+
+    def begin(self, model: "ReflectiveModel") -> dict[str, Any]:
+        """What results depend on. Raises ValueError for a model, or settings, that no row can be done with."""
+        ...
+
+    def results(
+        self, model: "ReflectiveModel", window: list[Record], done: Collection[tuple[int, int]], tally: Tally
+    ) -> Iterator[list[Result]]:
+        """What comes of those of a window that are not ``done``, as row and place; each list is to be kept whole."""
+        ...
+
+
+Run = Callable[[Load, Job, Work, Report], int]  # returns how many rows are broken, see ``here``
+
+
+def here(load: Load, job: Job, work: Work, report: Report) -> int:
+    """Do all of a job in this process, and write its output.
+
+    Returns:
+        How many rows are broken, of which ``report`` is told.
+
+    Raises: as ``load``, ``Job.begin``, ``Journal`` and ``Work.finish``.
+    """
+    model = load()
+    work.journal.agree(job.begin(model))
+    with work.meter() as meter:
+        for window in job.windows(work.source):
+            done = work.journal.done(window[0].number, window[-1].number)
+            for results in job.results(model, window, done, meter):
+                work.journal.keep(results)
+        return work.finish(meter, report)
 
 
 def joined(results: list[Result], lists: bool = False) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Texts and responses to score, of a file or as they come."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ..utils.outputs import finite
-from ..utils.records import Lines, Record, open_file, pieces
+from ..utils.records import Json, Lines, Parquet, Record, open_file, pieces
 from .journal import WHOLE_ROW, Journal, Result
-from .progress import Meter
-from .run import Load, Report, Work, check_head, fault, identity, in_halves, joined, tell
+from .progress import Tally
+from .run import Load, Report, Run, Work, check_head, fault, here, identity, in_halves, joined, tell
 
 if TYPE_CHECKING:
     from ..model import Candidate, ReflectiveModel
@@ -32,6 +33,7 @@ def score_file(
     batch_tokens: int = 16_384,
     replace: bool = False,
     report: Report = print,
+    run: Run = here,
 ) -> int:
     """Score every row of a file of JSON or parquet, and write it with ``SCORED`` into another.
 
@@ -48,6 +50,7 @@ def score_file(
         batch_tokens: padded tokens a forward. A run that goes on may have another number.
         replace: an output that is there, and what a run of other settings has left unfinished.
         report: told of every response that could not be scored, by the number of its row.
+        run: where the work is done: in this process, or by a ``cluster.Cluster``.
 
     Returns:
         How many rows have such a response.
@@ -58,15 +61,7 @@ def score_file(
     """
     file = open_file(source)
     with Journal(Path(output), replace) as journal:
-        work = Work("score", file, journal, TO_SCORE, SCORED)
-        model = load()
-        journal.agree(identity(model))
-        with Meter("score", len(file), journal.count()) as meter:
-            for window in windows(file.records(TO_SCORE)):
-                done = journal.done(window[0].number, window[-1].number)
-                for results in _score(model, window, batch_tokens, done, meter):
-                    journal.keep(results)
-            return work.finish(meter, report)
+        return run(load, _Scoring(batch_tokens), Work("score", file, journal, TO_SCORE, SCORED), report)
 
 
 def score_stream(
@@ -94,14 +89,34 @@ def score_stream(
     return broken
 
 
-def windows(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """As many records as are sorted by length together."""
+def windows(records: Iterable[Record], rows: int | None = None, text: int | None = None) -> Iterator[list[Record]]:
+    """As many records as are sorted by length together: ``WINDOW_ROWS``, and ``WINDOW_TEXT`` characters, or as given."""
 
     def characters(record: Record) -> int:
         values = (v if isinstance(v, list) else [v] for v in record.fields.values())
         return sum(len(text) for text in itertools.chain.from_iterable(values) if isinstance(text, str))
 
-    return pieces(records, characters, WINDOW_ROWS, WINDOW_TEXT)
+    return pieces(records, characters, rows or WINDOW_ROWS, text or WINDOW_TEXT)
+
+
+@dataclasses.dataclass
+class _Scoring:
+    """A ``run.Job``."""
+
+    batch_tokens: int
+    rows: int = dataclasses.field(default_factory=lambda: WINDOW_ROWS)
+    text: int = dataclasses.field(default_factory=lambda: WINDOW_TEXT)
+
+    def windows(self, source: Json | Parquet) -> Iterator[list[Record]]:
+        return windows(source.records(TO_SCORE), self.rows, self.text)
+
+    def begin(self, model: "ReflectiveModel") -> dict[str, Any]:
+        return identity(model)
+
+    def results(
+        self, model: "ReflectiveModel", window: list[Record], done: Collection[tuple[int, int]], tally: Tally
+    ) -> Iterator[list[Result]]:
+        return _score(model, window, self.batch_tokens, done, tally)
 
 
 class _Item(NamedTuple):
@@ -118,7 +133,7 @@ def _score(
     window: list[Record],
     batch_tokens: int,
     done: Collection[tuple[int, int]] = (),
-    meter: Meter | None = None,
+    meter: Tally | None = None,
 ) -> Iterator[list[Result]]:
     """Results of what is not yet ``done`` of a window, batch by batch.
 

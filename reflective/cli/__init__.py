@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from . import bench, demo, evaluate, generate, score, serve, train
+from .common import RayCommand
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -51,8 +52,8 @@ def _root(
 
 
 app.command()(demo.demo)  # in the order of --help
-app.command()(generate.generate)
-app.command()(score.score)
+app.command(cls=RayCommand)(generate.generate)
+app.command(cls=RayCommand)(score.score)
 app.command("eval")(evaluate.evaluate)
 app.command()(serve.serve)
 app.command()(train.train)

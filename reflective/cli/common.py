@@ -1,20 +1,26 @@
 """What several commands share: options, the model, and what is printed."""
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperCommand
 
 from ..utils.outputs import json_text
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help need not wait for torch
+    from ..batch.run import Run
     from ..model import Generation, ReflectiveModel
 
+_ADDRESS = re.compile(r"local|auto|ray://.*|\S+:\d+")  # what follows --ray, where that is not alone
+Where = TypeVar("Where", str, str | None)
 _COSTS = ("strategy", "chosen_by", "seed", "tokens", "seconds", "scoring_seconds", "alive", "interrupted")
 ModelOption = Annotated[
     str, typer.Option(help="Directory, or ORG/NAME on the Hub, of model, tokenizer and head; 'default': SmolLM2-135M.")
@@ -25,6 +31,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes the run repeatable.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output, and what another run has left unfinished of it.")
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", metavar="[ADDRESS]",
+        help="From file to file over a Ray cluster: HOST:PORT of its head, auto (this machine's), local (its own, the default).",
+    ),
+]  # fmt: skip
+ReplicasOption = Annotated[
+    int | None, typer.Option(min=1, help="With --ray: replicas of the model; default: one a GPU, or one a machine.")
 ]
 TokensOption = Annotated[int, typer.Option(min=1, help="Tokens a candidate at most.")]
 
@@ -43,6 +59,45 @@ def load_model(model: str, head: str | None, fetch: bool, *, untrained: bool = F
     if not Path(model).is_dir() and not is_repository(model):
         raise FileNotFoundError(f"model: {model!r} is no directory; give one, ORG/NAME on the Hub, or 'default'")
     return ReflectiveModel.from_pretrained(model, head=head, untrained=untrained)
+
+
+class RayCommand(TyperCommand):
+    """A command whose ``--ray`` needs no value: without one it is ``RAY_ADDRESS``, or a cluster of its own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        for i, argument in enumerate(args):
+            given.append(argument)
+            if argument == "--":
+                given += args[i + 1 :]
+                break
+            if argument == "--ray" and not _ADDRESS.fullmatch("".join(args[i + 1 : i + 2])):
+                given.append(os.environ.get("RAY_ADDRESS") or "local")
+        return super().parse_args(ctx, given)
+
+
+def place(ray: str | None, replicas: int | None, files: bool) -> "Run":
+    """Where ``--ray`` and ``--replicas`` have the work done that goes from file to file, as ``files`` says whether it does.
+
+    Raises:
+        ValueError: it does not, or what ``Cluster`` refuses. ImportError: Ray is not installed.
+    """
+    if ray is None:
+        if replicas is not None:
+            raise ValueError("--replicas is for --ray; give both, or neither")
+        from ..batch.run import here
+
+        return here
+    if not files:
+        raise ValueError("--ray works from a file to a file, not on a pipe, a text or the terminal; give both files")
+    from ..batch.cluster import Cluster
+
+    return Cluster(ray, replicas)
+
+
+def everywhere(path: Where) -> Where:
+    """A directory by a name that other processes know too; a repository, or None, as it is."""
+    return os.path.abspath(path) if path is not None and Path(path).is_dir() else path
 
 
 def check_plot(path: Path | None) -> None:

@@ -18,13 +18,17 @@ from .common import (
     JsonOption,
     ModelOption,
     OverwriteOption,
+    RayOption,
+    ReplicasOption,
     SeedOption,
     TokensOption,
     check_plot,
     complain,
     end,
+    everywhere,
     interruptible,
     load_model,
+    place,
     print_json,
     record,
 )
@@ -64,6 +68,8 @@ def generate(
     plot: Annotated[Path | None, typer.Option(help="Draw the (last) question's candidates into this file.")] = None,
     fetch: FetchOption = False,
     as_json: JsonOption = False,
+    ray: RayOption = None,
+    replicas: ReplicasOption = None,
 ) -> None:
     """Answer questions, by the best of N or another strategy. On a terminal the candidates are shown live.
 
@@ -74,6 +80,7 @@ def generate(
     error. Started again after it was killed, the command goes on where it was; the output appears when it is complete, and a
     seed repeats it. Rows without a question are reported by number, the rest is answered, and the exit code is 1.
     """
+    run = place(ray, replicas, source is not None and output is not None)
     if source is not None or output is not None:
         if source is None or output is None:
             raise ValueError(
@@ -85,9 +92,10 @@ def generate(
 
         with interruptible():
             broken = batch.generate_file(
-                functools.partial(load_model, model, head, fetch), source, output, effort=effort, strategy=strategy, n=n,
+                functools.partial(load_model, everywhere(model), everywhere(head), fetch), source, output, effort=effort, strategy=strategy, n=n,
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, thinking_budget=thinking_budget,
                 seed=seed, together=together, replace=overwrite, report=complain,
+                run=run,
             )  # fmt: skip
         return end(broken, "answered")
     check_plot(plot)

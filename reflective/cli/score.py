@@ -15,10 +15,14 @@ from .common import (
     HeadOption,
     ModelOption,
     OverwriteOption,
+    RayOption,
+    ReplicasOption,
     complain,
     end,
+    everywhere,
     interruptible,
     load_model,
+    place,
     progress_bars,
 )
 
@@ -41,6 +45,8 @@ def score(
     ] = 16_384,
     overwrite: OverwriteOption = False,
     fetch: FetchOption = False,
+    ray: RayOption = None,
+    replicas: ReplicasOption = None,
 ) -> None:
     """Score finished text: rows of text, or of response and prompt or question (put into the model's prompt); or of responses,
     a list, which get lists.
@@ -51,15 +57,17 @@ def score(
     """
     from .. import batch
 
-    load = functools.partial(load_model, model, head, fetch)
+    piped = source == "-" or _is_pipe(source)  # which is read once
+    run = place(ray, replicas, text is None and not piped and output is not None)
+    load = functools.partial(load_model, everywhere(model), everywhere(head), fetch)
     given = {"batch_tokens": batch_tokens, "report": complain}
     if text is not None:
         arrivals = iter([list(batch.read_lines([json.dumps({"text": text}).encode()]))])
-    elif source == "-" or _is_pipe(source):  # which is read once
+    elif piped:
         arrivals = batch.arriving(source)
     elif output is not None:
         with interruptible():
-            broken = batch.score_file(load, source, output, replace=overwrite, **given)
+            broken = batch.score_file(load, source, output, replace=overwrite, run=run, **given)
         return end(broken, "scored")
     else:
         file = batch.open_file(source)
