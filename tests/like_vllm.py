@@ -3,6 +3,7 @@ several tokens a step. What decodes is a small model of transformers, one whole 
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -39,11 +40,14 @@ class LikeVLLM:
         preempt: how likely a request is preempted before a step, which drops what it sampled last where ``ahead``.
         ahead: whether one token is sampled past every end, as by asynchronous scheduling.
         draft: tokens a step, at most.
+        cached: columns of a prompt that need not be run, unless a request says so.
+        uniform: what a request of this seed draws with at a place.
     """
 
     def __init__(
         self, model: rf.ReflectiveModel, *, at: str = "predict", seats: int = 8, piece: int = 1000, preempt: float = 0.0,
-        ahead: bool = False, draft: int = 1, blocks: int = 10_000, rule: Any = None, ends: tuple[int, ...] = (2,),
+        ahead: bool = False, draft: int = 1, cached: int = 0, blocks: int = 10_000, rule: Any = None, ends: tuple[int, ...] = (2,),
+        uniform: Callable[[int, int], float] = lambda seed, place: np.random.default_rng([seed, place]).random(),
     ) -> None:  # fmt: skip
         net = self.model = model.model
         placed = ShardedHead(model.head, torch.device("cpu"), net.dtype, None, None, None).load()
@@ -51,7 +55,8 @@ class LikeVLLM:
         past = 2 * draft if draft > 1 else 1
         self.requests = Requests(steps, placed, at=at, seats=seats, past=past, rule=rule, ends=ends)
         self.seats, self.piece, self.preempt, self.ahead, self.draft = seats, piece, preempt, ahead, draft
-        self.random = random.Random(0)
+        self.cached = cached
+        self.random, self.uniform = random.Random(0), uniform
         self._kept: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self.running: list[_Request] = []
         self.waiting: list[_Request] = []
@@ -117,6 +122,8 @@ class LikeVLLM:
         for r in self.running:
             if not r.admitted:
                 r.admitted = True
+                if not getattr(r.params, "skip_reading_prefix_cache", None):
+                    r.computed = min(self.cached, len(r.prompt) - 1)
                 r.row = self.requests.admit(r.id, r.prompt + r.out, len(r.prompt), Wanted.of(r.params.extra_args))
         self.requests.settle()
         return [output for r in list(self.running) if (output := self._decode(r))]
@@ -160,7 +167,7 @@ class LikeVLLM:
 
     def _draw(self, r: _Request, logits: torch.Tensor) -> int:
         p = r.params
-        chance = np.random.default_rng([p.seed, len(r.prompt + r.out)]).random()
+        chance = self.uniform(p.seed, len(r.prompt + r.out))
         return draw(logits[None], [chance], [-1], [Sampling((0,), p.temperature, p.top_p)])[0].token
 
     def _output(self, r: _Request) -> Any:

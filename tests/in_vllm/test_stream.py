@@ -119,7 +119,6 @@ def test_compiled(started, tiny, truth):
 def test_finished_texts_and_what_begins_alike(started, tiny, truth):
     """By the prefill, the prompt cached or not."""
     import torch
-
     from vllm import SamplingParams
 
     from reflective.engines.vllm.core import Core

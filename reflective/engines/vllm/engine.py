@@ -218,13 +218,16 @@ class VLLMEngine:
         return events
 
     def _next(self, s: Continuation, ended: dict[int, tuple[str, Chance | None]]) -> list[Event] | None:
-        """Its next events, without their scores; None: nothing is known of it. Where it ends is noted in ``ended``."""
+        """Its next events, without their scores; None: nothing is known of it. Where it ends is noted in ``ended``.
+
+        A step is told when the next token is there, though its score was there with its own: then a strategy sees of all candidates what it
+        sees in an engine that has to feed a token first, and comes to the same.
+        """
         events: list[Event] = []
-        steps, late = s.prefix.prompt.steps, self.at == "token"
-        if late and s.owes_step and s.drawn:
+        if s.owes_step and s.drawn:
             s.owes_step = False
             events += self._stepped(s)
-            if events and events[0].ended and steps == "awaited":
+            if events and events[0].ended and s.prefix.prompt.steps == "awaited":
                 return events
         if s.drawn:
             chance = s.drawn.popleft()
@@ -233,13 +236,8 @@ class VLLMEngine:
                 return events
             s.tokens.append(chance.token)
             s.walk.feed(chance.token)
+            s.owes_step = True
             events.append(Appended(s.number, chance))
-            if late:
-                s.owes_step = True
-            elif stepped := self._stepped(s):
-                events += stepped
-                if stepped[0].ended and steps == "awaited":
-                    return events
         elif not self._over(s):
             return None
         if self._over(s):

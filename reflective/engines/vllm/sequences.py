@@ -44,7 +44,7 @@ class Sequence:
     resting: bool = False
     parked: bool = False  # for want of memory
     spare: bool = False  # what the request draws is not wanted: only the forced tokens before are
-    owes_step: bool = False  # at="token": the last token told ended a step whose state comes with the next
+    owes_step: bool = False  # whether the last token told may have ended a step, which is told before the next
 
     @property
     def ids(self) -> list[int]:
