@@ -126,33 +126,41 @@ class LikeVLLM:
                     r.computed = min(self.cached, len(r.prompt) - 1)
                 r.row = self.requests.admit(r.id, r.prompt + r.out, len(r.prompt), Wanted.of(r.params.extra_args))
         self.requests.settle()
-        return [output for r in list(self.running) if (output := self._decode(r))]
+        ready = [r for r in self.running if self._prefill(r)]
+        for group in [[r] for r in ready] if self.draft > 1 else [ready] * bool(ready):
+            self._decode(group)
+        return [self._output(r) for r in ready]
 
-    def _decode(self, r: _Request) -> Any:
-        rows = torch.tensor([r.row], dtype=torch.int32)
+    def _prefill(self, r: _Request) -> bool:
+        """Run a piece of what is not run; whether that was the last."""
         begin, known = r.computed, len(r.prompt + r.out)
         r.computed = min(known, begin + self.piece)
         _, hidden = self._forward(r)
         self.requests.prefilled(r.id, begin, hidden[begin : r.computed])
-        if r.computed < known:
-            return None
-        ids, accepted, states = [], 0, []
-        for _ in range(self.random.randint(1, self.draft)):
+        return r.computed == known
+
+    def _decode(self, group: list[_Request]) -> None:
+        """A token of each, or several of one."""
+        rows = torch.tensor([r.row for r in group], dtype=torch.int32)
+        states = []
+        for r in group * self.random.randint(1, self.draft):
             logits, hidden = self._forward(r)
             states.append(hidden[-1])
-            ids.append(self._draw(r, logits[-1]))
-            accepted += 1
-            r.out.append(ids[-1])
-        r.computed = len(r.prompt + r.out) - 1
+            r.out.append(self._draw(r, logits[-1]))
+        n = len(states)
         if self.draft > 1:
-            padded = torch.tensor([ids + [-1] * (self.draft - len(ids))])
-            self.requests.consume_some(padded, torch.tensor([accepted]), torch.stack(states), torch.tensor([0]), rows)
+            ids = group[0].out[-n:] + [-1] * (self.draft - n)
+            self.requests.consume_some(
+                torch.tensor([ids]), torch.tensor([n]), torch.stack(states), torch.tensor([0]), rows
+            )
         else:
-            sampled = torch.tensor(ids)
+            sampled = torch.tensor([r.out[-1] for r in group])
             self.requests.force(sampled, rows)
-            ids = r.out[-1:] = sampled.tolist()
-            self.requests.consume(sampled, states[0][None], rows)
-        return self._output(r)
+            self.requests.consume(sampled, torch.stack(states), rows)
+            for r, token in zip(group, sampled.tolist(), strict=True):
+                r.out[-1] = token
+        for r in group:
+            r.computed = len(r.prompt + r.out) - 1
 
     def _forward(self, r: _Request, behind: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [T, V] and states [T, H] of its ids, all but the last ``behind``; those of ids seen lately are kept."""
