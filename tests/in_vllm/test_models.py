@@ -159,7 +159,6 @@ def test_tensor_parallel(tiny, truth):
     """Two ranks on this machine: every rank has the same bits."""
     from vllm import LLM
 
-
     llm = LLM(**settings(tiny, tensor_parallel_size=2, distributed_executor_backend="mp"))
     try:
         assert len(llm.collective_rpc("reflective_start")) == 2
