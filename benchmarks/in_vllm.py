@@ -370,7 +370,7 @@ def load(given: Row, engine: str) -> Any:
         if engine == "hf":
             more = {"device_map": given["device"]}
         model = rf.ReflectiveModel.from_pretrained(
-            given["path"], engine=engine, dtype=getattr(torch, given["dtype"]), **more
+            given["path"], head=given["head"], engine=engine, dtype=getattr(torch, given["dtype"]), **more
         )
     else:
         model = rf.ReflectiveModel.default(engine=engine, **more)
@@ -389,7 +389,7 @@ def served(what: str, given: Row) -> Callable[[Row], Row]:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that this process has all of its memory
         from vllm import LLM, SamplingParams
 
-        llm = LLM(model=given["plain"], **{k: v for k, v in given["vllm"].items() if k != "worker_extension_cls"})
+        llm = LLM(model=given["plain"], dtype=given["dtype"], **given["vllm"])
 
         def generate(asked: Row) -> Row:
             llm.reset_prefix_cache()
@@ -466,7 +466,7 @@ def best_of_n(given: Row, rounds: int, patience: float = 0.0, rtol: float = 1e-3
     """A row a way.
 
     Args:
-        given: ``plain``: model for stock vLLM; ``path``: of model and head, if they are not the embedded ones; ``device``, ``dtype``; ``question``
+        given: ``plain``: model for stock vLLM; ``path`` and ``head``: of model and head, if they are not the embedded ones; ``device``, ``dtype``; ``question``
             and ``prompt``, its ids; ``n``, ``tokens``; ``vllm``, ``hf``: settings of the engines.
         rtol: of equal step scores.
     """
