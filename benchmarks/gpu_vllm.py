@@ -35,7 +35,18 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reflective.benchmarks.in_vllm import WITH_SCORES, Row, Switch, Timed, best_of_n, differ, figures, release, small, surroundings
+from reflective.benchmarks.in_vllm import (
+    WITH_SCORES,
+    Row,
+    Switch,
+    Timed,
+    best_of_n,
+    differ,
+    figures,
+    release,
+    small,
+    surroundings,
+)
 
 WATCHED = "reflective.benchmarks.gpu_vllm.Watched"
 READING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_consecutive")
@@ -136,9 +147,11 @@ class Watched(Switch):
         control.begin()
         torch.ones(1, device=self.model_runner.device).item()
         control.end()
+        self.bench_scorer(True)
         runner, self.bench_seen = self.model_runner, Watch()
-        runner.sampler.inner = _Within(runner.sampler.inner, self.bench_seen)
-        runner.sampler = _Around(runner.sampler, self.bench_seen)
+        scored = self.bench_timed.inner
+        scored.inner = _Within(scored.inner, self.bench_seen)
+        runner.sampler = _Around(scored, self.bench_seen)
         return vars_of(control)
 
     def bench_watched(self) -> dict[str, Any]:
@@ -166,7 +179,9 @@ class Place:
         from reflective.benchmarks.decode_overhead_gpu import SHAPES, made, word_tokenizer
 
         self.model, self.head, self.device, self.shape = root / shape / "model", root / shape / "head", device, shape
-        changes = {"hidden_size": 128} if shape == "quick" else {}  # vLLM's attention on a CPU wants heads of 32 at least
+        changes = (
+            {"hidden_size": 128} if shape == "quick" else {}
+        )  # vLLM's attention on a CPU wants heads of 32 at least
         given = SHAPES[shape] | changes
         if weights:
             subject = made(shape, 1, device, **changes)
@@ -205,7 +220,11 @@ class Place:
         kind = getattr(torch, dtype)
         net = AutoModelForCausalLM.from_pretrained(self.model, dtype=kind).to(self.device).eval()
         head = rf.SPRM.from_pretrained(self.head, dtype=kind).to(self.device).requires_grad_(False).eval()
-        steps = rf.StepTokens.from_tokenizer(AutoTokenizer.from_pretrained(self.model)).resized(self.vocab_size).to(self.device)
+        steps = (
+            rf.StepTokens.from_tokenizer(AutoTokenizer.from_pretrained(self.model))
+            .resized(self.vocab_size)
+            .to(self.device)
+        )
 
         def scores(texts: list[list[int]], starts: list[int]) -> list[list[float]]:
             rows = [torch.tensor(t, device=self.device) for t in texts]
@@ -239,7 +258,9 @@ def sampled(llm: Any, prompts: list[Any], n: int, tokens: int) -> tuple[list[lis
     import reflective.vllm
 
     params = [
-        SamplingParams(n=n, max_tokens=max(8, tokens - 7 * i), temperature=1.0, seed=i, ignore_eos=True, detokenize=False)
+        SamplingParams(
+            n=n, max_tokens=max(8, tokens - 7 * i), temperature=1.0, seed=i, ignore_eos=True, detokenize=False
+        )
         for i in range(len(prompts))
     ]
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -373,7 +394,14 @@ def tp(place: Place, quick: bool) -> Iterator[Row]:
     """One row."""
     ranks = 2
     if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
-        yield {"model": place.shape, "ranks": 1, "candidates": 0, "steps": 0, "off_truth": "", "check": "left out: one GPU"}
+        yield {
+            "model": place.shape,
+            "ranks": 1,
+            "candidates": 0,
+            "steps": 0,
+            "off_truth": "",
+            "check": "left out: one GPU",
+        }
         return
     from vllm import SamplingParams
 

@@ -221,7 +221,9 @@ class Generation:
         return seconds
 
 
-def by_turns(core: Any, switch: Callable[[bool], None], prompts: Sequence[Sequence[int]], tokens: int, order: random.Random) -> list[Row]:
+def by_turns(
+    core: Any, switch: Callable[[bool], None], prompts: Sequence[Sequence[int]], tokens: int, order: random.Random
+) -> list[Row]:
     """A generation whose steps take turns, of which nothing is used but the times: a pair of neighbours a row."""
     switch(True)
     generation, pairs = Generation(core, prompts, tokens), []
@@ -318,7 +320,12 @@ def wrong(model: Any, scores: Any, texts: Sequence[Sequence[int]], starts: Seque
     import reflective as rf
 
     truth = rf.score(
-        model.model, model.head, model.steps, [torch.tensor(t) for t in texts], at=model.config.at, prompt_lengths=list(starts)
+        model.model,
+        model.head,
+        model.steps,
+        [torch.tensor(t) for t in texts],
+        at=model.config.at,
+        prompt_lengths=list(starts),
     )
     return differ(scores.step_scores, truth.step_scores, rtol)
 
@@ -340,7 +347,16 @@ class Process:
     """One that has a model loaded and answers: ``serve`` of this file, with ``what`` among ``SERVED``."""
 
     def __init__(self, what: str, given: Row) -> None:
-        command = [sys.executable, "-m", "reflective.benchmarks.in_vllm", "serve", "--what", what, "--given", json.dumps(given)]
+        command = [
+            sys.executable,
+            "-m",
+            "reflective.benchmarks.in_vllm",
+            "serve",
+            "--what",
+            what,
+            "--given",
+            json.dumps(given),
+        ]
         self.what = what
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.answer()  # it is ready
@@ -394,7 +410,12 @@ def served(what: str, given: Row) -> Callable[[Row], Row]:
         def generate(asked: Row) -> Row:
             llm.reset_prefix_cache()
             params = SamplingParams(
-                n=n, max_tokens=asked.get("tokens", tokens), seed=asked["seed"], ignore_eos=True, detokenize=False, **SAMPLING
+                n=n,
+                max_tokens=asked.get("tokens", tokens),
+                seed=asked["seed"],
+                ignore_eos=True,
+                detokenize=False,
+                **SAMPLING,
             )
             began = time.perf_counter()
             (out,) = llm.generate([{"prompt_token_ids": given["prompt"]}], params, use_tqdm=False)
@@ -495,7 +516,11 @@ def best_of_n(given: Row, rounds: int, patience: float = 0.0, rtol: float = 1e-3
             truth = processes["published"].ask(truth=found["texts"])["scores"]
             run["steps"] = sum(map(len, truth))
             lengths = {len(text) - len(given["prompt"]) for text in found["texts"]}
-            check[way] = check[way] or differ(scores, truth, rtol) or ("" if lengths == {given["tokens"]} else f"{lengths} tokens")
+            check[way] = (
+                check[way]
+                or differ(scores, truth, rtol)
+                or ("" if lengths == {given["tokens"]} else f"{lengths} tokens")
+            )
         return run
 
     try:
@@ -503,7 +528,7 @@ def best_of_n(given: Row, rounds: int, patience: float = 0.0, rtol: float = 1e-3
             run(way, 0, tokens=4)  # warm up
         for i in range(rounds):
             others.wait(patience)
-            for way in (list(PROCESSES) if i % 2 else list(PROCESSES)[::-1]):
+            for way in list(PROCESSES) if i % 2 else list(PROCESSES)[::-1]:
                 others.begin()
                 runs[way].append(run(way, i + 1))
                 busy.append(others.cores())
@@ -527,10 +552,9 @@ def best_of_n(given: Row, rounds: int, patience: float = 0.0, rtol: float = 1e-3
 
 def embedded(args: argparse.Namespace) -> Row:
     """``given`` of the embedded model."""
+    import reflective as rf
     from reflective.checkpoints import default
     from reflective.checkpoints.vllm import for_vllm
-
-    import reflective as rf
 
     model = rf.ReflectiveModel.default()
     return {
