@@ -278,9 +278,9 @@ def largest(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) 
 
 
 def sizes(quick: bool, share: float, dtype: str, sequences: int, positions: int) -> Row:
-    """vLLM's settings that do not depend on the way of running."""
+    """vLLM's settings; on a CPU eager ones, where compiling takes longer than all the rest."""
     if not torch.cuda.is_available():
-        return {k: v for k, v in small(dtype, sequences, positions).items() if k != "enforce_eager"}
+        return small(dtype, sequences, positions)
     share = min(share, 0.1) if quick else share
     return {"dtype": dtype, "max_model_len": positions, "max_num_seqs": sequences, "gpu_memory_utilization": share}
 
@@ -294,7 +294,7 @@ def graphs(place: Place, quick: bool, until: float) -> Iterator[Row]:
         for mode, given in MODES.items():
             if first and time.monotonic() > until:
                 break
-            llm = engine(place.settings(**sizes(quick, 0.4, dtype, 32, 512), **given))
+            llm = engine(place.settings(**sizes(quick, 0.4, dtype, 32, 512) | {"enforce_eager": False} | given))
             how = llm.llm_engine.vllm_config.compilation_config
             texts, starts, scores = sampled(llm, prompts, 4, tokens)
             end(llm)
