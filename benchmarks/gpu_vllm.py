@@ -165,6 +165,23 @@ def vars_of(watch: Watch) -> dict[str, Any]:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
+def tokenizer_for(vocab_size: int) -> Any:
+    """Bytes, and words that nobody writes; one id in ``STEP_EVERY`` ends a step. As transformers reads whatever lies beside a Qwen2: by its bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from reflective.benchmarks.decode_modes import STEP_EVERY
+
+    alphabet = iter(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    words = {
+        f"w{i}.ĊĊ" if i % STEP_EVERY == 1 else (i and next(alphabet, None)) or f"w{i}": i for i in range(vocab_size)
+    }
+    core = Tokenizer(models.BPE(vocab=words, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0")
+
+
 class Place:
     """A random model of ``shape`` in ``model``, its tokenizer there too, and a head in ``head``: two directories below ``root``.
 
@@ -176,7 +193,7 @@ class Place:
         from transformers import Qwen2Config
 
         import reflective as rf
-        from reflective.benchmarks.decode_overhead_gpu import SHAPES, made, word_tokenizer
+        from reflective.benchmarks.decode_overhead_gpu import SHAPES, made
 
         self.model, self.head, self.device, self.shape = root / shape / "model", root / shape / "head", device, shape
         changes = (
@@ -195,7 +212,7 @@ class Place:
             )  # fmt: skip
             config.save_pretrained(self.model)
             head = rf.SPRM(given["hidden_size"]).to(torch.bfloat16).requires_grad_(False).eval()
-        word_tokenizer(given["vocab_size"]).save_pretrained(self.model)
+        tokenizer_for(given["vocab_size"]).save_pretrained(self.model)
         head.save_pretrained(self.head)
         self.vocab_size = given["vocab_size"]
         if device.type == "cuda":
@@ -431,7 +448,7 @@ def best(place: Place, quick: bool, rounds: int) -> list[Row]:
     from transformers import AutoTokenizer
 
     n, tokens = (4, 16) if quick else (32, 1024)
-    question = " ".join(f"w{i}" for i in range(2, 24))
+    question = "How many are 8 and 13 and 6?"
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     settings = {k: v for k, v in sizes(quick, 0.2, dtype, n, 64 + 2 * tokens).items() if k != "dtype"}
     given = {

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from reflective import kernels
 from reflective.benchmarks import (
@@ -36,6 +37,7 @@ from reflective.benchmarks import (
 from reflective.benchmarks.cases import CASES, FLOAT8, Cell
 from reflective.benchmarks.suite import Item, Settings
 from reflective.scoring import ops
+from reflective.scoring.steps import StepTokens
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -673,6 +675,10 @@ def test_a_random_model_for_vllm_is_scored_as_it_lies_there(tmp_path):
     assert scores and all(0 < s < 1 for s in scores) and len(set(scores)) == len(scores)
     assert in_vllm.differ([scores], [scores], 1e-6) == ""
     assert in_vllm.differ([[s * 1.01 for s in scores]], [scores], 1e-3) and in_vllm.differ([[]], [scores], 1e-3)
+    tokenizer = AutoTokenizer.from_pretrained(place.model)
+    assert tokenizer.decode(tokenizer("8 and 13").input_ids) == "8 and 13"
+    steps = StepTokens.from_tokenizer(tokenizer)
+    assert steps.mask(torch.arange(2, 104)[None], None, [0]).nonzero()[:, 1].tolist() == [24, 49, 74, 99]
     settings = place.settings(gpu_vllm.WATCHED)
     assert settings["model"] == str(place.model) and settings["worker_extension_cls"] == gpu_vllm.WATCHED
     gpu_vllm.Place(tmp_path / "dummy", "quick", CPU, weights=False).settings()  # the head is read
