@@ -447,7 +447,7 @@ def best(place: Place, quick: bool, rounds: int) -> list[Row]:
     """A row a way."""
     from transformers import AutoTokenizer
 
-    n, tokens = (4, 16) if quick else (32, 1024)
+    n, tokens = (4, 64) if quick else (32, 1024)
     question = "How many are 8 and 13 and 6?"
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     settings = {k: v for k, v in sizes(quick, 0.2, dtype, n, 64 + 2 * tokens).items() if k != "dtype"}

@@ -402,7 +402,6 @@ def served(what: str, given: Row) -> Callable[[Row], Row]:
     """What answers a request, loaded."""
     n, tokens = given["n"], given["tokens"]
     if what == "vllm":
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that this process has all of its memory
         from vllm import LLM, SamplingParams
 
         llm = LLM(model=given["plain"], dtype=given["dtype"], **given["vllm"])
@@ -582,6 +581,8 @@ def main() -> int:
     parser.add_argument("--given", type=json.loads)
     args = parser.parse_args()
     surroundings("cuda" if torch.cuda.is_available() else "cpu")
+    # vLLM's worker in this process, whose time and memory then are all there is; on a CPU it would have one of its own.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if args.part == "serve":
         serve(args.what, args.given)
         return 0
