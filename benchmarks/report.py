@@ -122,6 +122,39 @@ def _accuracy(row: dict[str, str]) -> str:
     return f"{float(row['accuracy']):.2f} ({float(row['low']):.2f} – {float(row['high']):.2f})"
 
 
+WAYS_IN_VLLM = {
+    "reflective_vllm": "scored in vLLM",
+    "reflective_hf": "scored with transformers",
+    "vllm_published": "stock vLLM, then the published way",
+    "vllm_vllm": "stock vLLM, then a second vLLM's prefill",
+}
+
+
+def in_vllm(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+    """A line for each number of sequences of ``in_vllm_overhead.csv``, and one for ``in_vllm_best_of_n.csv``."""
+    lines = []
+    for r in read("in_vllm_overhead", folder):
+        kept = "; ".join(
+            f"{of} {_percent(r[key])} ({_percent(r[f'{key}_low'])} to {_percent(r[f'{key}_high'])})"
+            for key, of in (("kept", "generations"), ("steps_kept", "neighbouring steps"))
+        )
+        lines.append((
+            f"SmolLM2-135M in vLLM, {r['dtype']}, {r['sequences']} sequences",
+            f"of the tokens/s without scorer: {kept}, medians and 95 % intervals",
+            f"{float(r['scorer_us']):.0f} µs of {float(r['step_ms']):.1f} ms a step in the scorer ({_percent(r['scorer_share'], 2)}), "
+            + f"{float(r['wrapper_us']):.0f} with its bookkeeping",
+        ))  # fmt: skip
+    rows = read("in_vllm_best_of_n", folder)
+    if rows:
+        first = rows[0]
+        lines.append((
+            f"SmolLM2-135M, best of {first['n']} in vLLM, {first['tokens']} tokens each",
+            "; ".join(f"{WAYS_IN_VLLM[r['way']]} {float(r['total_s']):.1f} s, {float(r['peak_MiB']):,.0f} MiB" for r in rows),
+            "times ours: " + ", ".join(f"{float(r['times_ours']):.2f} ({r['least']} to {r['most']})" for r in rows[1:]),
+        ))  # fmt: skip
+    return lines
+
+
 def soak(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
     found = read("soak", folder)
     if not found:
@@ -260,6 +293,18 @@ def gpu_decode(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
     return lines
 
 
+def gpu_vllm(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+    """A line for each model and number of sequences of ``gpu_vllm_overhead.csv``."""
+    return [
+        (
+            f"in vLLM, {r['model']} shape, {r['sequences']} sequences, of stock vLLM's tokens/s",
+            f"{_percent(r['kept'], 2)} ({_percent(r['kept_low'], 2)} to {_percent(r['kept_high'], 2)}), {float(r['added_us']):+.1f} µs",
+            f"a step {float(r['step_ms']):.2f} ms",
+        )
+        for r in read("gpu_vllm_overhead", folder)
+    ]
+
+
 def _gpu_table(folder: Path = RESULTS) -> list[str]:
     lines = gpu(folder)
     if not lines:
@@ -269,7 +314,7 @@ def _gpu_table(folder: Path = RESULTS) -> list[str]:
     copy = float(next(r["copy_GB_per_s"] for r in read("gpu_suite", folder) if r["copy_GB_per_s"]))
     return [
         "| GPU | kernel time: CUDA graphs, cold L2, medians | against |", "|---|---|---|",
-        *("| " + " | ".join(line) + " |" for line in (*lines, *gpu_decode(folder))), "",
+        *("| " + " | ".join(line) + " |" for line in (*lines, *gpu_decode(folder), *gpu_vllm(folder))), "",
         f"{first['gpu']}, copy {copy:,.0f} GB/s, {versions}. File: `benchmarks/results/gpu_suite.csv`, by `benchmarks/gpu.sh`.",
         "",
     ]  # fmt: skip
@@ -280,7 +325,7 @@ def table(folder: Path = RESULTS) -> str:
     lines = ["| what | measured | |", "|---|---|---|"]
     lines += [
         "| " + " | ".join(row) + " |"
-        for part in (decode_step, decode_modes, best_of_n, soak, finished_text, head, reproduction, strategies)
+        for part in (decode_step, decode_modes, best_of_n, in_vllm, soak, finished_text, head, reproduction, strategies)
         for row in part()
     ]
     where = f"{first['cpu']}, {first['cores']} cores, torch {first['torch']}, transformers {first['transformers']}"

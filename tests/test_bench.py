@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from reflective import kernels
 from reflective.benchmarks import (
@@ -21,6 +22,8 @@ from reflective.benchmarks import (
     command,
     decode_modes,
     decode_overhead_gpu,
+    gpu_vllm,
+    in_vllm,
     peers,
     plots,
     record,
@@ -34,6 +37,7 @@ from reflective.benchmarks import (
 from reflective.benchmarks.cases import CASES, FLOAT8, Cell
 from reflective.benchmarks.suite import Item, Settings
 from reflective.scoring import ops
+from reflective.scoring.steps import StepTokens
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -625,3 +629,71 @@ def test_every_run_decodes_once_for_those_that_only_choose():
 
 def test_every_mode_has_a_name_in_the_readme():
     assert list(report.MODES) == list(decode_modes.MODES)
+
+
+def test_medians_have_an_interval_that_holds_them():
+    ratios = [0.99 + 0.001 * i for i in range(21)]
+    middle, low, high = in_vllm.interval(ratios)
+    assert middle == pytest.approx(1.0) and 0.99 < low < middle < high < 1.01
+    assert in_vllm.interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert in_vllm.figures("kept", ratios)["kept"] == 1.0
+
+
+@pytest.mark.skipif(not os.access("/proc/stat", os.R_OK), reason="Linux tells of others")
+def test_what_this_process_does_is_not_others_work():
+    busy = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    helper = subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    without, within = in_vllm.Others([helper.pid]), in_vllm.Others()
+    helper.stdout.readline()  # it has had its half a second
+    others, all_of_them = without.cores(), within.cores()
+    helper.communicate(b"\n")
+    assert all_of_them > others
+
+
+def test_a_watch_sees_what_the_host_is_given():
+    watch = gpu_vllm.Watch()
+    watch.begin()
+    (torch.ones(3) * 2).cumsum(0)
+    watch.end()
+    assert watch.reads == []
+    watch.begin()
+    torch.ones(3).sum().item()
+    torch.ones(3).nonzero()
+    watch.end()
+    assert watch.reads == ["_local_scalar_dense", "nonzero"]
+
+
+def test_a_random_model_for_vllm_is_scored_as_it_lies_there(tmp_path):
+    place = gpu_vllm.Place(tmp_path, "quick", CPU, weights=True)
+    text = place.prompts([64])[0]["prompt_token_ids"]
+    text[40] = 1  # ends a step
+    (scores,) = place.truth("float32")([text], [0])
+    assert scores and all(0 < s < 1 for s in scores) and len(set(scores)) == len(scores)
+    assert in_vllm.differ([scores], [scores], 1e-6) == ""
+    assert in_vllm.differ([[s * 1.01 for s in scores]], [scores], 1e-3) and in_vllm.differ([[]], [scores], 1e-3)
+    tokenizer = AutoTokenizer.from_pretrained(place.model)
+    assert tokenizer.decode(tokenizer("8 and 13").input_ids) == "8 and 13"
+    steps = StepTokens.from_tokenizer(tokenizer)
+    assert steps.mask(torch.arange(2, 104)[None], None, [0]).nonzero()[:, 1].tolist() == [24, 49, 74, 99]
+    settings = place.settings(gpu_vllm.WATCHED)
+    assert settings["model"] == str(place.model) and settings["worker_extension_cls"] == gpu_vllm.WATCHED
+    gpu_vllm.Place(tmp_path / "dummy", "quick", CPU, weights=False).settings()  # the head is read
+
+
+def test_the_readme_shows_vllm_once_it_is_measured(tmp_path):
+    assert report.in_vllm(tmp_path) == report.gpu_vllm(tmp_path) == []
+    kept = {f"{name}{end}": v for name in ("kept", "steps_kept") for end, v in (("", 0.998), ("_low", 0.99), ("_high", 1.01))}
+    spent = {"step_ms": 61.2, "scorer_us": 44.4, "scorer_share": 0.00073, "wrapper_us": 102.0}
+    record.write("in_vllm_overhead", [{"sequences": n, "dtype": "float32"} | kept | spent for n in (1, 8)], tmp_path)
+    rows = [
+        {"way": way, "n": 32, "tokens": 128, "total_s": 20 + i, "peak_MiB": 700, "times_ours": 1 + i / 10, "least": 1, "most": 2}
+        for i, way in enumerate(in_vllm.PROCESSES)
+    ]
+    record.write("in_vllm_best_of_n", rows, tmp_path)
+    first, _, best = report.in_vllm(tmp_path)
+    assert "neighbouring steps 99.8 % (99.0 % to 101.0 %)" in first[1]
+    assert first[2] == "44 µs of 61.2 ms a step in the scorer (0.07 %), 102 with its bookkeeping"
+    assert "stock vLLM, then the published way 22.0 s, 700 MiB" in best[1] and best[2].startswith("times ours: 1.10 (1 to 2)")
+    row = {"model": "7B", "sequences": 64, "step_ms": 8.1, "added_us": 6.2} | kept
+    record.write("gpu_vllm_overhead", [row], tmp_path)
+    assert report.gpu_vllm(tmp_path)[0][0].startswith("in vLLM, 7B shape, 64 sequences")
