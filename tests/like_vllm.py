@@ -136,7 +136,8 @@ class LikeVLLM:
         begin, known = r.computed, len(r.prompt + r.out)
         r.computed = min(known, begin + self.piece)
         _, hidden = self._forward(r)
-        self.requests.prefilled(r.id, begin, hidden[begin : r.computed])
+        if r.id in self.requests.by_prefill:
+            self.requests.prefilled(r.id, begin, hidden[begin : r.computed])
         return r.computed == known
 
     def _decode(self, group: list[_Request]) -> None:

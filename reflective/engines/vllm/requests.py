@@ -157,6 +157,7 @@ class Requests:
         self._left: OrderedDict[str, None] = OrderedDict()  # whose seats may be taken, oldest first
         self._kept: OrderedDict[str, Log] = OrderedDict()  # those that lost theirs
         self._staged: list[_Staged] = []
+        self.by_prefill: set[str] = set()  # requests whose prefill is scored
         self.seconds, self.calls, self.resumed = 0.0, 0, 0
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -184,6 +185,7 @@ class Requests:
         if wanted.score_from is not None and len(ids) == prompt_length:
             start = seat.fed = min(wanted.score_from, len(ids))
             seat.ids = ids
+            self.by_prefill.add(request)
         elif wanted.score_from is not None:
             start = wanted.score_from
         fed = seat.fed if seat.ids else len(ids)
@@ -202,6 +204,7 @@ class Requests:
         seat = self._seats.get(request)
         if seat is not None and not seat.left:
             seat.left, seat.ids = True, ()
+            self.by_prefill.discard(request)
             self._left[request] = None
             if seat.forget:
                 self._forget(request)
@@ -273,11 +276,9 @@ class Requests:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def prefilled(self, request: str, begin: int, hidden: Tensor) -> None:
-        """The columns ``begin`` to ``begin + len(hidden)`` of a request were prefilled, with these states [q, H] after them. Where its text is
-        to be scored, what they say is taken; columns that were cached, and so have no states, are fed silently."""
-        seat = self._seats.get(request)
-        if seat is None or not seat.ids:
-            return
+        """The columns ``begin`` to ``begin + len(hidden)`` of one of ``by_prefill`` were run, with these states [q, H] after them, and what they
+        say is taken. Columns that were cached, and so have no states, are fed silently."""
+        seat = self._seats[request]
         behind = int(self.at == "predict")  # the state at column t is for the token at t + 1, or for its own
         first = max(begin + behind, seat.fed)
         last = min(begin + len(hidden) + behind, len(seat.ids) - (1 - behind))
@@ -292,6 +293,7 @@ class Requests:
             if not behind:
                 self._pending[seat.row] = seat.ids[-1]
             seat.ids = ()
+            self.by_prefill.discard(request)
 
     def _feed(self, ids: Sequence[int], hidden: Tensor | None, row: Tensor) -> None:
         tokens = self._sent([list(ids)])

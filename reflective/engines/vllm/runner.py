@@ -112,11 +112,12 @@ class ScoredSampler:
         if input_batch.req_ids[0] not in requests:  # vLLM's own trial runs
             return out
         hidden, B = state.model.reflective_hidden, input_batch.num_reqs
-        if input_batch.has_prefill:
+        if requests.by_prefill:
             starts = input_batch.query_start_loc_np
-            for i in input_batch.is_prefilling_np.nonzero()[0].tolist():
-                begin = int(input_batch.num_computed_tokens_np[i])
-                requests.prefilled(input_batch.req_ids[i], begin, hidden[int(starts[i]) : int(starts[i + 1])])
+            for i, request in enumerate(input_batch.req_ids):
+                if request in requests.by_prefill:
+                    begin = int(input_batch.num_computed_tokens_np[i])
+                    requests.prefilled(request, begin, hidden[int(starts[i]) : int(starts[i + 1])])
         rows = state.rows[input_batch.idx_mapping[:B]]
         rows = torch.where(out.num_sampled[:B] > 0, rows, -1)
         requests.force(out.sampled_token_ids[:B, 0], rows)

