@@ -28,6 +28,7 @@ class ScoredSampler:
     def __init__(self, inner: Any, runner: Any, model: Any) -> None:
         self.inner, self.runner, self.model = inner, runner, model
         self._known: dict[str, Any] = {}  # the runner's record of each request, which a preemption leaves as it is
+        self._by_place: set[str] = set()  # requests whose seed draws by place
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -56,12 +57,16 @@ class ScoredSampler:
         for request in [r for r in self._known if r not in self.runner.requests]:
             requests.leave(request)
             del self._known[request]
+            self._by_place.discard(request)
         for request in here:
             record = self.runner.requests[request]
             if self._known.get(request) is not record:
                 self._known[request] = record
                 ids = list(record.prompt_token_ids) + list(record.output_token_ids)
-                requests.admit(request, ids, len(record.prompt_token_ids), Wanted.of(record.sampling_params.extra_args))
+                wanted = Wanted.of(record.sampling_params.extra_args)
+                requests.admit(request, ids, len(record.prompt_token_ids), wanted)
+                if wanted.seeded_by_place:
+                    self._by_place.add(request)
         requests.settle()
         discard = self.runner.discard_request_mask.np[: len(here)]
         rows = [-1 if skip else requests.row(r) for r, skip in zip(here, discard, strict=True)]
@@ -69,9 +74,9 @@ class ScoredSampler:
 
     def _seed(self, here: list[str]) -> None:
         """Have requests that ask for it draw by seed and place, as Model Runner V2 does."""
-        for i, generator in self.runner.input_batch.generators.items():
-            record = self.runner.requests[here[i]]
-            if Wanted.of(record.sampling_params.extra_args).seeded_by_place:
+        for i, generator in self.runner.input_batch.generators.items() if self._by_place else ():
+            if here[i] in self._by_place:
+                record = self.runner.requests[here[i]]
                 place = len(record.prompt_token_ids) + len(record.output_token_ids)
                 digest = hashlib.blake2b(f"{record.sampling_params.seed} {place}".encode(), digest_size=8).digest()
                 generator.manual_seed(int.from_bytes(digest, "big") >> 1)
