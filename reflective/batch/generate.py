@@ -8,7 +8,7 @@ from ..utils.outputs import finite
 from ..utils.records import PIECE_BYTES, Record, open_file, pieces
 from .journal import WHOLE_ROW, Journal, Result
 from .progress import Meter
-from .run import Load, Report, Work, fault, identity, in_halves
+from .run import Load, Report, Work, fault, in_halves
 
 if TYPE_CHECKING:
     from ..model import Generation, ReflectiveModel
@@ -61,9 +61,10 @@ def generate_file(
         model = load()
         strategy = model.strategy(strategy, effort, n)
         _check_settings(model, strategy, settings)
-        journal.agree({**identity(model), "strategy": repr(strategy)})
+        journal.agree({**model.identity(), "strategy": repr(strategy)})
 
         def answer(asked: list[tuple[int, str]]) -> "list[Generation]":
+            model.forget()  # the windows before, which were perhaps answered by another process
             seeds = [seed_of(seed, number) for number, _ in asked]
             found = model.generate([question for _, question in asked], strategy=strategy, seed=seeds, **settings)
             if any(generation.interrupted for generation in found):

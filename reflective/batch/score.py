@@ -1,7 +1,6 @@
 """Texts and responses to score, of a file or as they come."""
 
 import itertools
-import math
 import random
 import warnings
 from collections import Counter
@@ -14,7 +13,7 @@ from ..utils.outputs import finite
 from ..utils.records import Lines, Record, open_file, pieces
 from .journal import WHOLE_ROW, Journal, Result
 from .progress import Meter
-from .run import Load, Report, Work, check_head, fault, identity, in_halves, joined, tell
+from .run import Load, Report, Work, fault, in_halves, joined, tell
 
 if TYPE_CHECKING:
     from ..model import Candidate, ReflectiveModel
@@ -60,7 +59,7 @@ def score_file(
     with Journal(Path(output), replace) as journal:
         work = Work("score", file, journal, TO_SCORE, SCORED)
         model = load()
-        journal.agree(identity(model))
+        journal.agree(model.identity())
         with Meter("score", len(file), journal.count()) as meter:
             for window in windows(file.records(TO_SCORE)):
                 done = journal.done(window[0].number, window[-1].number)
@@ -82,7 +81,7 @@ def score_stream(
     """``score_file`` of records that come some at a time: each is written into ``file`` when those are scored, as a line of JSON
     or in what other form of it the name ``output`` says."""
     model, broken = load(), 0
-    check_head(model)
+    model.check_head()  # or every row would be told
     with Lines(file, output) as lines:
         for window in arrivals:
             found = sorted(itertools.chain.from_iterable(_score(model, window, batch_tokens)), key=itemgetter(0, 1))
@@ -188,7 +187,6 @@ def _texts(model: "ReflectiveModel", record: Record) -> list[tuple[int, int, str
 def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]]) -> Iterator[_Item | Result]:
     """Prompts and responses tokenized apart, as ``ReflectiveModel.score`` does; a fault is what has no tokens, or more than the
     model has positions: of millions one text would take hours, and its score mean nothing."""
-    most = model.max_length or math.inf
     prompts: dict[str, list[int] | ValueError] = {"": []}
     for prompt in {prompt for _, _, prompt, _ in texts} - {""}:
         try:
@@ -203,11 +201,12 @@ def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]])
             responses |= zip([key[:2] for key in some], ids, strict=True)
     for row, place, prompt, response in texts:
         before, ids = prompts[prompt], responses.get((row, place))
-        if isinstance(before, list) and ids and len(before) + len(ids) <= most:
-            yield _Item(row, place, before, ids)
-        elif isinstance(before, list) and ids:
-            wrong = f"with its prompt {len(before) + len(ids):,} tokens, more than the model's {most:,} positions"
-            yield row, place, fault(wrong, SCORED)
+        if isinstance(before, list) and ids:
+            size = len(before) + len(ids)
+            if wrong := model.too_long(size):
+                yield row, place, fault(f"with its prompt {size:,} tokens, {wrong}", SCORED)
+            else:
+                yield _Item(row, place, before, ids)
         else:
             wrong = "the response is empty" if response == "" or ids == [] else f"expected a string, found {response!r}"
             yield row, place, fault(wrong if isinstance(before, list) else before, SCORED)

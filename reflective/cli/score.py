@@ -11,10 +11,12 @@ import typer
 
 from ..utils.outputs import partial
 from .common import (
+    EngineOption,
     FetchOption,
     HeadOption,
     ModelOption,
     OverwriteOption,
+    VLLMOption,
     complain,
     end,
     interruptible,
@@ -41,6 +43,8 @@ def score(
     ] = 16_384,
     overwrite: OverwriteOption = False,
     fetch: FetchOption = False,
+    engine: EngineOption = "hf",
+    vllm: VLLMOption = None,
 ) -> None:
     """Score finished text: rows of text, or of response and prompt or question (put into the model's prompt); or of responses,
     a list, which get lists.
@@ -51,7 +55,7 @@ def score(
     """
     from .. import batch
 
-    load = functools.partial(load_model, model, head, fetch)
+    load = functools.partial(load_model, model, head, fetch, engine=engine, vllm=vllm)
     given = {"batch_tokens": batch_tokens, "report": complain}
     if text is not None:
         arrivals = iter([list(batch.read_lines([json.dumps({"text": text}).encode()]))])
