@@ -3,7 +3,7 @@
 from dataclasses import astuple
 from typing import Any
 
-from .requests import Log
+from .requests import Log, Requests
 
 
 class ReflectiveWorker:
@@ -25,12 +25,17 @@ class ReflectiveWorker:
 
     def reflective_logs(self, keys: list[str], forget: bool = True) -> list[tuple[Any, ...]]:
         """The fields of a ``Log`` for every request of these keys."""
-        requests = self.model_runner.get_model().reflective
+        requests = self._reflective_requests()
         return [astuple(log) for log in requests.log(requests.find(keys), forget=forget)]
 
     def reflective_stats(self) -> dict[str, float]:
         """See ``Requests.stats``."""
-        return self.model_runner.get_model().reflective.stats()
+        return self._reflective_requests().stats()
+
+    def _reflective_requests(self) -> Requests:
+        if hear := getattr(getattr(self.model_runner, "sampler", None), "hear", None):
+            hear()  # a step without tokens does not reach the first runner's sampler
+        return self.model_runner.get_model().reflective
 
 
 def logs_of(answer: list[list[tuple[Any, ...]]]) -> list[Log]:
