@@ -1,6 +1,7 @@
 """What several commands share: options, the model, and what is printed."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ def load_model(
         FileNotFoundError: no such directory. OSError, ValueError, ImportError: see ``ReflectiveModel``, ``vllm_settings``.
     """
     settings = vllm_settings(engine, vllm)
+    if engine == "vllm":
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for answers and scores
     from ..checkpoints.hub import is_repository
     from ..model import ReflectiveModel
 

@@ -350,8 +350,8 @@ class Engine:
                 with self.queue.changed:
                     failed = dict.fromkeys(self.queue.running.values())
                     self.queue.running.clear()
-                    if broken:
-                        self.queue.closing = True
+                    self.queue.closing = self.queue.closing or broken
+                    if broken or not failed:  # else whoever waits would have it fail again, for ever
                         failed |= dict.fromkeys((*self.queue.waiting, *self.queue.asides))
                         self.queue.asides.clear()
                     self.queue.waiting = collections.deque(job for job in self.queue.waiting if job not in failed)

@@ -25,17 +25,18 @@ class ReflectiveWorker:
 
     def reflective_logs(self, keys: list[str], forget: bool = True) -> list[tuple[Any, ...]]:
         """The fields of a ``Log`` for every request of these keys."""
-        requests = self._reflective_requests()
+        requests = _requests(self.model_runner)
         return [astuple(log) for log in requests.log(requests.find(keys), forget=forget)]
 
     def reflective_stats(self) -> dict[str, float]:
         """See ``Requests.stats``."""
-        return self._reflective_requests().stats()
+        return _requests(self.model_runner).stats()
 
-    def _reflective_requests(self) -> Requests:
-        if hear := getattr(getattr(self.model_runner, "sampler", None), "hear", None):
-            hear()  # a step without tokens does not reach the first runner's sampler
-        return self.model_runner.get_model().reflective
+
+def _requests(runner: Any) -> Requests:
+    if hear := getattr(getattr(runner, "sampler", None), "hear", None):
+        hear()  # a step without tokens does not reach the first runner's sampler
+    return runner.get_model().reflective
 
 
 def logs_of(answer: list[list[tuple[Any, ...]]]) -> list[Log]:
