@@ -10,7 +10,7 @@ import tiny
 from like_vllm import LikeVLLM
 from test_cli import run
 from test_search import QUESTIONS, STEPS, letter_tokenizer, reflective_model
-from test_serve_engine import SAMPLING, Gate, same
+from test_serve_engine import SAMPLING, Gate
 
 import reflective as rf
 from reflective import batch
