@@ -1,12 +1,11 @@
 """Our server and the command line on a stock vLLM, over real sockets and in processes."""
 
-import contextlib
+import gc
 import json
 import re
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -16,8 +15,8 @@ import tiny as shared
 from conftest import DELIMITER
 from served import live, until
 from test_cli import run
+from transformers import AutoTokenizer
 
-from reflective import batch
 from reflective.cli.common import load_model
 
 VLLM = json.dumps({"dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True, "block_size": 32})
@@ -66,7 +65,7 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def near(model, truth):
+def near(truth):
     """``near(prompt ids, response ids, step scores)``: these are the truth."""
 
     def check(prompt, response, scores):
@@ -75,6 +74,37 @@ def near(model, truth):
         return len(expected)
 
     return check
+
+
+def command(*args):
+    """What ``run`` tells; its vLLM is gone, for two in a process end each other."""
+    done = run(*args)
+    gc.collect()
+    return done
+
+
+def test_the_command_line_and_killed_runs(checkpoint, tmp_path, near):
+    """A run that was killed goes on, to the bytes of one that nobody killed. First, for the server's vLLM is in this process too."""
+    source, cut, whole = (tmp_path / name for name in ("in.jsonl", "cut.jsonl", "whole.jsonl"))
+    source.write_text("".join(json.dumps({"question": f"{i} add 3.\n\nThen"}) + "\n" for i in range(6)))
+    engine = ("--engine", "vllm", "--vllm", VLLM, "--model", str(checkpoint))
+    args = ("generate", *engine, "--together", 2, "-n", 2, "--seed", 4, "--max-new-tokens", 24, "--input", source)
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, args), "-o", str(cut)], check=False, timeout=shared.PATIENCE)
+    assert killed.returncode == -signal.SIGKILL and not cut.exists() and cut.with_name("cut.jsonl.unfinished").exists()
+    done = command(*args, "-o", cut)
+    assert "6 of 6 rows" in done.stderr
+    command(*args, "-o", whole)
+    assert cut.read_bytes() == whole.read_bytes()
+
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"prompt": r["question"], "response": r["text"]}) + "\n" for r in rows if r["text"]))
+    scored = command("score", *engine, texts)
+    found = [json.loads(line) for line in scored.stdout.splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert len(found) > 3 and {"score", "n_steps", "step_scores", "step_spans", "error"} < found[0].keys()
+    for row in found:
+        near(tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"]), row["step_scores"])
 
 
 def test_completions_and_a_streamed_chat_beside_texts_that_are_scored(server, client, near):
@@ -174,44 +204,6 @@ def test_a_third_of_many_clients_hangs_up(server):
     stats = server.engine.submit(server.model.host.core.stats).result(shared.PATIENCE)
     assert stats["rows"] == stats["kept"] == 0 and not server.model.host.core.under_way
     assert server.http.post("/score", json={"text": "a e b"}).json()["value"] > 0
-
-
-def test_the_command_line_and_killed_runs(checkpoint, server, model, tmp_path, near):
-    """A run that was killed in its own process goes on here, by the command line, to the bytes of one that nobody killed."""
-    source, cut, whole = (tmp_path / name for name in ("in.jsonl", "cut.jsonl", "whole.jsonl"))
-    source.write_text("".join(json.dumps({"question": f"{i} add 3.\n\nThen"}) + "\n" for i in range(6)))
-    engine = ("--engine", "vllm", "--vllm", VLLM, "--model", str(checkpoint))
-    args = ("generate", *engine, "--together", 2, "-n", 2, "--seed", 4, "--max-new-tokens", 24, "--input", source)
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, args), "-o", str(cut)], check=False, timeout=shared.PATIENCE)
-    assert killed.returncode == -signal.SIGKILL and not cut.exists() and cut.with_name("cut.jsonl.unfinished").exists()
-    done = run(*args, "-o", cut)
-    assert "6 of 6 rows" in done.stderr
-    with _alone(server):
-        batch.generate_file(lambda: model, source, whole, n=2, max_new_tokens=24, seed=4, together=2)
-    assert cut.read_bytes() == whole.read_bytes()
-
-    rows = [json.loads(line) for line in whole.read_text().splitlines()]
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"prompt": r["question"], "response": r["text"]}) + "\n" for r in rows if r["text"]))
-    scored = run("score", *engine, texts)
-    found = [json.loads(line) for line in scored.stdout.splitlines()]
-    assert len(found) > 3 and {"score", "n_steps", "step_scores", "step_spans", "error"} < found[0].keys()
-    for row in found:
-        prompt = model.encode(row["prompt"])[0].tolist()
-        near(prompt, model.tokenizer(row["response"], add_special_tokens=False).input_ids, row["step_scores"])
-
-
-@contextlib.contextmanager
-def _alone(server):
-    """The engine's thread, which owns the model, does nothing meanwhile."""
-    begun, end = threading.Event(), threading.Event()
-    held = server.engine.submit(lambda: (begun.set(), end.wait(shared.PATIENCE)))
-    assert begun.wait(shared.PATIENCE)
-    try:
-        yield
-    finally:
-        end.set()
-        held.result(shared.PATIENCE)
 
 
 def test_a_server_process_finishes_what_is_under_way(checkpoint):
