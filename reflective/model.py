@@ -20,10 +20,12 @@ from .checkpoints.files import CONFIG_NAME
 from .checkpoints.hub import save_head
 from .checkpoints.loading import load
 from .engines.base import Engine
+from .engines.hf.backbone import Backbone
 from .engines.hf.ends import end_tokens, pad_token
 from .engines.hf.engine import TransformersEngine
 from .engines.hf.finished import Reading, of_text, score
 from .engines.hf.pace import Pace
+from .engines.hf.parts import check_parts
 from .engines.hf.scorer import Schedule, StreamScorer
 from .scoring.sprm import SPRM
 from .scoring.steps import StepTokens
@@ -35,6 +37,7 @@ from .search.results import Candidate, Generation
 from .search.strategies import Strategy, by_name, observes
 from .search.text import Reader
 from .utils.arguments import brief, one_of, whole
+from .utils.fingerprint import fingerprint
 from .utils.messages import asked
 from .utils.outputs import folder, json_text, write_text
 
@@ -171,13 +174,8 @@ class ReflectiveModel:
         from .checkpoints import default
 
         return cls.from_pretrained(
-            default.converted(fetch=fetch), head=head or default.HEAD, dtype=torch.float32, engine=engine, **vllm
+            default.converted(fetch=fetch), head=head or default.HEAD, engine=engine, **{"dtype": torch.float32, **vllm}
         )
-
-    def close(self) -> None:
-        """Give back what is outside this process or cannot be left to Python: vLLM's memory. Of a model in transformers that is nothing."""
-        if self.host is not None:
-            self.host.close()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write model, tokenizer, head and ``reflective.json`` into a directory that ``from_pretrained`` reads."""
@@ -197,6 +195,48 @@ class ReflectiveModel:
         if self.host is not None:
             return self.host.max_length
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def too_long(self, tokens: int, beyond: float = 0.0) -> str | None:
+        """Why a finished text of so many tokens, prompt included, is not scored, as far as the model's configuration says; None: it is.
+
+        Args:
+            beyond: how many more than the model has positions for are taken, as a part of these; of vLLM none.
+        """
+        if self.host is not None:
+            most = self.host.longest_text
+            return f"more than the {most:,} that vLLM scores, one below max_model_len" if tokens > most else None
+        most = self.max_length
+        if most is None or tokens <= most + int(most * beyond):
+            return None
+        return f"more than the model's {most:,} positions"
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on, in plain values: weights, how they are used, who decodes.
+
+        Raises:
+            ValueError: the head does not fit the model.
+        """
+        self.check_head()
+        use = asdict(self.config)
+        if self.host is not None:
+            return {**self.host.identity(), "head": fingerprint(self.head.parameters()), "use": use}
+        weights = [*self.model.parameters(), *self.head.parameters()]
+        return {"model": fingerprint(weights), "dtype": str(self.model.dtype), "use": use}
+
+    def check_head(self) -> None:
+        """Raises ValueError for a head that does not fit the model. vLLM has refused it when it was started."""
+        if self.host is None:
+            check_parts(Backbone.of(self.model), self.head, self.steps)
+
+    def forget(self) -> None:
+        """Have vLLM forget the beginnings of what it has run, so that the last bits of what comes do not depend on them."""
+        if self.host is not None:
+            self.host.core.forget()
+
+    def close(self) -> None:
+        """Give back the memory of vLLM, where the weights are there; the model is of no use any more."""
+        if self.host is not None:
+            self.host.close()
 
     @functools.cached_property
     def _learned(self) -> int | None:

@@ -17,7 +17,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -35,31 +34,15 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
+from served import live, until
+
 from reflective.benchmarks.serve_load import load
 from reflective.serve import schemas
-from reflective.serve.app import Server, create_app
-from reflective.serve.engine import Engine
 from reflective.serve.service import Limits, Service
 from reflective.serve.text import Incoming, before
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|><think>\n"
 SAMPLING = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 40}
-
-
-@contextlib.contextmanager
-def live(model, *, batch_rows=8, max_queue=64, **settings):
-    """A server in a thread, on a port of its own."""
-    engine = Engine(model, batch_rows=batch_rows, max_queue=max_queue)
-    server = Server(create_app(engine, name="tiny", **settings), "127.0.0.1", 0, grace=5, log_level="error")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    with httpx.Client(base_url=url, timeout=tiny.PATIENCE) as http:
-        yield SimpleNamespace(url=url, http=http, engine=engine, model=model)
-    server.should_exit = True
-    thread.join()
 
 
 def endless(**config):
@@ -75,13 +58,6 @@ def slowed(model, seconds=0.02):
     handle = model.model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
     yield
     handle.remove()
-
-
-def until(condition):
-    deadline = time.monotonic() + tiny.PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def hold(server, tokens, event):

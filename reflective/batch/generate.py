@@ -10,7 +10,7 @@ from ..utils.outputs import finite
 from ..utils.records import PIECE_BYTES, Json, Parquet, Record, open_file, pieces
 from .journal import WHOLE_ROW, Journal, Result
 from .progress import Tally
-from .run import Load, Report, Run, Work, fault, here, identity, in_halves
+from .run import Load, Report, Run, Work, fault, here, in_halves
 
 if TYPE_CHECKING:
     from ..model import Generation, ReflectiveModel
@@ -81,7 +81,7 @@ class _Answering:
     def begin(self, model: "ReflectiveModel") -> dict[str, Any]:
         strategy = model.strategy(self.strategy, self.effort, self.n)
         _check_settings(model, strategy, self.settings)
-        return {**identity(model), "strategy": repr(strategy)}
+        return {**model.identity(), "strategy": repr(strategy)}
 
     def results(
         self, model: "ReflectiveModel", window: list[Record], done: Collection[tuple[int, int]], tally: Tally
@@ -97,6 +97,7 @@ class _Answering:
                     results.append((record.number, WHOLE_ROW, fault(error, ANSWERED)))
 
         def answer(asked: list[tuple[int, str]]) -> "list[Generation]":
+            model.forget()  # the windows before, which were perhaps answered by another process
             seeds = [seed_of(self.seed, number) for number, _ in asked]
             found = model.generate([question for _, question in asked], strategy=strategy, seed=seeds, **self.settings)
             if any(generation.interrupted for generation in found):

@@ -1,6 +1,5 @@
 """What all runs over files share: the input and its output, rows of which nothing comes, and what results depend on."""
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -172,30 +171,3 @@ def fault(error: Exception | str, names: Iterable[str]) -> dict[str, Any]:
     """Columns of a row of which nothing came."""
     named = isinstance(error, Exception) and type(error) is not ValueError
     return dict.fromkeys(names) | {"error": f"{type(error).__name__}: {error}" if named else str(error)}
-
-
-# -- models -------------------------------------------------------------------------------------------------------------
-
-
-def identity(model: "ReflectiveModel") -> dict[str, Any]:
-    """What results depend on.
-
-    Raises:
-        ValueError: the head does not fit the model.
-    """
-    from ..utils.fingerprint import fingerprint
-
-    check_head(model)
-    return {
-        "model": fingerprint([*model.model.parameters(), *model.head.parameters()]),
-        "dtype": str(model.model.dtype),
-        "use": dataclasses.asdict(model.config),
-    }
-
-
-def check_head(model: "ReflectiveModel") -> None:
-    """Raises ValueError for a head that does not fit the model, which else every row would be told."""
-    from ..engines.hf.backbone import Backbone
-    from ..engines.hf.parts import check_parts
-
-    check_parts(Backbone.of(model.model), model.head, model.steps)

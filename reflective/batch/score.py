@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import random
 import warnings
 from collections import Counter
@@ -15,7 +14,7 @@ from ..utils.outputs import finite
 from ..utils.records import Json, Lines, Parquet, Record, open_file, pieces
 from .journal import WHOLE_ROW, Journal, Result
 from .progress import Tally
-from .run import Load, Report, Run, Work, check_head, fault, here, identity, in_halves, joined, tell
+from .run import Load, Report, Run, Work, fault, here, in_halves, joined, tell
 
 if TYPE_CHECKING:
     from ..model import Candidate, ReflectiveModel
@@ -77,7 +76,7 @@ def score_stream(
     """``score_file`` of records that come some at a time: each is written into ``file`` when those are scored, as a line of JSON
     or in what other form of it the name ``output`` says."""
     model, broken = load(), 0
-    check_head(model)
+    model.check_head()  # or every row would be told
     with Lines(file, output) as lines:
         for window in arrivals:
             found = sorted(itertools.chain.from_iterable(_score(model, window, batch_tokens)), key=itemgetter(0, 1))
@@ -111,7 +110,7 @@ class _Scoring:
         return windows(source.records(TO_SCORE), self.rows, self.text)
 
     def begin(self, model: "ReflectiveModel") -> dict[str, Any]:
-        return identity(model)
+        return model.identity()
 
     def results(
         self, model: "ReflectiveModel", window: list[Record], done: Collection[tuple[int, int]], tally: Tally
@@ -203,7 +202,6 @@ def _texts(model: "ReflectiveModel", record: Record) -> list[tuple[int, int, str
 def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]]) -> Iterator[_Item | Result]:
     """Prompts and responses tokenized apart, as ``ReflectiveModel.score`` does; a fault is what has no tokens, or more than the
     model has positions: of millions one text would take hours, and its score mean nothing."""
-    most = model.max_length or math.inf
     prompts: dict[str, list[int] | ValueError] = {"": []}
     for prompt in {prompt for _, _, prompt, _ in texts} - {""}:
         try:
@@ -218,11 +216,12 @@ def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]])
             responses |= zip([key[:2] for key in some], ids, strict=True)
     for row, place, prompt, response in texts:
         before, ids = prompts[prompt], responses.get((row, place))
-        if isinstance(before, list) and ids and len(before) + len(ids) <= most:
-            yield _Item(row, place, before, ids)
-        elif isinstance(before, list) and ids:
-            wrong = f"with its prompt {len(before) + len(ids):,} tokens, more than the model's {most:,} positions"
-            yield row, place, fault(wrong, SCORED)
+        if isinstance(before, list) and ids:
+            size = len(before) + len(ids)
+            if wrong := model.too_long(size):
+                yield row, place, fault(f"with its prompt {size:,} tokens, {wrong}", SCORED)
+            else:
+                yield _Item(row, place, before, ids)
         else:
             wrong = "the response is empty" if response == "" or ids == [] else f"expected a string, found {response!r}"
             yield row, place, fault(wrong if isinstance(before, list) else before, SCORED)

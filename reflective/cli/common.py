@@ -1,5 +1,6 @@
 """What several commands share: options, the model, and what is printed."""
 
+import json
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
+from ..utils.arguments import one_of
 from ..utils.outputs import json_text
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help need not wait for torch
@@ -21,6 +23,11 @@ if TYPE_CHECKING:  # at run time inside the functions, so that --help need not w
 
 _ADDRESS = re.compile(r"local|auto|ray://.*|\S+:\d+")  # what follows --ray, where that is not alone
 Where = TypeVar("Where", str, str | None)
+# Said by other options, or set for the scoring.
+_OURS = {
+    "model", "head", "fetch", "path", "engine", "untrained", "device_map", "revision", "cache_dir", "local_files_only", "hf_overrides",
+    "worker_extension_cls", "additional_config",
+}  # fmt: skip
 _COSTS = ("strategy", "chosen_by", "seed", "tokens", "seconds", "scoring_seconds", "alive", "interrupted")
 ModelOption = Annotated[
     str, typer.Option(help="Directory, or ORG/NAME on the Hub, of model, tokenizer and head; 'default': SmolLM2-135M.")
@@ -28,6 +35,15 @@ ModelOption = Annotated[
 HeadOption = Annotated[str | None, typer.Option(help="Head and reflective.json, where they lie apart from the model.")]
 FetchOption = Annotated[bool, typer.Option("--fetch", help="Download the default model's weights if they are missing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+EngineOption = Annotated[
+    str, typer.Option(help="Who decodes: hf, transformers in this process; vllm, a stock vLLM in this process.")
+]
+VLLMOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vllm", metavar="JSON", help='Settings of --engine vllm: {"max_model_len": 4096, "tensor_parallel_size": 2}.'
+    ),
+]
 SeedOption = Annotated[int | None, typer.Option(help="Makes the run repeatable.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output, and what another run has left unfinished of it.")
@@ -45,20 +61,48 @@ ReplicasOption = Annotated[
 TokensOption = Annotated[int, typer.Option(min=1, help="Tokens a candidate at most.")]
 
 
-def load_model(model: str, head: str | None, fetch: bool, *, untrained: bool = False) -> "ReflectiveModel":
-    """The model of ``--model``, ``--head`` and ``--fetch``; ``untrained``: it may be without a head, which gets a new one.
+def load_model(
+    model: str, head: str | None, fetch: bool, *, untrained: bool = False, engine: str = "hf", vllm: str | None = None
+) -> "ReflectiveModel":
+    """The model of ``--model``, ``--head``, ``--fetch``, ``--engine`` and ``--vllm``; ``untrained``: it may be without a head, which
+    gets a new one.
 
     Raises:
-        FileNotFoundError: no such directory. OSError, ValueError, ImportError: see ``ReflectiveModel``.
+        FileNotFoundError: no such directory. OSError, ValueError, ImportError: see ``ReflectiveModel``, ``vllm_settings``.
     """
+    settings = vllm_settings(engine, vllm)
+    if engine == "vllm":
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for answers and scores
     from ..checkpoints.hub import is_repository
     from ..model import ReflectiveModel
 
     if model == "default":
-        return ReflectiveModel.default(head=head, fetch=fetch)
+        return ReflectiveModel.default(head=head, fetch=fetch, engine=engine, **settings)
     if not Path(model).is_dir() and not is_repository(model):
         raise FileNotFoundError(f"model: {model!r} is no directory; give one, ORG/NAME on the Hub, or 'default'")
-    return ReflectiveModel.from_pretrained(model, head=head, untrained=untrained)
+    return ReflectiveModel.from_pretrained(model, head=head, untrained=untrained, engine=engine, **settings)
+
+
+def vllm_settings(engine: str, given: str | None) -> dict[str, Any]:
+    """What ``--vllm`` says.
+
+    Raises:
+        ValueError: an unknown ``--engine``; ``--vllm`` for another one; no JSON object; what has an option of its own.
+    """
+    one_of("engine", engine, ("hf", "vllm"))
+    if given is None:
+        return {}
+    if engine != "vllm":
+        raise ValueError(f"--vllm: these are settings of vLLM, and the engine is {engine!r}; add --engine vllm")
+    try:
+        settings = json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--vllm {given!r}: no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f'--vllm {given!r}: expected a JSON object, such as {{"max_model_len": 4096}}')  # noqa: TRY004
+    if own := sorted(_OURS & settings.keys()):
+        raise ValueError(f"--vllm: {', '.join(own)}: not by --vllm; model and head have options of their own")
+    return settings
 
 
 class RayCommand(TyperCommand):

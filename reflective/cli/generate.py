@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..search.strategies import NAMES as STRATEGIES
 from .common import (
+    EngineOption,
     FetchOption,
     HeadOption,
     JsonOption,
@@ -22,6 +23,7 @@ from .common import (
     ReplicasOption,
     SeedOption,
     TokensOption,
+    VLLMOption,
     check_plot,
     complain,
     end,
@@ -67,6 +69,8 @@ def generate(
     overwrite: OverwriteOption = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the (last) question's candidates into this file.")] = None,
     fetch: FetchOption = False,
+    engine: EngineOption = "hf",
+    vllm: VLLMOption = None,
     as_json: JsonOption = False,
     ray: RayOption = None,
     replicas: ReplicasOption = None,
@@ -92,7 +96,8 @@ def generate(
 
         with interruptible():
             broken = batch.generate_file(
-                functools.partial(load_model, everywhere(model), everywhere(head), fetch), source, output, effort=effort, strategy=strategy, n=n,
+                functools.partial(load_model, everywhere(model), everywhere(head), fetch, engine=engine, vllm=vllm), source, output,
+                effort=effort, strategy=strategy, n=n,
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, thinking_budget=thinking_budget,
                 seed=seed, together=together, replace=overwrite, report=complain,
                 run=run,
@@ -101,7 +106,7 @@ def generate(
     check_plot(plot)
     by_line = not questions or questions == ["-"]
     asked = _stdin_lines() if by_line else iter(questions)
-    reflective_model = load_model(model, head, fetch)
+    reflective_model = load_model(model, head, fetch, engine=engine, vllm=vllm)
     from .show import Board, summary  # with torch, which the model has brought
 
     screen = Console(stderr=True)

@@ -11,12 +11,14 @@ import typer
 
 from ..utils.outputs import partial
 from .common import (
+    EngineOption,
     FetchOption,
     HeadOption,
     ModelOption,
     OverwriteOption,
     RayOption,
     ReplicasOption,
+    VLLMOption,
     complain,
     end,
     everywhere,
@@ -47,6 +49,8 @@ def score(
     fetch: FetchOption = False,
     ray: RayOption = None,
     replicas: ReplicasOption = None,
+    engine: EngineOption = "hf",
+    vllm: VLLMOption = None,
 ) -> None:
     """Score finished text: rows of text, or of response and prompt or question (put into the model's prompt); or of responses,
     a list, which get lists.
@@ -59,7 +63,7 @@ def score(
 
     piped = source == "-" or _is_pipe(source)  # which is read once
     run = place(ray, replicas, text is None and not piped and output is not None)
-    load = functools.partial(load_model, everywhere(model), everywhere(head), fetch)
+    load = functools.partial(load_model, everywhere(model), everywhere(head), fetch, engine=engine, vllm=vllm)
     given = {"batch_tokens": batch_tokens, "report": complain}
     if text is not None:
         arrivals = iter([list(batch.read_lines([json.dumps({"text": text}).encode()]))])

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .common import FetchOption, HeadOption, ModelOption, load_model
+from .common import EngineOption, FetchOption, HeadOption, ModelOption, VLLMOption, load_model
 
 
 def serve(
@@ -16,13 +16,17 @@ def serve(
         str | None, typer.Option(envvar="REFLECTIVE_API_KEY", help="What clients must send as a bearer token.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the model, for clients; default: that of its directory.")] = None,
-    batch_rows: Annotated[int, typer.Option(min=1, help="Candidates decoded together.")] = 32,
+    batch_rows: Annotated[
+        int | None, typer.Option(min=1, help="Candidates decoded together; default 32, in vLLM its max_num_seqs.")
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are answered with 503.")] = 64,
     max_candidates: Annotated[int, typer.Option(min=1, help="Of a request.")] = 64,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 8 << 20,
     timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds for a request; default: no limit.")] = None,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to finish in at shutdown.")] = 30.0,
     fetch: FetchOption = False,
+    engine: EngineOption = "hf",
+    vllm: VLLMOption = None,
 ) -> None:
     """Serve MetaStone-S1's /score and /generate, OpenAI's /v1/chat/completions and vLLM's /pooling and /score.
 
@@ -36,6 +40,6 @@ def serve(
 
     limits = Limits(body_bytes=max_body, candidates=max_candidates, seconds=timeout)
     run(
-        load_model(model, head, fetch), host, port, api_key=api_key, name=name, limits=limits, batch_rows=batch_rows,
-        max_queue=max_queue, grace=grace,
+        load_model(model, head, fetch, engine=engine, vllm=vllm), host, port, api_key=api_key, name=name, limits=limits,
+        batch_rows=batch_rows, max_queue=max_queue, grace=grace,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exception_handlers import request_validation_exception_handler
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -34,7 +34,7 @@ def serve(
     api_key: str | None = None,
     name: str | None = None,
     limits: Limits | None = None,
-    batch_rows: int = 32,
+    batch_rows: int | None = None,
     max_queue: int = 64,
     grace: float = 30.0,
     log_level: str = "info",
@@ -42,12 +42,12 @@ def serve(
     """Serve until SIGTERM or Ctrl-C; then no further requests are taken, and those under way are finished.
 
     Args:
-        model: alone used by the server from now on.
+        model: alone used by the server from now on, and closed at the end.
         host, port: 0 is any free port, which the log names.
         api_key: what clients must send as ``Authorization: Bearer KEY``; None: nothing.
         name: of the model, for clients; default the last part of its path.
         limits: of a request.
-        batch_rows, max_queue: candidates decoded together, and requests that wait, at most.
+        batch_rows, max_queue: candidates decoded together, and requests that wait, at most; see ``Engine``.
         grace: seconds to finish in; what is not finished then is cancelled, its client told so, and listed on stderr.
         log_level: of uvicorn.
 
@@ -64,6 +64,8 @@ def serve(
         server.run()
     except KeyboardInterrupt:  # uvicorn raises the signal again when all is done
         pass
+    finally:
+        model.close()
 
 
 def create_app(
@@ -71,7 +73,7 @@ def create_app(
 ) -> FastAPI:
     """The routes over an engine, which the caller closes; see ``serve``."""
     limits = limits or Limits()
-    name = name or str(engine.model.model.name_or_path).rstrip("/").rpartition("/")[2] or "reflective"
+    name = name or engine.model.name.rstrip("/").rpartition("/")[2] or "reflective"
     service = Service(engine, name, limits, Metrics(engine), time.time())
     app = FastAPI(title="reflective", docs_url=None, redoc_url=None)
     app.state.service = service
@@ -79,8 +81,10 @@ def create_app(
         app.include_router(module.router)
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> Response:
+        if error := engine.broken:
+            return error_response(503, f"nothing can be decoded any more: {type(error).__name__}: {error}")
+        return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics(service: Shared) -> Response:

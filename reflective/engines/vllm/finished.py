@@ -1,5 +1,6 @@
 """Scores of finished texts, by vLLM's prefill: every column's state passes by, and those of steps are read."""
 
+import collections
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from .results import MissingSteps, collect
 
 @dataclass(eq=False)
 class Text:
-    """One to be scored: ids of the whole, whose steps from column ``start`` on count."""
+    """One to be scored: ids of the whole, whose steps from column ``start`` on count. ``size``: tokens to be run, those left out that the text
+    before it has in its prompt too."""
 
     ids: Sequence[int]
     start: int
+    size: int
     request: str | None = None
     scores: TrajectoryScores | None = None
     again: bool = field(default=False)
@@ -31,14 +34,40 @@ class Finished:
 
     Args:
         texts: ``(ids, start)`` of each.
+        begin: whether all are requests of vLLM's at once; else ``begin`` makes them such.
     """
 
-    def __init__(self, core: Core, steps: StepTokens, at: At, texts: Sequence[tuple[Sequence[int], int]]) -> None:
+    def __init__(
+        self, core: Core, steps: StepTokens, at: At, texts: Sequence[tuple[Sequence[int], int]], *, begin: bool = True
+    ) -> None:
         self._core, self._steps, self._at = core, steps, at
-        self.texts = [Text(ids, start) for ids, start in texts]
+        self.texts: list[Text] = []
+        before: Sequence[int] = ()
+        for ids, start in texts:
+            prompt = ids[:start]
+            self.texts.append(Text(ids, start, len(ids) - (start if prompt == before else 0)))
+            before = prompt
         self._salt = uuid.uuid4().hex
-        for text in self.texts:
+        self._waiting = collections.deque(self.texts)
+        if begin:
+            self.begin()
+
+    def begin(self, tokens: int | None = None) -> None:
+        """Make requests of those that wait: of all, or of as many as have ``tokens`` in all, one at least."""
+        while self._waiting and (tokens is None or tokens > 0):
+            text = self._waiting.popleft()
             self._add(text)
+            tokens = None if tokens is None else tokens - text.size
+
+    @property
+    def running(self) -> int:
+        """Tokens of the texts that are under way."""
+        return sum(text.size for text in self.texts if text.request is not None and text.scores is None)
+
+    @property
+    def waiting(self) -> int:
+        """Tokens of the texts that were not begun."""
+        return sum(text.size for text in self._waiting)
 
     def _add(self, text: Text) -> None:
         text.request = self._core.add(
@@ -53,7 +82,8 @@ class Finished:
 
     def collect(self) -> None:
         """Take in what vLLM has done by now."""
-        ended = [t for t in self.texts if t.scores is None and any(o.finished for o in self._core.fetch(t.request))]
+        running = [t for t in self.texts if t.request is not None and t.scores is None]
+        ended = [t for t in running if any(o.finished for o in self._core.fetch(t.request))]
         logs = {log.key: log for log in self._core.logs([t.request for t in ended], forget=True)}
         for text in ended:
             try:
@@ -77,7 +107,8 @@ class Finished:
 
     def cancel(self) -> None:
         """Give up those that are not scored."""
-        names = [t.request for t in self.texts if t.scores is None]
+        self._waiting.clear()
+        names = [t.request for t in self.texts if t.request is not None and t.scores is None]
         self._core.abort(names)
         self._core.logs(names, forget=True)
 

@@ -52,12 +52,16 @@ class ScoredSampler:
         requests.consume(out.sampled_token_ids[:B, 0].long(), hidden[at], rows)
         return out
 
-    def _admit(self, requests: Requests, here: list[str]) -> torch.Tensor:
-        """Rows [B] int32 of the batch; -1 where this is a piece of a prompt, behind which nothing is sampled."""
+    def hear(self) -> None:
+        """Of requests that the runner has dropped."""
         for request in [r for r in self._known if r not in self.runner.requests]:
-            requests.leave(request)
+            self.model.reflective.leave(request)
             del self._known[request]
             self._by_place.discard(request)
+
+    def _admit(self, requests: Requests, here: list[str]) -> torch.Tensor:
+        """Rows [B] int32 of the batch; -1 where this is a piece of a prompt, behind which nothing is sampled."""
+        self.hear()
         for request in here:
             record = self.runner.requests[request]
             if self._known.get(request) is not record:

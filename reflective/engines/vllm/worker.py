@@ -3,7 +3,7 @@
 from dataclasses import astuple
 from typing import Any
 
-from .requests import Log
+from .requests import Log, Requests
 
 
 class ReflectiveWorker:
@@ -25,12 +25,18 @@ class ReflectiveWorker:
 
     def reflective_logs(self, keys: list[str], forget: bool = True) -> list[tuple[Any, ...]]:
         """The fields of a ``Log`` for every request of these keys."""
-        requests = self.model_runner.get_model().reflective
+        requests = _requests(self.model_runner)
         return [astuple(log) for log in requests.log(requests.find(keys), forget=forget)]
 
     def reflective_stats(self) -> dict[str, float]:
         """See ``Requests.stats``."""
-        return self.model_runner.get_model().reflective.stats()
+        return _requests(self.model_runner).stats()
+
+
+def _requests(runner: Any) -> Requests:
+    if hear := getattr(getattr(runner, "sampler", None), "hear", None):
+        hear()  # a step without tokens does not reach the first runner's sampler
+    return runner.get_model().reflective
 
 
 def logs_of(answer: list[list[tuple[Any, ...]]]) -> list[Log]:
