@@ -51,11 +51,15 @@ class ScoredSampler:
         requests.consume(out.sampled_token_ids[:B, 0].long(), hidden[at], rows)
         return out
 
+    def sweep(self) -> None:
+        """Have those leave that the runner does not know any more."""
+        for request in [r for r in self._known if r not in self.runner.requests]:
+            self.model.reflective.leave(request)
+            del self._known[request]
+
     def _admit(self, requests: Requests, here: list[str]) -> torch.Tensor:
         """Rows [B] int32 of the batch; -1 where this is a piece of a prompt, behind which nothing is sampled."""
-        for request in [r for r in self._known if r not in self.runner.requests]:
-            requests.leave(request)
-            del self._known[request]
+        self.sweep()
         for request in here:
             record = self.runner.requests[request]
             if self._known.get(request) is not record:

@@ -25,12 +25,18 @@ class ReflectiveWorker:
 
     def reflective_logs(self, keys: list[str], forget: bool = True) -> list[tuple[Any, ...]]:
         """The fields of a ``Log`` for every request of these keys."""
-        requests = self.model_runner.get_model().reflective
+        requests = _requests(self.model_runner)
         return [astuple(log) for log in requests.log(requests.find(keys), forget=forget)]
 
     def reflective_stats(self) -> dict[str, float]:
         """See ``Requests.stats``."""
-        return self.model_runner.get_model().reflective.stats()
+        return _requests(self.model_runner).stats()
+
+
+def _requests(runner: Any) -> Any:
+    if (sweep := getattr(runner.sampler, "sweep", None)) is not None:
+        sweep()  # the first runner does not say who leaves
+    return runner.get_model().reflective
 
 
 def logs_of(answer: list[list[tuple[Any, ...]]]) -> list[Log]:
