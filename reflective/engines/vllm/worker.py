@@ -34,7 +34,7 @@ class ReflectiveWorker:
 
 
 def _requests(runner: Any) -> Any:
-    if (sweep := getattr(runner.sampler, "sweep", None)) is not None:
+    if (sweep := getattr(getattr(runner, "sampler", None), "sweep", None)) is not None:
         sweep()  # the first runner does not say who leaves
     return runner.get_model().reflective
 
