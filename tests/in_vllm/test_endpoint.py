@@ -16,7 +16,8 @@ PROMPTS = ["First add 3 and 4.\n\nThen", "We count the primes"]
 CHAT = [{"role": "user", "content": "add 3 and 4"}]
 DRAWN = {"model": "tiny", "temperature": 1.0, "max_tokens": 48, "n": 8, "seed": 7}
 WITH_IDS = {"return_token_ids": True}
-PRUNE = {"threshold": 0.02, "min_steps": 2}
+PRUNE = {"threshold": 1.0, "min_steps": 2}
+END = 0  # the tokenizer's first
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,12 @@ def plain(tiny, tmp_path_factory):
 def stock(plain, tmp_path_factory):
     """A server without the plugin."""
     with server(plain, tmp_path_factory.mktemp("stock"), plugins="") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def pruning(tiny, tmp_path_factory):
+    with server(settings(tiny, max_num_seqs=32, prune=PRUNE), tmp_path_factory.mktemp("prune")) as url:
         yield url
 
 
@@ -104,33 +111,28 @@ def test_chat(scored, truth):
 def test_nothing_else_is_said_than_vllm_says(scored, stock):
     """Without the field, the answers are those of a server without the plugin; ids that are not asked for are not given."""
     for path, body in REQUESTS:
-        mine, theirs = (parsed(send(url, path, body)) for url in (scored, stock))
-        fields = [
-            choice.pop("reflective") for event in mine for choice in event["choices"] if choice.get("finish_reason")
-        ]
-        assert len(fields) == body.get("n", 1) * len(body["prompt"] if isinstance(body.get("prompt"), list) else [0])
-        assert all(f["error"] is None for f in fields)
-        if body.get("stream") and body.get("n", 1) > 1:  # the order in which choices come is nobody's promise
-            mine, theirs = (sorted(map(json.dumps, events)) for events in (mine, theirs))
+        (status, mine), (_, theirs) = (told(send(url, path, body)) for url in (scored, stock))
+        mine, theirs = (json.loads(said) if isinstance(said, str) else said for said in (mine, theirs))
+        assert status == 200
+        for choice in mine["choices"]:
+            field = choice.pop("reflective")
+            assert set(field) == {"score", "step_scores", "positions", "error"} and field["error"] is None
         assert mine == theirs
 
 
+USAGE = {"stream_options": {"include_usage": True}}
+CONTINUOUS = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 REQUESTS = [
     ("completions", {"prompt": PROMPTS[0], "max_tokens": 24, "temperature": 0}),
     ("completions", {"prompt": PROMPTS, "max_tokens": 12, "temperature": 1, "seed": 3, "n": 2, "logprobs": 2}),
     ("completions", {"prompt": PROMPTS[0], "max_tokens": 0, "echo": True}),
     ("completions", {"prompt": PROMPTS[0], "max_tokens": 5, "temperature": 0, "echo": True}),
     ("completions", {"prompt": PROMPTS[0], "max_tokens": 24, "temperature": 0, "stream": True}),
-    (
-        "completions",
-        {"prompt": "é\n", "max_tokens": 24, "seed": 1, "stream": True, "stream_options": {"include_usage": True}},
-    ),
+    ("completions", {"prompt": "é\n", "max_tokens": 24, "seed": 1, "n": 2, "stream": True} | USAGE),
     ("chat/completions", {"messages": CHAT, "max_tokens": 24, "seed": 5, "n": 3}),
     ("chat/completions", {"messages": CHAT, "max_tokens": 24, "seed": 5, "logprobs": True, "stop": ["e"]}),
-    (
-        "chat/completions",
-        {"messages": CHAT, "max_tokens": 24, "seed": 5, "stream": True, "stream_options": {"include_usage": True}},
-    ),
+    ("chat/completions", {"messages": CHAT, "max_tokens": 9, "seed": 5, "n": 2, "stream": True} | USAGE),
+    ("chat/completions", {"messages": CHAT, "max_tokens": 9, "seed": 5, "stream": True} | CONTINUOUS),
 ]
 WRONG = [
     ("completions", {"prompt": PROMPTS[0], "max_tokens": 9000}),
@@ -149,37 +151,40 @@ def send(url, path, body):
 
 
 def told(answer):
-    """Status and text of an answer, without its time and what names the server's process."""
+    """Status and text of an answer, without its time and what names the server's process. A stream's tokens come one by one or several at a time,
+    as the server finds time for them, and choices as they come: so events are joined by choice."""
     text = re.sub(r'"created":\d+', '"created":0', answer.text)
-    return answer.status_code, re.sub(r'"system_fingerprint":"[^"]*"', '"system_fingerprint":""', text)
-
-
-def parsed(answer):
-    status, text = told(answer)
-    assert status == 200
+    text = re.sub(r'"system_fingerprint":"[^"]*"', '"system_fingerprint":""', text)
     if not answer.headers["content-type"].startswith("text/event-stream"):
-        return [json.loads(text)]
+        return answer.status_code, text
     events = text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
-    return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+    choices, others = {}, []
+    for event in [json.loads(event.removeprefix("data: ")) for event in events[:-2]]:
+        for choice in event.get("choices", []):
+            assert ("reflective" in choice) == (choice["finish_reason"] is not None) or "reflective" not in text
+            so_far = choices.setdefault(choice["index"], {"text": "", "content": ""})
+            so_far["content"] += choice.get("delta", {}).pop("content", "")
+            so_far["text"] += choice.pop("text", "")
+            so_far |= choice | ({"delta": {**so_far.get("delta", {}), **choice["delta"]}} if "delta" in choice else {})
+        if not event.get("choices"):
+            others.append(event)
+    return answer.status_code, {**event, "choices": [choices[i] for i in sorted(choices)], "others": others}
 
 
 def test_errors_come_through(scored, stock):
     for path, body in WRONG:
         mine, theirs = (told(send(url, path, body)) for url in (scored, stock))
         assert mine == theirs
-        assert mine[0] in (400, 404, 422), mine
+        assert mine[0] in (400, 404) or mine[1]["others"][0]["error"]["code"] == 400
     assert stats(scored)["kept"] == 0
 
 
 def test_installed_but_unused(plain, stock, tmp_path_factory):
-    """Bytes, but for times."""
+    """The same bytes, but for times, and in a stream for where one chunk ends and the next begins."""
     with server(plain, tmp_path_factory.mktemp("unused")) as url:
         for path, body in REQUESTS + WRONG:
-            mine, theirs = (told(send(u, path, body)) for u in (url, stock))
-            if body.get("stream") and body.get("n", 1) > 1:
-                mine, theirs = ((s, sorted(text.split("\n\n"))) for s, text in (mine, theirs))
-            assert mine == theirs
+            assert told(send(url, path, body)) == told(send(stock, path, body))
 
 
 def test_beam_search_has_no_scores(scored):
@@ -204,15 +209,15 @@ def test_clients_that_hang_up(scored, truth):
             return await leave(http, body, i)
         answer = await http.post("/v1/completions", json=body)
         assert answer.status_code == 200
-        prompts, ids, fields = {}, {}, {}
-        for event in parsed(answer):
-            for c in event["choices"]:
-                prompts[0] = c.get("prompt_token_ids") or prompts.get(0)
-                ids[c["index"]] = ids.get(c["index"], []) + (c["token_ids"] or [])
-                if c["finish_reason"]:
-                    fields[c["index"]] = c["reflective"]
+        events = [answer.text] if not i % 2 else [e[6:] for e in answer.text.split("\n\n") if e.startswith("data: {")]
+        prompt, ids, fields = None, {}, {}
+        for c in [c for event in events for c in json.loads(event)["choices"]]:
+            prompt = c["prompt_token_ids"] or prompt
+            ids[c["index"]] = ids.get(c["index"], []) + c["token_ids"]
+            if c["finish_reason"]:
+                fields[c["index"]] = c["reflective"]
         assert len(fields) == body["n"]
-        return prompts[0], ids, fields
+        return prompt, ids, fields
 
     async def leave(http, body, i):
         try:
@@ -262,36 +267,41 @@ def test_no_row_is_left(scored):
     assert found["rows"] == found["kept"] == 0
 
 
-def test_prune(tiny, scored, truth, tmp_path_factory):
+def ended(url, body):
+    """By index: ids, field and finish reason, and the ids of the prompts."""
+    answer = client(url).completions.create(**body)
+    chunks = list(answer) if body["stream"] else [answer]
+    reasons = {c.index: c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason}
+    return *gathered(chunks), reasons
+
+
+def lags(own, others):
+    """Whether one falls behind the others, as these are when all have ended."""
+    for k in range(PRUNE["min_steps"], len(own) + 1):
+        best = max(math.fsum(map(math.log, o[:k])) / min(k, len(o)) for o in others if o)
+        if best - math.fsum(map(math.log, own[:k])) / k > PRUNE["threshold"] - 1e-5:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("more", [{}, {"min_tokens": 400}, {"ignore_eos": True}], ids=str)
+def test_prune(pruning, scored, truth, more, stream):
     """Who lags behind the others of its prompt ends; the others say what they would have said."""
-    with server(settings(tiny, max_num_seqs=32, prune=PRUNE), tmp_path_factory.mktemp("prune")) as url:
-        for stream in (False, True):
-            for more in ({}, {"min_tokens": 400}, {"ignore_eos": True}):
-                body = {"prompt": PROMPTS, "extra_body": WITH_IDS | more, **DRAWN, "max_tokens": 400, "stream": stream}
-                if stream:
-                    body["stream_options"] = {"include_usage": True}
-                answers = [client(u).completions.create(**body) for u in (url, scored)]
-                reasons = [{}, {}]
-                if stream:
-                    kept = [list(a) for a in answers]
-                    (prompts, ids, fields), (_, whole, _) = map(gathered, kept)
-                    for chunks, reason in zip(kept, reasons, strict=True):
-                        reason |= {c.index: c.finish_reason for a in chunks for c in a.choices if c.finish_reason}
-                else:
-                    fields, ids, whole = {}, {}, {}
-                    for c, other in zip(answers[0].choices, answers[1].choices, strict=True):
-                        fields[c.index], ids[c.index], whole[c.index] = c.reflective, c.token_ids, other.token_ids
-                        prompts = {k: answers[0].choices[k].prompt_token_ids for k in (0, 8)}
-                        reasons[0][c.index] = c.finish_reason
-                pruned = [i for i in fields if fields[i]["pruned"]]
-                assert 2 <= len(pruned) <= 14
-                for i in range(16):
-                    check({**fields[i]}, prompts[i - i % 8], ids[i], truth)
-                    if i not in pruned:
-                        assert ids[i] == whole[i]
-                    elif more:
-                        assert reasons[0][i] == "abort" and len(ids[i]) < 400
-                    else:
-                        assert reasons[0][i] == "stop" and ids[i][:-1] == whole[i][: len(ids[i]) - 1]
-        found = empty(url)
-        assert found["rows"] == found["kept"] == 0
+    body = {"prompt": PROMPTS, "extra_body": WITH_IDS | more, **DRAWN, "max_tokens": 400, "stream": stream}
+    prompts, ids, fields, reasons = ended(pruning, body)
+    _, whole, unpruned, usual = ended(scored, body)
+    pruned = [i for i in range(16) if fields[i]["pruned"]]
+    assert 2 <= len(pruned) <= 14
+    for i in range(16):
+        check(fields[i], prompts[i - i % 8], ids[i], truth)
+        group = range(i - i % 8, i - i % 8 + 8)
+        if i not in pruned:
+            assert (ids[i], reasons[i]) == (whole[i], usual[i])
+            continue
+        assert lags(unpruned[i]["step_scores"], [unpruned[j]["step_scores"] for j in group])
+        same = ids[i].index(END) if END in ids[i] else len(ids[i])
+        assert same < len(whole[i]) and ids[i][:same] == whole[i][:same]
+        assert reasons[i] == ("abort" if more else "stop")
+    found = empty(pruning)
+    assert found["rows"] == found["kept"] == 0
