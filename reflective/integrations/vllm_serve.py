@@ -131,12 +131,14 @@ class _Asked:
 
     Attributes:
         key: by which the worker knows all of them.
+        stopped: number of a choice that had to be aborted -> what was known of it before.
     """
 
     def __init__(self, params: Any, prunes: bool) -> None:
         self.key, self.n = uuid.uuid4().hex, params.n
         self.prompt: list[int] = []
         self.choices = [_Choice() for _ in range(params.n)]
+        self.stopped: dict[int, Log] = {}
         self._adds = params.output_kind.name == "DELTA"
         prunes = prunes and params.n > 1
         wanted = {"key": self.key, **({"group": self.key} if prunes else {})}
@@ -183,7 +185,7 @@ class _Call:
         self._open += 1
         self._closed.clear()
         if asked.watched:
-            self.scorer.watch(asked.key)
+            self.scorer.watch(asked)
         try:
             yield
         finally:
@@ -219,12 +221,14 @@ class _Call:
     def _scores_of(self, logs: list[Log], ended: dict[int, tuple[_Asked, int]]) -> dict[int, dict[str, Any]]:
         by_key = {asked.key: asked for asked in self._asked}
         found = {(log.key, by_key[log.key].number(log)): log for log in logs}
-        return {
-            index: self.scorer.scores_of(
-                found.get((asked.key, j)), asked.prompt, [] if self._prompt_only else asked.choices[j].ids
-            )
-            for index, (asked, j) in ended.items()
-        }
+        scores = {}
+        for index, (asked, j) in ended.items():
+            log, ids = found.get((asked.key, j)), [] if self._prompt_only else asked.choices[j].ids
+            if j in asked.stopped:  # the worker went on until it heard of the abort
+                log = asked.stopped[j]
+                ids = ids[: log.seen - len(asked.prompt) + (self.scorer.at == "token")]
+            scores[index] = self.scorer.scores_of(log, asked.prompt, ids)
+        return scores
 
     def end(self) -> None:
         """The request is over, whatever became of it."""
@@ -240,14 +244,14 @@ class _Scorer:
     """What all requests share: the engine, how scores are read, and who looks after the pruned.
 
     Attributes:
-        prunes: whether the worker does.
+        prunes: whether the worker does; at: as it has it.
     """
 
     def __init__(self, engine: Any) -> None:
         options = Options.of(engine.vllm_config.additional_config)
         self.engine, self.prunes = engine, options.prune is not None
-        self._steps, self._at = steps_for(engine.vllm_config), options.at
-        self._watched: dict[str, set[str]] = {}  # key -> whom it was necessary to abort
+        self._steps, self.at = steps_for(engine.vllm_config), options.at
+        self._watched: dict[str, _Asked] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself would let them go
         self._looking = False
 
@@ -259,7 +263,7 @@ class _Scorer:
         if log is None:
             return _without("the worker does not know this request")
         try:
-            found = collect([log], [prompt + ids], [len(prompt)], self._steps, self._at)
+            found = collect([log], [prompt + ids], [len(prompt)], self._steps, self.at)
         except ValueError as error:
             return _without(str(error))
         said = {
@@ -274,9 +278,9 @@ class _Scorer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def watch(self, key: str) -> None:
-        """Abort requests of this key as soon as they are pruned."""
-        self._watched[key] = set()
+    def watch(self, asked: _Asked) -> None:
+        """Abort those choices that are pruned."""
+        self._watched[asked.key] = asked
         if not self._looking:
             self._looking = True
             self.later(self._look())
@@ -290,9 +294,10 @@ class _Scorer:
             while self._watched:
                 await asyncio.sleep(LOOK_S)
                 for log in await self.logs(list(self._watched), forget=False):
-                    aborted = self._watched.get(log.key)
-                    if log.pruned and aborted is not None and log.request not in aborted:
-                        aborted.add(log.request)
+                    if not log.pruned or (asked := self._watched.get(log.key)) is None:
+                        continue
+                    # Only after a further look: by then the tokens that this log is of have come.
+                    if asked.stopped.setdefault(asked.number(log), log) is not log:
                         await self.engine.abort(log.request, internal=True)
         finally:
             self._looking = False

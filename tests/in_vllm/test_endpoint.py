@@ -302,6 +302,7 @@ def test_prune(pruning, scored, truth, more, stream):
         assert lags(unpruned[i]["step_scores"], [unpruned[j]["step_scores"] for j in group])
         same = ids[i].index(END) if END in ids[i] else len(ids[i])
         assert same < len(whole[i]) and ids[i][:same] == whole[i][:same]
-        assert reasons[i] == ("abort" if more else "stop")
+        # To some releases the forced token is the end in spite of min_tokens.
+        assert reasons[i] in {"ignore_eos": ["abort"], "min_tokens": ["abort", "stop"]}.get("".join(more), ["stop"])
     found = empty(pruning)
     assert found["rows"] == found["kept"] == 0
