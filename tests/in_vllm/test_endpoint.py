@@ -275,8 +275,14 @@ def ended(url, body):
     return *gathered(chunks), reasons
 
 
+def before_end(field, ids):
+    """Step scores up to the first token that could have been the end, be it one that was forced."""
+    end = ids.index(END) if END in ids else len(ids)
+    return [score for score, position in zip(field["step_scores"], field["positions"], strict=True) if position <= end]
+
+
 def lags(own, others):
-    """Whether one falls behind the others, as these are when all have ended."""
+    """Whether one falls behind the others."""
     for k in range(PRUNE["min_steps"], len(own) + 1):
         best = max(math.fsum(map(math.log, o[:k])) / min(k, len(o)) for o in others if o)
         if best - math.fsum(map(math.log, own[:k])) / k > PRUNE["threshold"] - 1e-5:
@@ -299,7 +305,9 @@ def test_prune(pruning, scored, truth, more, stream):
         if i not in pruned:
             assert (ids[i], reasons[i]) == (whole[i], usual[i])
             continue
-        assert lags(unpruned[i]["step_scores"], [unpruned[j]["step_scores"] for j in group])
+        others = [unpruned[j]["step_scores"] for j in group]  # and such as had ended by then, the pruned among them
+        others += [before_end(*said) for j in group for said in ((unpruned[j], whole[j]), (fields[j], ids[j]))]
+        assert lags(unpruned[i]["step_scores"], others)
         same = ids[i].index(END) if END in ids[i] else len(ids[i])
         assert same < len(whole[i]) and ids[i][:same] == whole[i][:same]
         # To some releases the forced token is the end in spite of min_tokens.
