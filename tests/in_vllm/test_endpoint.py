@@ -275,39 +275,20 @@ def ended(url, body):
     return *gathered(chunks), reasons
 
 
-def before_end(field, ids):
-    """Step scores up to the first token that could have been the end, be it one that was forced."""
-    end = ids.index(END) if END in ids else len(ids)
-    return [score for score, position in zip(field["step_scores"], field["positions"], strict=True) if position <= end]
-
-
-def lags(own, others):
-    """Whether one falls behind the others."""
-    for k in range(PRUNE["min_steps"], len(own) + 1):
-        best = max(math.fsum(map(math.log, o[:k])) / min(k, len(o)) for o in others if o)
-        if best - math.fsum(map(math.log, own[:k])) / k > PRUNE["threshold"] - 1e-5:
-            return True
-    return False
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("more", [{}, {"min_tokens": 400}, {"ignore_eos": True}], ids=str)
 def test_prune(pruning, scored, truth, more, stream):
-    """Who lags behind the others of its prompt ends; the others say what they would have said."""
+    """Who is pruned, by a rule that others test, says the beginning of what it would have said, and ends; the others say it all."""
     body = {"prompt": PROMPTS, "extra_body": WITH_IDS | more, **DRAWN, "max_tokens": 400, "stream": stream}
     prompts, ids, fields, reasons = ended(pruning, body)
-    _, whole, unpruned, usual = ended(scored, body)
+    _, whole, _, usual = ended(scored, body)
     pruned = [i for i in range(16) if fields[i]["pruned"]]
     assert 2 <= len(pruned) <= 14
     for i in range(16):
         check(fields[i], prompts[i - i % 8], ids[i], truth)
-        group = range(i - i % 8, i - i % 8 + 8)
         if i not in pruned:
             assert (ids[i], reasons[i]) == (whole[i], usual[i])
             continue
-        others = [unpruned[j]["step_scores"] for j in group]  # and such as had ended by then, the pruned among them
-        others += [before_end(*said) for j in group for said in ((unpruned[j], whole[j]), (fields[j], ids[j]))]
-        assert lags(unpruned[i]["step_scores"], others)
         same = ids[i].index(END) if END in ids[i] else len(ids[i])
         assert same < len(whole[i]) and ids[i][:same] == whole[i][:same]
         # To some releases the forced token is the end in spite of min_tokens.
