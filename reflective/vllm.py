@@ -10,18 +10,21 @@
     for output, scores in zip(outputs, reflective.vllm.scores(llm, outputs)):
         print(output.outputs[scores.best()].text)
 
-``python -m reflective.vllm PATH`` prints the arguments of ``vllm serve`` that say the same.
+``python -m reflective.vllm serve PATH`` starts ``vllm serve`` in the same way, and without ``serve`` prints its arguments.
 """
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from .checkpoints.vllm import for_vllm
+from .engines.vllm.core import check_version
 from .engines.vllm.options import Options
 from .engines.vllm.results import collect
 from .engines.vllm.worker import logs_of
@@ -130,15 +133,36 @@ def _steps(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m reflective.vllm PATH [HEAD]``: arguments of ``vllm serve``."""
+    """``python -m reflective.vllm [serve] PATH [--head HEAD] [vLLM's arguments]``: start ``vllm serve`` with scores, or print its arguments, quoted
+    for a shell."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not 1 <= len(given) <= 2:
-        raise SystemExit("usage: python -m reflective.vllm PATH [HEAD]")
-    found = settings(given[0], head=given[1] if len(given) > 1 else None)
-    words = [found["model"], "--hf-overrides", json.dumps(found["hf_overrides"])]
-    words += ["--worker-extension-cls", found["worker_extension_cls"]]
-    words += ["--additional-config", json.dumps(found["additional_config"])]
-    print(shlex.join(words))
+    starts = given[:1] == ["serve"]
+    given = given[starts:]
+    head = None
+    if "--head" in given[:-1]:
+        at = given.index("--head")
+        head = given[at + 1]
+        del given[at : at + 2]
+    if not given or given[0].startswith("-"):
+        raise SystemExit("usage: python -m reflective.vllm [serve] PATH [--head HEAD] [arguments of vllm serve]")
+    found = settings(given[0], head=head)
+    words = [
+        "--hf-overrides",
+        json.dumps(found["hf_overrides"]),
+        "--worker-extension-cls",
+        found["worker_extension_cls"],
+    ]
+    words += ["--additional-config", json.dumps(found["additional_config"]), *given[1:]]
+    if not starts:
+        print(shlex.join([found["model"], *words]))
+        return
+    # vLLM loads plugins that add to its answers only where they are named; then all others have to be named too.
+    names = {p.name for p in entry_points(group="vllm.general_plugins")} | {"reflective"}
+    os.environ.setdefault("VLLM_PLUGINS", ",".join(sorted(names)))
+    check_version()
+    os.execv(
+        sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", found["model"], *words]
+    )
 
 
 if __name__ == "__main__":

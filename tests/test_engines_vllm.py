@@ -249,11 +249,15 @@ def test_the_device_stops_whom_the_strategy_stops():
             final.append(len(tokens) <= place + 1 and tokens[-1] == 2)
             if place < len(tokens):
                 walks[log.key].feed(tokens[place])
-        curves = [prune.extend([], [scores[k][c] for c in walk.counted()]) for k, walk in walks.items()]
-        for own, done, (tokens, log) in zip(curves, final, found.values(), strict=True):
-            judged = len(own) >= rule.min_steps and not done and place < len(tokens)
-            if judged and prune.lag(own, len(own), curves, final) > rule.threshold:
-                decided.setdefault(log.key, place)
+        curves = {k: prune.extend([], [scores[k][c] for c in walk.counted()]) for k, walk in walks.items()}
+        shown = [k for k in curves if k not in decided]
+        ended = dict(zip(curves, final, strict=True))
+        for tokens, log in found.values():
+            own = curves[log.key]
+            if log.key in shown and len(own) >= rule.min_steps and not ended[log.key] and place < len(tokens):
+                others = [curves[k] for k in shown], [ended[k] for k in shown]
+                if prune.lag(own, len(own), *others) > rule.threshold:
+                    decided[log.key] = place
     assert set(decided) == stopped
     for tokens, log in found.values():
         assert not log.pruned or len(tokens) == decided[log.key] + 2, "stopped in the step after"

@@ -25,8 +25,8 @@ class PruneRule:
 
 class Pruning:
     """
-    Compared are requests of one group that have k steps, or have ended by themselves with fewer. Who was stopped by a text or was preempted
-    counts with the steps that it has: fewer comparisons stop fewer, so the rule's promise stands.
+    Compared are requests of one group that have k steps, or have ended by themselves with fewer; not those that were pruned before. Who was
+    stopped by a text or was preempted counts with the steps that it has: fewer comparisons stop fewer, so the rule's promise stands.
 
     Attributes:
         stop: [rows], those that are to end.
@@ -66,10 +66,11 @@ class Pruning:
         count = count.clamp_max(self._sums.shape[1] - 1)
         self._count[at] = count
         self._sums[at, count] = log_sum.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-        self._final[at] |= torch.isin(sampled, self._ends)
+        self._final[at] |= torch.isin(sampled, self._ends) & ~self.stop[at]
         k, n = count[:, None], self._count[None]
         same = (self._group[at][:, None] == self._group[None]) & (self._group[at] > 0)[:, None]
-        compared = same & (n > 0) & ((n >= k) | self._final[None]) & (self._every < self._rows)[None]
+        others = (n > 0) & ((n >= k) | self._final[None]) & ~self.stop[None] & (self._every < self._rows)[None]
+        compared = same & others
         least = torch.minimum(k, n)
         best = torch.where(compared, self._sums[self._every[None], least] / least.clamp_min(1), -torch.inf).amax(1)
         own = self._sums[at, count] / count.clamp_min(1)
