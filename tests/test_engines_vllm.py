@@ -1,6 +1,8 @@
 """The engine for vLLM and its worker's scorer, without vLLM; ``tests/in_vllm`` has them in it."""
 
+import json
 import random
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -316,3 +318,25 @@ def test_without_vllm_it_says_what_to_install(tmp_path, monkeypatch):
         rf.ReflectiveModel.from_pretrained(tmp_path, max_model_len=10)
     with pytest.raises(ValueError, match="engine='sglang'"):
         rf.ReflectiveModel.from_pretrained(tmp_path, engine="sglang")
+
+
+def test_what_vllm_is_started_with(tmp_path, capsys):
+    """Of a published directory: a head beside the weights, no ``reflective.json``."""
+    import reflective.vllm
+
+    head = tmp_path / "elsewhere"
+    tiny.model("llama").save_pretrained(tmp_path)
+    tiny.head().save_pretrained(head)
+    (head / "reflective.json").write_text('{"rule": "text", "at": "token", "prompt": "{question}"}')
+    found = reflective.vllm.settings(tmp_path, head=head, max_steps=9)
+    assert found["hf_overrides"] == {"architectures": ["ReflectiveLlamaForCausalLM"]} and found["model"] == str(tmp_path)
+    assert found["additional_config"] == {"reflective": {"head": str(head), "rule": "text", "at": "token", "max_steps": 9}}
+    reflective.vllm.main([str(tmp_path), "--head", str(head), "--max-model-len", "64"])
+    said = shlex.split(capsys.readouterr().out)
+    assert said[0] == str(tmp_path) and said[-2:] == ["--max-model-len", "64"]
+    assert json.loads(said[said.index("--additional-config") + 1])["reflective"]["at"] == "token"
+    for wrong in ([], ["serve"], ["--head", str(head)]):
+        with pytest.raises(SystemExit, match="usage"):
+            reflective.vllm.main(wrong)
+    with pytest.raises(ValueError, match="reflective.engines.vllm.options.Options"):
+        reflective.vllm.settings(tmp_path, head=head, schedule="deferred")
