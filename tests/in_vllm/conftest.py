@@ -4,30 +4,14 @@ Engines' cores run in the process of the tests, which starts them in two seconds
 """
 
 import importlib.util
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
-# Before vLLM is imported anywhere. A word is said by an error alone; a core is nobody's own.
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}  # fmt: skip
-sys.path.insert(0, str(Path(__file__).parents[1]))
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
-
-V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-DELIMITER = "e"  # so that random tokens end many steps
-
-
-def release() -> tuple[int, int]:
-    """vLLM's."""
-    from vllm import __version__
-
-    return tuple(map(int, __version__.split(".")[:2]))
+else:
+    import common  # before vLLM is imported anywhere
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +70,7 @@ def truth(tiny):
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     head = rf.SPRM.from_pretrained(tiny, dtype=torch.float32)
-    steps = rf.StepTokens.from_tokenizer(AutoTokenizer.from_pretrained(tiny), delimiter=DELIMITER)
+    steps = rf.StepTokens.from_tokenizer(AutoTokenizer.from_pretrained(tiny), delimiter=common.DELIMITER)
 
     def scores(prompt, response, at="predict"):
         with torch.no_grad():
@@ -94,14 +78,3 @@ def truth(tiny):
         return found.step_scores[0].tolist(), found.step_positions[0].tolist()
 
     return scores
-
-
-def settings(path, **options):
-    """For ``vllm.LLM`` and ``EngineArgs``: small, in float32."""
-    import reflective.vllm
-
-    scoring = {k: options.pop(k) for k in ("at", "prune", "max_steps", "rule", "head") if k in options}
-    return {
-        **reflective.vllm.settings(path, **{"delimiter": DELIMITER, **scoring}), "dtype": "float32", "max_model_len": 512,
-        "max_num_seqs": 16, "enforce_eager": True, "block_size": 32, **options,
-    }  # fmt: skip

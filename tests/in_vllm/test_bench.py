@@ -1,7 +1,7 @@
 """``benchmarks/in_vllm.py`` takes a scorer out of an engine and puts it back; ``benchmarks/gpu_vllm.py`` watches it."""
 
 import pytest
-from conftest import settings
+from common import settings
 
 import reflective.vllm
 

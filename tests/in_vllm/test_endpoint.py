@@ -9,7 +9,7 @@ import shutil
 import httpx
 import openai
 import pytest
-from conftest import settings
+from common import settings
 from servers import empty, server, stats
 
 PROMPTS = ["First add 3 and 4.\n\nThen", "We count the primes"]

@@ -2,7 +2,7 @@
 
 import pytest
 import test_engines
-from conftest import settings
+from common import settings
 from test_engines import *
 
 AT = "predict"

@@ -1,7 +1,7 @@
 """``ReflectiveModel`` with a real vLLM behind it: strategies, scores, finished text, and a few blocks for too many sequences."""
 
 import pytest
-from conftest import DELIMITER, V2
+from common import DELIMITER, V2
 
 import reflective as rf
 from reflective.engines.vllm.engine import VLLMEngine

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import DELIMITER, settings
+from common import DELIMITER, settings
 from test_stream import check, run, started  # noqa: F401
 
 PROMPT = "First add 3 and 4.\n\nThen"

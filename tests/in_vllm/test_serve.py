@@ -12,14 +12,16 @@ import httpx
 import openai
 import pytest
 import tiny as shared
-from conftest import DELIMITER
+from common import DELIMITER
 from served import live, until
 from test_cli import run
 from transformers import AutoTokenizer
 
 from reflective.cli.common import load_model
 
-VLLM = json.dumps({"dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True, "block_size": 32})
+VLLM = json.dumps(
+    {"dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True, "block_size": 32}
+)
 SAMPLING = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 40}
 OURS = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 40}
 PROMPT = "First add 3 and 4.\n\nThen"
@@ -40,7 +42,9 @@ main()
 @pytest.fixture(scope="module")
 def checkpoint(tiny):
     (tiny / "reflective.json").write_text(json.dumps({"delimiter": DELIMITER}))
-    (tiny / "prune.json").write_text(json.dumps({"n": 4, "threshold": 0.05, "min_steps": 1, "risk": 0.5, "questions": 0}))
+    (tiny / "prune.json").write_text(
+        json.dumps({"n": 4, "threshold": 0.05, "min_steps": 1, "risk": 0.5, "questions": 0})
+    )
     return tiny
 
 
@@ -89,7 +93,9 @@ def test_the_command_line_and_killed_runs(checkpoint, tmp_path, near):
     source.write_text("".join(json.dumps({"question": f"{i} add 3.\n\nThen"}) + "\n" for i in range(6)))
     engine = ("--engine", "vllm", "--vllm", VLLM, "--model", str(checkpoint))
     args = ("generate", *engine, "--together", 2, "-n", 2, "--seed", 4, "--max-new-tokens", 24, "--input", source)
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, args), "-o", str(cut)], check=False, timeout=shared.PATIENCE)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, args), "-o", str(cut)], check=False, timeout=shared.PATIENCE
+    )
     assert killed.returncode == -signal.SIGKILL and not cut.exists() and cut.with_name("cut.jsonl.unfinished").exists()
     done = command(*args, "-o", cut)
     assert "6 of 6 rows" in done.stderr
@@ -98,7 +104,9 @@ def test_the_command_line_and_killed_runs(checkpoint, tmp_path, near):
 
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"prompt": r["question"], "response": r["text"]}) + "\n" for r in rows if r["text"]))
+    texts.write_text(
+        "".join(json.dumps({"prompt": r["question"], "response": r["text"]}) + "\n" for r in rows if r["text"])
+    )
     scored = command("score", *engine, texts)
     found = [json.loads(line) for line in scored.stdout.splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -138,7 +146,9 @@ def test_completions_and_a_streamed_chat_beside_texts_that_are_scored(server, cl
 def _score_all(server, texts, near):
     """MetaStone-S1's route, each text in a request; how many were right."""
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda t: server.http.post("/score", json={"text": t, "return_all_scores": True}), texts))
+        answers = list(
+            pool.map(lambda t: server.http.post("/score", json={"text": t, "return_all_scores": True}), texts)
+        )
     for text, answer in zip(texts, answers, strict=True):
         assert answer.json()["token_ids"] == server.engine.encode(text)
         near([], answer.json()["token_ids"], answer.json()["all_scores"])
@@ -189,7 +199,14 @@ def test_a_third_of_many_clients_hangs_up(server):
     gone = []
 
     def ask(i):
-        body = {"prompt": f"{i} add", "n": 2, "stream": True, "seed": i, **SAMPLING, "max_tokens": 30 + 200 * (i % 3 == 0)}
+        body = {
+            "prompt": f"{i} add",
+            "n": 2,
+            "stream": True,
+            "seed": i,
+            **SAMPLING,
+            "max_tokens": 30 + 200 * (i % 3 == 0),
+        }
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=shared.PATIENCE) as answer:
             lines = answer.iter_lines()
             if i % 3 == 0:
@@ -207,10 +224,25 @@ def test_a_third_of_many_clients_hangs_up(server):
 
 
 def test_a_server_process_finishes_what_is_under_way(checkpoint):
-    command = [sys.executable, "-m", "reflective", "serve", "--engine", "vllm", "--vllm", VLLM, "--model", str(checkpoint), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "reflective",
+        "serve",
+        "--engine",
+        "vllm",
+        "--vllm",
+        VLLM,
+        "--model",
+        str(checkpoint),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        url = next(found[1] for line in process.stderr if (found := re.search(r"running on (http://127\.0\.0\.1:\d+)", line)))
+        url = next(
+            found[1] for line in process.stderr if (found := re.search(r"running on (http://127\.0\.0\.1:\d+)", line))
+        )
         body = {"prompt": "a", "n": 4, "max_tokens": 300, "temperature": 1.0, "seed": 1}
         with ThreadPoolExecutor(1) as pool:
             last = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=shared.PATIENCE)
@@ -225,5 +257,7 @@ def test_a_server_process_finishes_what_is_under_way(checkpoint):
 
 
 def test_what_vllm_does_not_have_is_named(checkpoint):
-    wrong = run("score", "--engine", "vllm", "--vllm", '{"max_modle_len": 4}', "--model", checkpoint, "--text", "x", code=2)
+    wrong = run(
+        "score", "--engine", "vllm", "--vllm", '{"max_modle_len": 4}', "--model", checkpoint, "--text", "x", code=2
+    )
     assert "max_modle_len" in wrong.stderr

@@ -1,7 +1,7 @@
 """Scores in a stock ``LLM`` against ``rf.score`` of the ids that came back, on the model runner that the environment names."""
 
 import pytest
-from conftest import V2, release, settings
+from common import V2, release, settings
 
 LONG = "".join(f"First add {i} and {i + 1}.\n\nThen subtract {i}.\n\n" for i in range(6))
 PROMPTS = [LONG + "So", LONG + "We count the primes.\n\n2 and", "a b"]
