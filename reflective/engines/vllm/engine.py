@@ -173,9 +173,7 @@ class VLLMEngine:
             s.drawn += self._of_prompt(output.prompt_token_ids, output.prompt_logprobs, begin, most)
             s.forced = []
         if not s.spare:
-            s.drawn += [
-                chance_of(token, of, most) for token, of in zip(new.token_ids, new.logprobs, strict=True)
-            ]  # fmt: skip
+            s.drawn += [chance_of(token, of, most) for token, of in zip(new.token_ids, new.logprobs, strict=True)]
         if output.finished:
             s.ended = True
             del self._requests[name]
@@ -282,9 +280,8 @@ class VLLMEngine:
         for i, s in enumerate(sequences):
             counted = s.walk.counted()
             if self.at == "token":
-                counted = [
-                    c for c in counted if c in s.known or c < len(s.ids) - 1
-                ]  # one that came last may have no state
+                last = len(s.ids) - 1  # which may have no state
+                counted = [c for c in counted if c in s.known or c < last]
             if missing := [c for c in counted if c not in s.known]:
                 errors[i] = f"the steps at columns {missing} were not scored: there were more than max_steps"
             counted = [c for c in counted if c in s.known]
@@ -350,7 +347,7 @@ class VLLMEngine:
         resting = [self._going(number) for number in sequences]
         self._leave(resting)
         for s in resting:
-            s.resting = True
+            s.resting, s.parked = True, False
 
     def resume(self, sequences: Sequence[int]) -> None:
         for number in sequences:
@@ -404,6 +401,6 @@ class VLLMEngine:
 
 
 def _mean(s: Continuation) -> float:
-    """Mean log-score of the steps that count so far; who has none comes before nobody."""
+    """Mean log-score of the steps that count so far; infinite where there is none, so that such a sequence is parked last."""
     scores = [s.known[c][1] for c in s.walk.counted() if c in s.known]
     return sum(scores) / len(scores) if scores else math.inf
