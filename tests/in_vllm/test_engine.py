@@ -2,10 +2,13 @@
 
 import pytest
 import test_engines
-from common import settings
+from common import V2, settings
 from test_engines import *
 
 AT = "predict"
+if V2:  # whose top-p kernel Triton's interpreter does not take
+    usual = test_engines.sampling
+    test_engines.sampling = lambda *seed, **more: usual(*seed, **{"top_p": 1.0, **more})
 
 
 @pytest.fixture(scope="module")
