@@ -321,7 +321,9 @@ def check_resting(decode_step: Callable, q: int, device: torch.device | str = "c
     """Of six states three rows of ids name two, in a dense call and, as q tokens, none and two columns of nobody, in a packed
     one: not one bit of the others is touched, whatever lies in them, nor of anything by a row outside the state (``beyond``).
     """
-    case = Stream(3 + beyond, q, 16, torch.float32, step=1.1, N=6, device=device, sizes={"pad": [0] * 6, "start": [0] * 6})
+    case = Stream(
+        3 + beyond, q, 16, torch.float32, step=1.1, N=6, device=device, sizes={"pad": [0] * 6, "start": [0] * 6}
+    )
     int32 = {"dtype": torch.int32, "device": device}
     rows = torch.tensor([4, -1, 2, 6][: 3 + beyond], **int32)
     packed = torch.tensor([0, q, q, q, q][: 4 + beyond], **int32)

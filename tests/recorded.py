@@ -86,7 +86,9 @@ def listening(strategy: Strategy, told: dict[int, list[str]]) -> Strategy:
         calls(self).append(f"choose {chosen} by {self.chosen_by}")
         return chosen
 
-    methods = {"choose": choose, "__deepcopy__": copied} | ({"observe": observe} if cls.observe is not Strategy.observe else {})
+    methods = {"choose": choose, "__deepcopy__": copied} | (
+        {"observe": observe} if cls.observe is not Strategy.observe else {}
+    )
     heard = type(cls.__name__, (cls,), methods)
     strategy = dataclasses.replace(strategy)
     strategy.__class__ = heard

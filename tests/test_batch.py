@@ -533,7 +533,11 @@ def test_columns_of_every_type_of_text(small, tmp_path):  # noqa: F811
         scored(small, tmp_path / "in.parquet", tmp_path / "out.jsonl", replace=True)
         assert [row["n_steps"] for row in read(tmp_path / "out.jsonl")] == [1, 0, None], kind
     lists = [["nabe", "zz"], ["e"]]
-    for kind in (pa.large_list(pa.string()), pa.list_(pa.large_string()), pa.list_(pa.dictionary(pa.int8(), pa.string()))):
+    for kind in (
+        pa.large_list(pa.string()),
+        pa.list_(pa.large_string()),
+        pa.list_(pa.dictionary(pa.int8(), pa.string())),
+    ):
         column = pa.array(lists, pa.list_(pa.string()))
         column = column.cast(kind) if not pa.types.is_dictionary(kind.value_type) else pa.ListArray.from_arrays(
             column.offsets, column.values.dictionary_encode()
@@ -644,7 +648,10 @@ def test_a_full_disk_loses_nothing_that_is_done(small, tmp_path, name):  # noqa:
     source, output, journal = write(tmp_path / "in.jsonl", records), tmp_path / name, tmp_path / f"{name}.unfinished"
     scored(small, source, tmp_path / f"whole.{name}", batch_tokens=200)
     if name == "out.parquet":  # small, as what it holds is alike: a limit that the journal keeps to, and this does not
-        source = write(tmp_path / "in.jsonl", [{**r, "more": random.Random(i).randbytes(1000).hex()} for i, r in enumerate(rows(40))])
+        source = write(
+            tmp_path / "in.jsonl",
+            [{**r, "more": random.Random(i).randbytes(1000).hex()} for i, r in enumerate(rows(40))],
+        )
         scored(small, source, tmp_path / f"whole.{name}", batch_tokens=200, replace=True)
 
     def limited(size):
@@ -662,7 +669,9 @@ def test_a_full_disk_loses_nothing_that_is_done(small, tmp_path, name):  # noqa:
         done = kept.count()
     assert 0 < done < 50 and not output.exists()
     said = limited(50_000)
-    assert said.startswith(f"OSError: output: {output} cannot be written: File too large; what is done is kept in {journal}"), said
+    assert said.startswith(
+        f"OSError: output: {output} cannot be written: File too large; what is done is kept in {journal}"
+    ), said
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["in.jsonl", journal.name, f"whole.{name}"])
     again = Watched(small)
     scored(again, source, output, batch_tokens=200)
@@ -672,7 +681,10 @@ def test_a_full_disk_loses_nothing_that_is_done(small, tmp_path, name):  # noqa:
 def test_a_cell_of_a_million_characters_is_that_rows_error(small, tmp_path):  # noqa: F811
     """Of a text as of a question, and of one of many responses; the rest is done, in memory that is bounded."""
     long = "abcdefgh " * 111_112
-    source = write(tmp_path / "in.jsonl", [{"text": "nabe"}, {"text": long}, {"prompt": "Q", "responses": ["e", long]}, {"text": "zz"}])
+    source = write(
+        tmp_path / "in.jsonl",
+        [{"text": "nabe"}, {"text": long}, {"prompt": "Q", "responses": ["e", long]}, {"text": "zz"}],
+    )
     Path("/proc/self/clear_refs").write_text("5") if sys.platform == "linux" else None
     before = status("VmRSS") if sys.platform == "linux" else 0
     told = scored(small, source, tmp_path / "out.jsonl")
@@ -684,7 +696,11 @@ def test_a_cell_of_a_million_characters_is_that_rows_error(small, tmp_path):  # 
     assert read(tmp_path / "out.jsonl")[1]["text"] == long
     source = write(tmp_path / "ask.jsonl", [{"question": "a?"}, {"question": long}, {"question": "b?"}])
     told = answered(small, source, tmp_path / "answers.jsonl")
-    assert len(told) == 1 and told[0].startswith("line 2: the prompt has 1,000,0") and "the model's 512 positions" in told[0]
+    assert (
+        len(told) == 1
+        and told[0].startswith("line 2: the prompt has 1,000,0")
+        and "the model's 512 positions" in told[0]
+    )
     assert [row["text"] is None for row in read(tmp_path / "answers.jsonl")] == [False, True, False]
 
 

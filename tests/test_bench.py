@@ -682,18 +682,33 @@ def test_a_random_model_for_vllm_is_scored_as_it_lies_there(tmp_path):
 
 def test_the_readme_shows_vllm_once_it_is_measured(tmp_path):
     assert report.in_vllm(tmp_path) == report.gpu_vllm(tmp_path) == []
-    kept = {f"{name}{end}": v for name in ("kept", "steps_kept") for end, v in (("", 0.998), ("_low", 0.99), ("_high", 1.01))}
+    kept = {
+        f"{name}{end}": v
+        for name in ("kept", "steps_kept")
+        for end, v in (("", 0.998), ("_low", 0.99), ("_high", 1.01))
+    }
     spent = {"step_ms": 61.2, "scorer_us": 44.4, "scorer_share": 0.00073, "wrapper_us": 102.0}
     record.write("in_vllm_overhead", [{"sequences": n, "dtype": "float32"} | kept | spent for n in (1, 8)], tmp_path)
     rows = [
-        {"way": way, "n": 32, "tokens": 128, "total_s": 20 + i, "peak_MiB": 700, "times_ours": 1 + i / 10, "least": 1, "most": 2}
+        {
+            "way": way,
+            "n": 32,
+            "tokens": 128,
+            "total_s": 20 + i,
+            "peak_MiB": 700,
+            "times_ours": 1 + i / 10,
+            "least": 1,
+            "most": 2,
+        }
         for i, way in enumerate(in_vllm.PROCESSES)
     ]
     record.write("in_vllm_best_of_n", rows, tmp_path)
     first, _, best = report.in_vllm(tmp_path)
     assert "neighbouring steps 99.8 % (99.0 % to 101.0 %)" in first[1]
     assert first[2] == "44 µs of 61.2 ms a step in the scorer (0.07 %), 102 with its bookkeeping"
-    assert "stock vLLM, then the published way 22.0 s, 700 MiB" in best[1] and best[2].startswith("times ours: 1.10 (1 to 2)")
+    assert "stock vLLM, then the published way 22.0 s, 700 MiB" in best[1] and best[2].startswith(
+        "times ours: 1.10 (1 to 2)"
+    )
     row = {"model": "7B", "sequences": 64, "step_ms": 8.1, "added_us": 6.2} | kept
     record.write("gpu_vllm_overhead", [row], tmp_path)
     assert report.gpu_vllm(tmp_path)[0][0].startswith("in vLLM, 7B shape, 64 sequences")

@@ -225,7 +225,9 @@ def keep(journal, results, whole=Journal.keep):
 Journal.keep = keep
 main()
 """
-    process = subprocess.run([sys.executable, "-c", code, *map(str, args), str(output)], check=False, timeout=tiny.PATIENCE)
+    process = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args), str(output)], check=False, timeout=tiny.PATIENCE
+    )
     assert process.returncode == -signal.SIGKILL and journal.exists() and not output.exists()
     assert "input hash was" in run(*args[:1], checkpoint / "config.json", *args[2:], output, code=2).stderr
     done = run(*args, output)
@@ -318,7 +320,10 @@ def test_json_on_stdout_is_valid_whatever_went_in(checkpoint, tmp_path):
         raise AssertionError(f"{name} is no JSON")
 
     (tmp_path / "in.jsonl").write_text('{"text": "nabe", "x": [1e999, -Infinity, NaN]}\n')
-    for done in (run("score", tmp_path / "in.jsonl", "--model", checkpoint), run("score", "--model", checkpoint, stdin=(tmp_path / "in.jsonl").read_text())):
+    for done in (
+        run("score", tmp_path / "in.jsonl", "--model", checkpoint),
+        run("score", "--model", checkpoint, stdin=(tmp_path / "in.jsonl").read_text()),
+    ):
         assert json.loads(done.stdout, parse_constant=refuse)["x"] == [None] * 3
     rows = '{"question": "q", "candidates": [{"text": "t", "score": 1e999, "ok": 1}]}\n' * 2
     (tmp_path / "in.jsonl").write_text(rows)

@@ -111,7 +111,9 @@ def test_it_is_loaded_without_sympy():
         "import sys; from reflective.compute_metric import verdict; assert verdict('aime', r'\\boxed{204}', '204');"
         "assert verdict('ceval', 'answer: A', 'A'); sys.exit(' '.join({'sympy', 'pylatexenc', 'torch'} & {*sys.modules}) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=tiny.PATIENCE, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=tiny.PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -329,8 +329,12 @@ def test_what_vllm_is_started_with(tmp_path, capsys):
     tiny.head().save_pretrained(head)
     (head / "reflective.json").write_text('{"rule": "text", "at": "token", "prompt": "{question}"}')
     found = reflective.vllm.settings(tmp_path, head=head, max_steps=9)
-    assert found["hf_overrides"] == {"architectures": ["ReflectiveLlamaForCausalLM"]} and found["model"] == str(tmp_path)
-    assert found["additional_config"] == {"reflective": {"head": str(head), "rule": "text", "at": "token", "max_steps": 9}}
+    assert found["hf_overrides"] == {"architectures": ["ReflectiveLlamaForCausalLM"]} and found["model"] == str(
+        tmp_path
+    )
+    assert found["additional_config"] == {
+        "reflective": {"head": str(head), "rule": "text", "at": "token", "max_steps": 9}
+    }
     reflective.vllm.main([str(tmp_path), "--head", str(head), "--max-model-len", "64"])
     said = shlex.split(capsys.readouterr().out)
     assert said[0] == str(tmp_path) and said[-2:] == ["--max-model-len", "64"]

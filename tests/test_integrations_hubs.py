@@ -548,7 +548,9 @@ def test_its_hub_waits_for_places(its, model):
     async def run(orchestrator):
         try:
             search = its.BestOfN(orm, orchestrator)
-            return await asyncio.wait_for(search.ainfer(lm, "ABC", budget=40, return_response_only=False), tiny.PATIENCE)
+            return await asyncio.wait_for(
+                search.ainfer(lm, "ABC", budget=40, return_response_only=False), tiny.PATIENCE
+            )
         finally:
             for _ in range(
                 40 if orchestrator._semaphore else 0

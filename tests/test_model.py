@@ -254,7 +254,7 @@ def test_adapters_that_cannot_be_merged(small, adapted, tmp_path, monkeypatch):
         ({"thinking_budget": -1}, "thinking_budget=-1 must not be negative"),
         ({"thinking_budget": 1.5}, "thinking_budget=1.5: expected an integer"),
         ({"batch_rows": 0}, "batch_rows=0 must be at least 1"),
-        ({"batch_rows": None}, "batch_rows=None: expected an integer"),
+        ({"batch_rows": 1.5}, "batch_rows=1.5: expected an integer"),
         ({"schedule": "now"}, "schedule='now'"),
         ({"on_step": 5}, "on_step=5: expected a function"),
     ],

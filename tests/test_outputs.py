@@ -162,7 +162,9 @@ def test_a_folder_that_is_read_only():
                 said = as_nobody(lambda path=path: outputs.write_text(place / path, "new"))
                 assert said.startswith("PermissionError: output: "), said
                 assert said.endswith(f"cannot be written: the folder {place}/closed is read-only"), said
-            assert as_nobody(lambda: outputs.write_text(place / "closed" / "link.txt", "new")) == ""  # it leads elsewhere
+            assert (
+                as_nobody(lambda: outputs.write_text(place / "closed" / "link.txt", "new")) == ""
+            )  # it leads elsewhere
             assert as_nobody(lambda: outputs.folder(place / "closed")).endswith("closed is read-only; give another")
             assert as_nobody(lambda: outputs.folder(place / "closed" / "new")).endswith("be made: Permission denied")
         finally:
@@ -175,7 +177,9 @@ def test_directories(tmp_path):
     (tmp_path / "file").write_text("x")
     assert outputs.folder(tmp_path / "a" / "b") == (tmp_path / "a" / "b").resolve()
     for name in ("file", "file/below"):
-        with pytest.raises(NotADirectoryError, match=f"out: .*{name} is no directory, or lies in none; give a directory"):
+        with pytest.raises(
+            NotADirectoryError, match=f"out: .*{name} is no directory, or lies in none; give a directory"
+        ):
             outputs.folder(tmp_path / name, "out")
     (tmp_path / "link").symlink_to(tmp_path / "c")
     assert outputs.folder(tmp_path / "link").is_dir() and (tmp_path / "link").is_symlink()
@@ -268,7 +272,13 @@ def refuse(name):
 
 
 def test_json_has_null_for_numbers_that_it_has_not(tmp_path):
-    value = {"a": math.inf, "b": [-math.inf, (math.nan, 1.5)], "c": {"d": {"e": [float("1e999")]}}, "f": True, "g": 2**70}
+    value = {
+        "a": math.inf,
+        "b": [-math.inf, (math.nan, 1.5)],
+        "c": {"d": {"e": [float("1e999")]}},
+        "f": True,
+        "g": 2**70,
+    }
     text = outputs.json_text(value)
     assert json.loads(text, parse_constant=refuse) == {
         "a": None, "b": [None, [None, 1.5]], "c": {"d": {"e": [None]}}, "f": True, "g": 2**70

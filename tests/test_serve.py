@@ -803,7 +803,13 @@ def test_the_api_key():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_time_is_up(stream, monkeypatch):
-    body = {"messages": [{"role": "user", "content": "ABC"}], "max_tokens": 400, "temperature": 1.0, "n": 8, "stream": stream}
+    body = {
+        "messages": [{"role": "user", "content": "ABC"}],
+        "max_tokens": 400,
+        "temperature": 1.0,
+        "n": 8,
+        "stream": stream,
+    }
     with live(endless(), limits=Limits(seconds=0.3)) as server:
         cancelled, asked = held(server, tokens=20)
         # Which begins when the engine is asked: until then a slow machine may take as long as it wants.

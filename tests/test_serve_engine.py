@@ -70,7 +70,9 @@ def test_requests_in_one_batch_are_answered_as_each_alone(model, twin, engine):
 
 def test_strategies_differ_within_a_batch(model, twin, engine):
     names = ["step_beam", "particles", "best_of_n", "majority"]
-    found = [f.result(tiny.PATIENCE) for f in [engine.generate("ABC", strategy=s, n=4, seed=5, **SAMPLING) for s in names]]
+    found = [
+        f.result(tiny.PATIENCE) for f in [engine.generate("ABC", strategy=s, n=4, seed=5, **SAMPLING) for s in names]
+    ]
     for name, generation in zip(names, found, strict=True):
         assert generation.strategy == name
         same(generation, twin.generate("ABC", strategy=name, n=4, seed=5, **SAMPLING))
@@ -131,7 +133,10 @@ def test_what_one_request_does_wrong_the_others_do_not_pay(engine, model, twin, 
         gate.open.set()
         with pytest.raises(ZeroDivisionError):
             running.result(tiny.PATIENCE)
-    same(engine.generate("ABC", n=2, seed=1, **SAMPLING).result(tiny.PATIENCE), twin.generate("ABC", n=2, seed=1, **SAMPLING))
+    same(
+        engine.generate("ABC", n=2, seed=1, **SAMPLING).result(tiny.PATIENCE),
+        twin.generate("ABC", n=2, seed=1, **SAMPLING),
+    )
     odd = engine.generate("ABC", n=2, seed=1, on_step=lambda c: 1 / 0, **SAMPLING)
     same(odd.result(tiny.PATIENCE), twin.generate("ABC", n=2, seed=1, **SAMPLING))
 

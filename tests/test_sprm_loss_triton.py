@@ -3,7 +3,6 @@
 Run as a program, this file compiles them ahead of time and prints what the assembler used as JSON, see test_triton_aot.
 """
 
-
 import pytest
 import test_triton_aot as aot
 import torch
