@@ -65,19 +65,10 @@ def load(
 ) -> Loaded:
     """See ``ReflectiveModel.from_pretrained``."""
     where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
-    place = directory(path, HEAD, revision=revision, **where)
-    home = directory(head, HEAD, **where) if head else place
-    beside = beside_head(home)
+    place, home = places(path, head, revision, where)
     # First, as it fails fast.
     sprm, config = (None, config_of(home)) if untrained and SPRM.found(home) is None else load_head(home)
-    adapters = [d for d in dict.fromkeys([place, beside]) if (d / ADAPTER).is_file()]
-    name = path
-    if not (place / "config.json").is_file():
-        name, revision = base_model(place)
-    elif place in adapters:
-        # Whether the weights have the adapter's change already cannot be told.
-        raise ValueError(f"{path} holds a model and an adapter; keep the adapter elsewhere, and give that as head")
-    files = model_directory(name, revision=revision, **where)
+    name, files, adapters = model_files(path, place, home, revision, where)
     model = AutoModelForCausalLM.from_pretrained(files, dtype=dtype, device_map=device_map).eval()
     # What the head belongs to, and not its place in the Hub's cache: an adapter trained from here names it as its base.
     model.name_or_path = model.config.name_or_path = str(path if head else name)
@@ -87,7 +78,31 @@ def load(
         sprm = SPRM(model.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).eval()
     sprm = sprm.to(model.dtype)
     sprm.check_finite()
-    return Loaded(model, AutoTokenizer.from_pretrained(files), sprm, config, beside)
+    return Loaded(model, AutoTokenizer.from_pretrained(files), sprm, config, beside_head(home))
+
+
+def places(path: str | Path, head: str | Path | None, revision: str | None, where: dict[str, Any]) -> tuple[Path, Path]:
+    """Where ``path`` and the head lie: on this machine from now on."""
+    place = directory(path, HEAD, revision=revision, **where)
+    return place, directory(head, HEAD, **where) if head else place
+
+
+def model_files(
+    path: str | Path, place: Path, home: Path, revision: str | None, where: dict[str, Any]
+) -> tuple[str | Path, Path, list[Path]]:
+    """The model's name, the directory of its files, and those of the adapters that are to be merged into it.
+
+    Raises:
+        ValueError: an adapter beside a whole model.
+    """
+    adapters = [d for d in dict.fromkeys([place, beside_head(home)]) if (d / ADAPTER).is_file()]
+    name = path
+    if not (place / "config.json").is_file():
+        name, revision = base_model(place)
+    elif place in adapters:
+        # Whether the weights have the adapter's change already cannot be told.
+        raise ValueError(f"{path} holds a model and an adapter; keep the adapter elsewhere, and give that as head")
+    return name, model_directory(name, revision=revision, **where), adapters
 
 
 def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

@@ -11,13 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..engines.vllm.options import NAME, Options
 from ..engines.vllm.plugin import PREFIX
-from ..utils.repository import directory
 from .config import Config
 from .default import cache_dir as own_cache
 from .default import publish
-from .files import ADAPTER
-from .hub import HEAD, base_model, model_directory
-from .loading import beside_head, config_of, merged
+from .loading import beside_head, config_of, merged, model_files, places
 
 
 class ForVLLM(NamedTuple):
@@ -65,8 +62,7 @@ def for_vllm(
         FileNotFoundError, ValueError, PermissionError, ImportError: as there; an option that does not exist.
     """
     where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
-    place = directory(path, HEAD, revision=revision, **where)
-    home = directory(head, HEAD, **where) if head else place
+    place, home = places(path, head, revision, where)
     config = config_of(home)
     said = {"rule": config.rule, "delimiter": config.delimiter, "at": config.at} | options
     try:
@@ -74,13 +70,7 @@ def for_vllm(
     except TypeError as error:
         raise ValueError(f"{error}; expected fields of reflective.engines.vllm.options.Options") from None
     chosen.load_head(torch.float32)  # it fails here, and not in another process
-    adapters = [d for d in dict.fromkeys([place, beside_head(home)]) if (d / ADAPTER).is_file()]
-    name = path
-    if not (place / "config.json").is_file():
-        name, revision = base_model(place)
-    elif place in adapters:
-        raise ValueError(f"{path} holds a model and an adapter; keep the adapter elsewhere, and give that as head")
-    files = model_directory(name, revision=revision, **where)
+    _, files, adapters = model_files(path, place, home, revision, where)
     return ForVLLM(_plain(files, adapters) if adapters else files, chosen, config, beside_head(home))
 
 
