@@ -247,8 +247,7 @@ class VLLMEngine:
 
     def _stepped(self, s: Continuation) -> list[Stepped]:
         """Whether the steps that count have changed; the scores come later."""
-        n = len(s.walk.counted())
-        if s.prefix.prompt.steps == "untold" or n == s.steps:
+        if s.prefix.prompt.steps == "untold" or (n := len(s.walk.counted())) == s.steps:
             return []
         more, s.steps = n > s.steps, n
         return [Stepped(s.number, [0.0] * n, more)]
