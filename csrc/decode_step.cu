@@ -73,19 +73,20 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
   if (n_rows > 0) {
     const Scored scored(ring.stages, n_rows);
     const Owner owner = mine < n_rows ? rows.owner(mine) : Owner{};
+    const float b2 = found.bias();
     constexpr int WARPS = THREADS / WARP;
-    const auto score = [&](auto batch) {  // some rows a warp at once
-      constexpr int BATCH = decltype(batch)::value;
+    const auto score = [&](auto batch, auto parts) {  // some rows a warp at once
+      constexpr int BATCH = decltype(batch)::value, PARTS = decltype(parts)::value;
       for (int first = threadIdx.x / WARP; first < n_rows; first += WARPS * BATCH) {
-        const float score = device_log_score(row_logits<BATCH>(step.head, sums, first, WARPS, n_rows));
+        const float score = device_log_score(row_logits<BATCH, PARTS>(step.head, b2, sums, first, WARPS, n_rows));
         const int lane = threadIdx.x % WARP, row = first + lane * WARPS;
         if (lane < BATCH && row < n_rows) scored.scores[row] = score;
       }
     };
     if (n_rows <= 8 * WARPS) {
-      score(std::integral_constant<int, 8>{});
+      score(std::integral_constant<int, 8>{}, std::integral_constant<int, 2>{});
     } else {
-      score(std::integral_constant<int, 16>{});
+      score(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{});
     }
     const Tally tally = mine < n_rows ? Tally(state, owner.key()) : Tally();
     for (int row = mine; row < n_rows; row += THREADS) {

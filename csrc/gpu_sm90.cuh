@@ -35,6 +35,10 @@ __device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
                : "memory");
 }
 
+__device__ __forceinline__ void arrive_here(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // Arrives at the same barrier of the cluster's block `rank`.
 __device__ __forceinline__ void arrive_at(uint64_t* barrier, int rank) {
   asm volatile(
@@ -151,13 +155,6 @@ REFLECTIVE_PRODUCTS(Float16, "f16")
 #undef REFLECTIVE_PRODUCTS
 #undef REFLECTIVE_WGMMA
 #undef REFLECTIVE_8
-
-// Which of the cluster's blocks this is.
-__device__ __forceinline__ int own_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 
 #endif
 
