@@ -22,6 +22,8 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
   unsigned* const arrived = reinterpret_cast<unsigned*>(state.workspace);
   float* const sums = state.workspace + WORKSPACE_HEADER;
 
+  prepare(step.head, ring);
+
   // This thread's share of hidden, which goes to last_hidden. Its first piece is loaded while find_steps still looks for
   // where in last_hidden it goes.
   const int first = threadIdx.x < H::COPIERS ? blockIdx.x * H::COPIERS + threadIdx.x : batch * step.pieces;
@@ -83,7 +85,9 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
         if (lane < BATCH && row < n_rows) scored.scores[row] = score;
       }
     };
-    if (n_rows <= 8 * WARPS) {
+    if (n_rows <= WARPS) {
+      score(std::integral_constant<int, 1>{}, std::integral_constant<int, 2>{});
+    } else if (n_rows <= 8 * WARPS) {
       score(std::integral_constant<int, 8>{}, std::integral_constant<int, 2>{});
     } else {
       score(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{});

@@ -20,6 +20,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// True in one thread of the warp, and known to the compiler to be: what it does then needs no vote.
+__device__ __forceinline__ bool elected() {
+  uint32_t is;
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, one;\n"
+      "}"
+      : "=r"(is));
+  return is != 0;
+}
+
 // -- barriers --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
@@ -63,6 +76,11 @@ __device__ __forceinline__ void wait_for(uint64_t* barrier, int parity) {
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+}
+
+// All threads of the cluster's blocks, who have no more to show each other than barriers that were made.
+__device__ __forceinline__ void meet_cluster_first() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // All threads of the cluster's blocks.

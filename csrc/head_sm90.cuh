@@ -1,6 +1,6 @@
 // The SPRM head in 16 bits on Hopper: what head.cuh does, with the copy engine (TMA) and warpgroup products (wgmma).
 //
-// A block owns a tile of up to 5 groups of 16 units. One warp produces: boxes of 64 columns, of the tile's weights and of
+// A block owns a tile of up to 5 groups of 16 units. Two warps produce: boxes of 64 columns, of the tile's weights and of
 // the rows, into a ring of stages in shared memory. A box costs the copy engine some 40 to 90 cycles, however small it is
 // (measured on an H200: 16 boxes of one row a stage, 70 us at H = 5120 where two boxes of 8 took 33; 16 rows copied with
 // cp.async by the warp, 60 us). So rows come by octets of neighbours in memory, of which some may be nobody's, and 64 at a
@@ -26,7 +26,7 @@ struct Sm90Head : Tiling {
   using T = T_;
   using Bias = T_;
   static constexpr int CONSUMERS = 2 * 4 * WARP;
-  static constexpr int THREADS = CONSUMERS + WARP;
+  static constexpr int THREADS = CONSUMERS + 2 * WARP;
   static constexpr int COPIERS = CONSUMERS;
   static constexpr int CLUSTER = 2;
 
@@ -52,7 +52,19 @@ struct Sm90Head : Tiling {
 namespace sm90 {
 
 constexpr int MAX_STAGES = 24;
-constexpr int BARRIER_BYTES = 2 * MAX_STAGES * sizeof(uint64_t);
+constexpr int CLUSTER_WARPGROUPS = 2;  // that consume where blocks share their rows
+constexpr int BARRIER_BYTES = 3 * MAX_STAGES * sizeof(uint64_t);
+
+// A stage's barriers, at the beginning of the ring: `full` when its bytes are there; `empty` when all that read it have, of
+// which there are more in a cluster than in a block alone.
+struct Barriers {
+  uint64_t *full, *empty_alone, *empty_in_cluster;  // [MAX_STAGES]
+
+  __device__ explicit Barriers(const Ring& ring)
+      : full(reinterpret_cast<uint64_t*>(ring.stages)),
+        empty_alone(full + MAX_STAGES),
+        empty_in_cluster(empty_alone + MAX_STAGES) {}
+};
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -87,8 +99,9 @@ struct Pass {
     rank = static_cast<int>(blockIdx.x) % sharers;
     tile_octets = warpgroups * TILES * 8;
     row_tiles = (octets + tile_octets - 1) / tile_octets;
-    full = reinterpret_cast<uint64_t*>(ring.stages);
-    empty = full + MAX_STAGES;
+    const Barriers barriers(ring);
+    full = barriers.full;
+    empty = in_cluster() ? barriers.empty_in_cluster : barriers.empty_alone;
     const uint32_t begin = shared_address(ring.stages) + BARRIER_BYTES;
     const uint32_t aligned = (begin + ATOM_BYTES - 1) / ATOM_BYTES * ATOM_BYTES;
     stages = ring.stages + BARRIER_BYTES + (aligned - begin);
@@ -114,6 +127,11 @@ struct Pass {
 
     __device__ __forceinline__ void advance(int depth) {
       if (++stage == depth) stage = 0, parity ^= 1;
+    }
+
+    __device__ __forceinline__ void advance(int depth, int stages) {
+      parity ^= (stage + stages) / depth & 1;
+      stage = (stage + stages) % depth;
     }
   };
 
@@ -145,29 +163,61 @@ struct Pass {
     return {{&maps.single, from.plane, from.row + place}, octet * ATOM_BYTES + place * ROW_BYTES, ROW_BYTES};
   }
 
-  // One warp. All that is the same in every stage is found beforehand: what a stage takes to ask for is what bounds
-  // narrow tiles (measured on an H200: 4 us at H = 3584, 17 at 8192, with boxes looked for in every stage).
-  __device__ __forceinline__ void produce() const {
-    const int lane = threadIdx.x % WARP;
+  __device__ __forceinline__ static Share of_lane(const Share& mine, int lane) {
+    const auto map = __shfl_sync(~0u, reinterpret_cast<unsigned long long>(mine.from.map), lane);
+    return {{reinterpret_cast<const CUtensorMap*>(map), __shfl_sync(~0u, mine.from.plane, lane),
+             __shfl_sync(~0u, mine.from.row, lane)},
+            __shfl_sync(~0u, mine.offset, lane),
+            __shfl_sync(~0u, mine.bytes, lane)};
+  }
+
+  // Two warps produce, one the weights and one the rows, and both find beforehand what is the same in every stage: to ask
+  // for a stage is what bounds narrow tiles. Measured on an H200: 390 ns a stage by one warp that looked for its boxes in every
+  // stage, 246 by one that did not, where the bytes of 32 units take 94.
+  __device__ __forceinline__ void produce_weights() const {
     Turn turn;
     each_item([&](int unit_tile, int first, int n) __attribute__((always_inline)) {
-      const Share mine = share(first, n);
-      const int bytes = WEIGHT_BYTES + (in_cluster() ? n * ATOM_BYTES : static_cast<int>(__reduce_add_sync(~0u, mine.bytes)));
-      for (int column = 0; column < head.width; column += COLUMNS, turn.advance(depth)) {
-        uint64_t* const there = full + turn.stage;
-        unsigned char* const weights = stages + turn.stage * stage_bytes;
-        wait_for(empty + turn.stage, turn.parity ^ 1);
-        if (lane == 0) {
-          expect_bytes(there, bytes);
-          copy_box(weights, &maps.w1, column, unit_tile * N, there);
+      const int bytes = WEIGHT_BYTES + (in_cluster() ? n * ATOM_BYTES : static_cast<int>(__reduce_add_sync(~0u, share(first, n).bytes)));
+      if (elected()) {
+        Turn at = turn;
+        for (int column = 0; column < head.width; column += COLUMNS, at.advance(depth)) {
+          wait_for(empty + at.stage, at.parity ^ 1);
+          expect_bytes(full + at.stage, bytes);
+          copy_box(stages + at.stage * stage_bytes, &maps.w1, column, unit_tile * N, full + at.stage);
+        }
+      }
+      __syncwarp();
+      turn.advance(depth, (head.width + COLUMNS - 1) / COLUMNS);
+    });
+  }
+
+  __device__ __forceinline__ void produce_rows() const {
+    Turn turn;
+    each_item([&](int unit_tile, int first, int n) __attribute__((always_inline)) {
+      Share mine = share(first, n);
+      const unsigned have = __ballot_sync(~0u, mine.from.map != nullptr);
+      if (!in_cluster() && __popc(have) == 1) {  // as a rule
+        mine = of_lane(mine, __ffs(have) - 1);
+        if (elected()) {
+          Turn at = turn;
+          for (int column = 0; column < head.width; column += COLUMNS, at.advance(depth)) {
+            wait_for(empty + at.stage, at.parity ^ 1);
+            copy_rows(stages + at.stage * stage_bytes + WEIGHT_BYTES + mine.offset, mine.from.map, column, mine.from.plane,
+                      mine.from.row, full + at.stage);
+          }
         }
         __syncwarp();
+        turn.advance(depth, (head.width + COLUMNS - 1) / COLUMNS);
+        return;
+      }
+      for (int column = 0; column < head.width; column += COLUMNS, turn.advance(depth)) {
+        wait_for(empty + turn.stage, turn.parity ^ 1);
         if (mine.from.map != nullptr) {
-          unsigned char* const to = weights + WEIGHT_BYTES + mine.offset;
+          unsigned char* const to = stages + turn.stage * stage_bytes + WEIGHT_BYTES + mine.offset;
           if (in_cluster()) {
-            copy_rows_to((1 << sharers) - 1, to, mine.from.map, column, mine.from.plane, mine.from.row, there);
+            copy_rows_to((1 << sharers) - 1, to, mine.from.map, column, mine.from.plane, mine.from.row, full + turn.stage);
           } else {
-            copy_rows(to, mine.from.map, column, mine.from.plane, mine.from.row, there);
+            copy_rows(to, mine.from.map, column, mine.from.plane, mine.from.row, full + turn.stage);
           }
         }
       }
@@ -254,16 +304,12 @@ struct Pass {
   }
 
   __device__ __forceinline__ void run() const {
-    if (const int stage = static_cast<int>(threadIdx.x); stage < depth) {
-      barrier_init(full + stage, 1);
-      barrier_init(empty + stage, 4 * warpgroups * sharers);
-      barriers_made();
-    }
-    __syncthreads();
-    if (in_cluster()) meet_cluster();
+    if (in_cluster()) meet_cluster_first();
     const int warpgroup = threadIdx.x / (4 * WARP);
-    if (threadIdx.x >= H::CONSUMERS) {
-      produce();
+    if (threadIdx.x >= H::CONSUMERS + WARP) {
+      produce_rows();
+    } else if (threadIdx.x >= H::CONSUMERS) {
+      produce_weights();
     } else if (warpgroup < warpgroups) {
       consume(warpgroup);
     }
@@ -275,6 +321,22 @@ struct Pass {
 #endif
 
 }  // namespace sm90
+
+// Makes the ring's barriers; a barrier of the block must lie between this and partial_sums. Each warp makes some: one lane
+// after the other does, and all of them in one warp took 1.4 us.
+template <class T>
+__device__ __forceinline__ void prepare(const Sm90Head<T>&, const Ring& ring) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int WARPS = Sm90Head<T>::THREADS / WARP;
+  const int stage = static_cast<int>(threadIdx.x / WARP + WARPS * (threadIdx.x % WARP));
+  if (stage >= sm90::MAX_STAGES) return;
+  const sm90::Barriers barriers(ring);
+  sm90::barrier_init(barriers.full + stage, 1);
+  sm90::barrier_init(barriers.empty_alone + stage, 4);
+  sm90::barrier_init(barriers.empty_in_cluster + stage, 4 * sm90::CLUSTER_WARPGROUPS * Sm90Head<T>::CLUSTER);
+  sm90::barriers_made();
+#endif
+}
 
 // As the general one. Rows have places: `rows.octets()` times 8, of which the first `rows.octets_in_order()` octets are
 // those of maps.eight from its beginning; rows.octet(maps, o) is where octet o is, rows.row_at(o, i) which row its place i
@@ -295,8 +357,8 @@ __device__ __forceinline__ void partial_sums(const Sm90Head<T>& head, const type
     using One = std::integral_constant<int, 1>;
     using Two = std::integral_constant<int, 2>;
     if (octets <= 8) return run(One{}, 1, 1);
-    if (octets <= 16) return run(One{}, 2, Sm90Head<T>::CLUSTER);
-    run(Two{}, 2, Sm90Head<T>::CLUSTER);
+    if (octets <= 16) return run(One{}, sm90::CLUSTER_WARPGROUPS, Sm90Head<T>::CLUSTER);
+    run(Two{}, sm90::CLUSTER_WARPGROUPS, Sm90Head<T>::CLUSTER);
   };
   switch (head.groups) {
     case 1: return of_groups(std::integral_constant<int, 1>{});

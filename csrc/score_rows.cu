@@ -34,6 +34,8 @@ __global__ void __launch_bounds__(H::THREADS, 1)
                         int ring_bytes) {
   unsigned char* const shared = shared_memory();
   const Ring ring{reinterpret_cast<float*>(shared), shared + GROUP_SUM_BYTES, ring_bytes};
+  prepare(head, ring);
+  __syncthreads();
   partial_sums(head, maps, rows, rows.count, sums, ring);
 }
 
