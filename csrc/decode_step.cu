@@ -22,6 +22,8 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
   unsigned* const arrived = reinterpret_cast<unsigned*>(state.workspace);
   float* const sums = state.workspace + WORKSPACE_HEADER;
 
+  prepare(step.head, ring);
+
   // This thread's share of hidden, which goes to last_hidden. Its first piece is loaded while find_steps still looks for
   // where in last_hidden it goes.
   const int first = threadIdx.x < H::COPIERS ? blockIdx.x * H::COPIERS + threadIdx.x : batch * step.pieces;
@@ -73,19 +75,22 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
   if (n_rows > 0) {
     const Scored scored(ring.stages, n_rows);
     const Owner owner = mine < n_rows ? rows.owner(mine) : Owner{};
+    const float b2 = found.bias();
     constexpr int WARPS = THREADS / WARP;
-    const auto score = [&](auto batch) {  // some rows a warp at once
-      constexpr int BATCH = decltype(batch)::value;
+    const auto score = [&](auto batch, auto parts) {  // some rows a warp at once
+      constexpr int BATCH = decltype(batch)::value, PARTS = decltype(parts)::value;
       for (int first = threadIdx.x / WARP; first < n_rows; first += WARPS * BATCH) {
-        const float score = device_log_score(row_logits<BATCH>(step.head, sums, first, WARPS, n_rows));
+        const float score = device_log_score(row_logits<BATCH, PARTS>(step.head, b2, sums, first, WARPS, n_rows));
         const int lane = threadIdx.x % WARP, row = first + lane * WARPS;
         if (lane < BATCH && row < n_rows) scored.scores[row] = score;
       }
     };
-    if (n_rows <= 8 * WARPS) {
-      score(std::integral_constant<int, 8>{});
+    if (n_rows <= WARPS) {
+      score(std::integral_constant<int, 1>{}, std::integral_constant<int, 2>{});
+    } else if (n_rows <= 8 * WARPS) {
+      score(std::integral_constant<int, 8>{}, std::integral_constant<int, 2>{});
     } else {
-      score(std::integral_constant<int, 16>{});
+      score(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{});
     }
     const Tally tally = mine < n_rows ? Tally(state, owner.key()) : Tally();
     for (int row = mine; row < n_rows; row += THREADS) {

@@ -20,6 +20,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// True in one thread of the warp, and known to the compiler to be: what it does then needs no vote.
+__device__ __forceinline__ bool elected() {
+  uint32_t is;
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, one;\n"
+      "}"
+      : "=r"(is));
+  return is != 0;
+}
+
 // -- barriers --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
@@ -33,6 +46,10 @@ __device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_i
 __device__ __forceinline__ void expect_bytes(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
+}
+
+__device__ __forceinline__ void arrive_here(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // Arrives at the same barrier of the cluster's block `rank`.
@@ -59,6 +76,11 @@ __device__ __forceinline__ void wait_for(uint64_t* barrier, int parity) {
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+}
+
+// All threads of the cluster's blocks, who have no more to show each other than barriers that were made.
+__device__ __forceinline__ void meet_cluster_first() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // All threads of the cluster's blocks.
@@ -151,13 +173,6 @@ REFLECTIVE_PRODUCTS(Float16, "f16")
 #undef REFLECTIVE_PRODUCTS
 #undef REFLECTIVE_WGMMA
 #undef REFLECTIVE_8
-
-// Which of the cluster's blocks this is.
-__device__ __forceinline__ int own_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 
 #endif
 

@@ -61,6 +61,10 @@ __device__ __forceinline__ void TilePass<H, S>::consume() const {
   gather_waiting();
 }
 
+// What head_sm90.cuh needs done early.
+template <class W, class T>
+__device__ __forceinline__ void prepare(const DeviceHead<W, T>&, const Ring&) {}
+
 // sums[m, tile] = sum over the tile's units u of w2[u] relu(W1[u] . f[m] + b1[u]) for every row m < count, f[m] =
 // feature_row(m); NaN if f[m] is not finite. All threads of all blocks call it with the same arguments; sums [count,
 // line] are complete when all blocks are through.

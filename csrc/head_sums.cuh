@@ -84,21 +84,39 @@ __device__ __forceinline__ void TilePass<H, S>::gather(int unit_tile, int row0, 
 
 // -- over the tiles --------------------------------------------------------------------------------------------------
 
+template <class H>
+__device__ __forceinline__ float bias_of(const H& head) {
+  return head.b2 ? to_float(*head.b2) : 0.0f;
+}
+
 // b2 + sum over the tiles of sums[row], in a fixed order by one warp, for the rows first + i * stride < count; in lane
-// i. BATCH rows at once: one after the other, each would wait for the second-level cache.
-template <int BATCH, class H>
-__device__ __forceinline__ float row_logits(const H& head, const float* sums, int first, int stride, int count) {
+// i. BATCH rows and PARTS times 128 tiles at once: one after the other, each would wait for the second-level cache.
+template <int BATCH, int PARTS, class H>
+__device__ __forceinline__ float row_logits(const H& head, float b2, const float* sums, int first, int stride, int count) {
   const int lane = threadIdx.x % WARP;
   float totals[BATCH] = {};
-  for (int place = 4 * lane; place < head.line(); place += 4 * WARP) {
-    const int left = head.tiles - place;  // what lies behind the last tile was never written
+  constexpr int PART = 4 * WARP;
+  for (int begin = 4 * lane; begin < head.line(); begin += PARTS * PART) {
+    float4 fours[PARTS][BATCH];
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      const int row = first + i * stride;
-      if (row < count) {
-        const float4 four =
-            load_fresh(reinterpret_cast<const float4*>(sums + static_cast<int64_t>(row) * head.line() + place));
-        totals[i] += (four.x + (left > 1 ? four.y : 0)) + ((left > 2 ? four.z : 0) + (left > 3 ? four.w : 0));
+    for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int row = first + i * stride, place = begin + part * PART;
+        fours[part][i] = float4{0, 0, 0, 0};
+        if (row < count && place < head.line()) {
+          fours[part][i] = load_fresh(reinterpret_cast<const float4*>(sums + static_cast<int64_t>(row) * head.line() + place));
+        }
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const int left = head.tiles - begin - part * PART;  // what lies behind the last tile was never written
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const float4 four = fours[part][i];
+        const float sum = (four.x + (left > 1 ? four.y : 0)) + ((left > 2 ? four.z : 0) + (left > 3 ? four.w : 0));
+        if (left > 0) totals[i] += sum;
       }
     }
   }
@@ -109,7 +127,7 @@ __device__ __forceinline__ float row_logits(const H& head, const float* sums, in
     for (int mask = WARP / 2; mask > 0; mask /= 2) totals[i] += __shfl_xor_sync(~0u, totals[i], mask);
     if (lane == i) mine = totals[i];
   }
-  return mine + (head.b2 ? to_float(*head.b2) : 0.0f);
+  return mine + b2;
 }
 
 // max(logsigmoid(logit), ln 1e-10); a NaN stays one.

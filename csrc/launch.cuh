@@ -143,7 +143,10 @@ typename Sm90Head<T>::Maps maps_of(const Sm90Head<T>& head, const Rows3& in_orde
   maps.w1 = tensor_map<T, 2>(head.w1, {head.width, head.units}, {head.width}, {sm90::COLUMNS, units});
   maps.eight = rows_map<T>(in_order, head.width, 8);
   maps.eights = rows_map<T>(in_order, head.width, 64);
-  if (scattered.data) maps.scattered = rows_map<T>(scattered, head.width, 8);
+  if (scattered.data) {
+    maps.scattered = rows_map<T>(scattered, head.width, 8);
+    maps.single = rows_map<T>(scattered, head.width, 1);
+  }
   return maps;
 }
 

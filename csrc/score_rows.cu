@@ -21,6 +21,10 @@ struct StridedRows {
     return {&maps.eight, 0, 8 * octet};
   }
 
+  __device__ int few_of(int) const { return 0; }
+
+  __device__ int place_of(int, int) const { return 0; }
+
   __device__ int row_at(int octet, int place) const { return 8 * octet + place < count ? 8 * octet + place : -1; }
 };
 
@@ -30,6 +34,8 @@ __global__ void __launch_bounds__(H::THREADS, 1)
                         int ring_bytes) {
   unsigned char* const shared = shared_memory();
   const Ring ring{reinterpret_cast<float*>(shared), shared + GROUP_SUM_BYTES, ring_bytes};
+  prepare(head, ring);
+  __syncthreads();
   partial_sums(head, maps, rows, rows.count, sums, ring);
 }
 
@@ -37,7 +43,7 @@ __global__ void __launch_bounds__(H::THREADS, 1)
 template <class H, bool LOG_SCORE>
 __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(H head, const float* sums, int count, float* out) {
   const int row = blockIdx.x * (FINISH_THREADS / WARP) + threadIdx.x / WARP;
-  const float logit = row_logits<1>(head, sums, row, 0, count);
+  const float logit = row_logits<1, 2>(head, bias_of(head), sums, row, 0, count);
   if (threadIdx.x % WARP == 0 && row < count) out[row] = LOG_SCORE ? device_log_score(logit) : logit;
 }
 

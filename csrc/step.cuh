@@ -79,7 +79,7 @@ struct Step {
 constexpr int SCRATCH_BYTES = 128;
 constexpr int TABLE = 1024;  // of an automaton's entries that are kept at hand, if they are no more
 constexpr int FIXED_BYTES = SCRATCH_BYTES + TABLE * sizeof(int32_t) + GROUP_SUM_BYTES;
-constexpr int SCRATCH_OCTETS = 29, SCRATCH_LAST = 30, SCRATCH_WAITING = 31;  // of its ints; the first are the warps'
+constexpr int SCRATCH_BIAS = 28, SCRATCH_OCTETS = 29, SCRATCH_LAST = 30, SCRATCH_WAITING = 31;  // of its ints; the first are the warps'
 constexpr uint32_t SKIPPED = ~0u;
 
 // What detection finds, of each sequence of the batch; in shared memory, from where the rest of the step takes it.
@@ -91,6 +91,8 @@ struct Found {
   int* octets;       // [n_octets]: the first of the active ones whose features lie within 8 neighbouring rows
   int* scratch;
   int32_t* table;  // [TABLE]
+
+  __device__ float& bias() const { return reinterpret_cast<float*>(scratch)[SCRATCH_BIAS]; }
 
   __host__ __device__ static int bytes(int64_t batch) { return static_cast<int>((5 * batch * 4 + 127) / 128 * 128); }
 
@@ -111,6 +113,8 @@ __device__ __forceinline__ int find_steps(const Step<H>& step, const Found& foun
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, batch = static_cast<int>(step.ids.batch);
   const int states = static_cast<int>(step.automaton.states), n_entries = static_cast<int>(step.automaton.classes) * states;
   if (threadIdx.x == 0) found.scratch[SCRATCH_WAITING] = *step.state.n_slots;
+  // b2, while there is other to wait for: behind the sums it would be waited for alone.
+  if (threadIdx.x == H::THREADS - 1) found.bias() = bias_of(step.head);
   int total = 0;
   for (int base = 0; base < batch; base += H::THREADS) {
     const int b = base + threadIdx.x;

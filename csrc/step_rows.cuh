@@ -77,12 +77,29 @@ struct StepRows {
 
   __device__ int row_at(int octet, int place) const {
     if (octet < octets_in_order()) return 8 * octet + place < n_waiting ? 8 * octet + place : -1;
-    const int mine = octet - octets_in_order();
-    const int end = mine + 1 < n_octets ? found.octets[mine + 1] : n_new;
-    for (int i = found.octets[mine]; i < end; ++i) {
-      if (static_cast<int>(found.active[i] >> 1 & 7) == place) return n_waiting + i;
+    // Each lane reads the place of one row, and hands it to the others.
+    const int begin = found.octets[octet - octets_in_order()], count = rows_in(octet), i = threadIdx.x % 8;
+    const int mine = i < count ? place_of(octet, i) : -1;
+    int row = -1;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (__shfl_sync(~0u, mine, j) == place) row = n_waiting + begin + j;
     }
-    return -1;
+    return row;
+  }
+
+  __device__ int rows_in(int octet) const {
+    const int mine = octet - octets_in_order();
+    return (mine + 1 < n_octets ? found.octets[mine + 1] : n_new) - found.octets[mine];
+  }
+
+  __device__ int few_of(int octet) const {
+    const int count = rows_in(octet);
+    return count <= 2 ? count : 0;
+  }
+
+  __device__ int place_of(int octet, int i) const {
+    return static_cast<int>(found.active[found.octets[octet - octets_in_order()] + i] >> 1 & 7);
   }
 
   // Whether the new row `i` lies where the one before it does, and so in its octet.
