@@ -177,7 +177,7 @@ class LikeVLLM:
     def _draw(self, r: _Request, logits: torch.Tensor) -> int:
         p = r.params
         chance = self.uniform(p.seed, len(r.prompt + r.out))
-        return draw(logits[None], [chance], [-1], [Sampling((0,), p.temperature, p.top_p)])[0].token
+        return draw(logits[None], [chance], [-1], [Sampling((0,), p.temperature, p.top_p)], [(r.prompt, r.out)], ())[0].token
 
     def _output(self, r: _Request) -> Any:
         new, reason = [], None

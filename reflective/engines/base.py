@@ -43,7 +43,7 @@ Steps = Literal["untold", "told", "awaited"]
 
 class Chance(NamedTuple):
     """What a token's chances were: natural logarithms of the softmax, in float32, of the model's logits as they are, before
-    temperature and top-p.
+    anything that ``Sampling`` does to them.
 
     Attributes:
         token: that came; log_prob: its own; of the first token of a prompt, which nothing precedes, None.
@@ -73,13 +73,22 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one sequence is drawn.
+    """How one sequence is drawn. Where several settings are used, each changes what those before it have left, in this order:
+    ``logit_bias``, ``repetition_penalty``, ``frequency_penalty``, ``presence_penalty``, ``min_tokens``, ``temperature``, ``top_k``,
+    ``top_p``, ``min_p``.
 
     Attributes:
         seed: non-negative integers, a sequence's own: one uniform a token comes from it.
-        temperature, top_p: 0 decodes greedily.
+        temperature, top_p: 0 decodes greedily; the likeliest tokens are kept whose probabilities come to ``top_p``.
         max_tokens: of the sequence, what it has from its parent included; with 0 it ends when its prompt is run.
         logprobs: as for ``Prompt``, at every place of the sequence.
+        top_k: so many of the likeliest tokens are kept; 0: all.
+        min_p: tokens are kept whose probability is at least this part of the likeliest one's.
+        repetition_penalty: the logit of a token that the prompt or the sequence has is divided by it, or multiplied where it is
+            negative; 1: none.
+        presence_penalty: is taken from the logit of a token that the sequence has; frequency_penalty: as often as it has it.
+        logit_bias: tokens, and what is added to the logit of each.
+        min_tokens: of the sequence, before which no end-of-sequence token comes.
     """
 
     seed: tuple[int, ...]
@@ -87,6 +96,13 @@ class Sampling:
     top_p: float = 0.95
     max_tokens: int = 512
     logprobs: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
 
 
 class Score(NamedTuple):

@@ -211,7 +211,7 @@ class TransformersEngine:
             prefix.chances.append(Chance(ids[0], None, []))
         tokens = torch.tensor(ids[begin + 1 : begin + 1 + len(logits)], dtype=torch.int64, device=logits.device)
         wanted = [prefix.prompt.logprobs] * len(tokens)
-        prefix.chances += chances(logits[: len(tokens)].float(), tokens[:, None], wanted)
+        prefix.chances += chances(logits[: len(tokens)], tokens, wanted)
 
     def _prefilled(self, prefixes: list[Prefix], cache: DynamicCache, logits: Tensor) -> list[Event]:
         """Every sequence's first token, after prompts whose keys and values are in ``cache``."""
@@ -300,7 +300,8 @@ class TransformersEngine:
     def _draw(self, sequences: list[Continuation], logits: Tensor) -> None:
         """A next token for each, from ``logits`` [R, V]."""
         found = draw(
-            logits, [s.random.random() for s in sequences], [s.next() for s in sequences], [s.sampling for s in sequences]
+            logits, [s.random.random() for s in sequences], [s.next() for s in sequences], [s.sampling for s in sequences],
+            [(s.prefix.prompt.ids, s.tokens) for s in sequences], self.ends,
         )  # fmt: skip
         for s, chance in zip(sequences, found, strict=True):
             s.drawn = chance

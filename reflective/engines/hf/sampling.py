@@ -1,60 +1,263 @@
-"""Tokens and their chances from logits: each draw one read of the device, whatever the batch."""
+"""Tokens and their chances from logits.
+
+``pick`` and ``log_probs_of`` are functions of fixed shape: they read nothing back from the device, and branch on no tensor, so that
+they can be traced whole and captured. Rows of different settings go through together: each has its own in ``Rules``, and ``Uses``
+says what none of them needs, which is left out. ``draw`` and ``chances`` are these two with one read of the device, whatever the batch.
+"""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from typing_extensions import Self
 
 from ..base import Chance, Sampling
 
+Text = tuple[Sequence[int], Sequence[int]]  # ids of a prompt, and of what came behind it
+_COLDEST = torch.finfo(torch.float32).tiny  # a temperature below it would be a 0 to divide by
 
-def draw(
-    logits: Tensor, uniforms: Sequence[float], forced: Sequence[int], samplings: Sequence[Sampling]
-) -> list[Chance]:
-    """A token for every row of ``logits`` [R, V], each by its own sampling.
+
+def _greedy(sampling: Sampling) -> bool:
+    return sampling.temperature < _COLDEST
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What at least one row needs; all else is left out of ``pick``.
+
+    Attributes:
+        draws: a row is not greedy; greedy: a row is.
+        bias, repetition, min_tokens, top_k, top_p, min_p: as in ``Sampling``; counts: a presence or a frequency penalty.
+    """
+
+    draws: bool = True
+    greedy: bool = False
+    bias: bool = False
+    repetition: bool = False
+    counts: bool = False
+    min_tokens: bool = False
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> Self:
+        drawn = [s for s in samplings if not _greedy(s)]
+        return cls(
+            draws=bool(drawn), greedy=len(drawn) < len(samplings),
+            bias=any(s.logit_bias for s in samplings), repetition=any(s.repetition_penalty != 1 for s in samplings),
+            counts=any(s.presence_penalty or s.frequency_penalty for s in samplings),
+            min_tokens=any(s.min_tokens for s in samplings),
+            top_k=any(s.top_k for s in drawn), top_p=any(s.top_p < 1 for s in drawn), min_p=any(s.min_p for s in drawn),
+        )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Rules:
+    """How each of R rows is drawn, from logits over V tokens: the fields of ``Sampling`` as tensors [R], and what they apply to.
+
+    Attributes:
+        temperature, min_p, repetition, presence, frequency: float32; top_p: float64; top_k, min_tokens: int64.
+        length: int64, tokens behind the prompt so far.
+        ends: [E] int64, the tokens that may not come before ``min_tokens``.
+        bias: [R, V] float32, to be added to the logits; None where no row has one.
+        seen: [R, V] bool, tokens of the prompt and behind it; None without a repetition penalty.
+        counts: [R, V] int32, how often each token came behind the prompt; None without a presence or frequency penalty.
+    """
+
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    min_p: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    min_tokens: Tensor
+    length: Tensor
+    ends: Tensor
+    bias: Tensor | None = None
+    seen: Tensor | None = None
+    counts: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        samplings: Sequence[Sampling],
+        texts: Sequence[Text],
+        ends: Collection[int],
+        vocabulary: int,
+        device: torch.device | str,
+    ) -> Self:
+        """For rows that have come as far as ``texts`` says, in two copies to the device, or a few more where a row has a bias or a
+        penalty. Ids that the ``vocabulary`` of the logits does not reach, as some embeddings have them, cannot be drawn and are left out.
+        """
+        uses = Uses.of(samplings)
+        rows = [
+            (
+                0.0 if _greedy(s) else s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty, s.presence_penalty,
+                s.frequency_penalty, s.min_tokens, len(output),
+            )
+            for s, (_, output) in zip(samplings, texts, strict=True)
+        ]  # fmt: skip
+        sent = torch.tensor([*zip(*rows, strict=True)], dtype=torch.float64).to(device, non_blocking=True)
+        temperature, top_p, top_k, min_p, repetition, presence, frequency, min_tokens, length = sent
+        rules = cls(
+            temperature.float(), top_p, top_k.long(), min_p.float(), repetition.float(), presence.float(), frequency.float(),
+            min_tokens.long(), length.long(),
+            torch.tensor([t for t in ends if t < vocabulary], dtype=torch.int64).to(device, non_blocking=True),
+        )  # fmt: skip
+        shape = len(samplings), vocabulary
+        if uses.bias:
+            pairs = [[(t, v) for t, v in s.logit_bias if t < vocabulary] for s in samplings]
+            at = _places([[t for t, _ in row] for row in pairs], vocabulary, device)
+            values = torch.tensor([v for row in pairs for _, v in row], dtype=torch.float32)
+            rules.bias = torch.zeros(shape, device=device)
+            rules.bias.view(-1).scatter_(0, at, values.to(device, non_blocking=True))
+        if uses.repetition:
+            at = _places([[*prompt, *output] for prompt, output in texts], vocabulary, device)
+            rules.seen = torch.zeros(shape, dtype=torch.bool, device=device)
+            rules.seen.view(-1).scatter_(0, at, True)
+        if uses.counts:
+            at = _places([output for _, output in texts], vocabulary, device)
+            rules.counts = torch.zeros(shape, dtype=torch.int32, device=device)
+            rules.counts.view(-1).scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+        return rules
+
+    def took(self, tokens: Tensor) -> None:
+        """Note the next token of every row, ``tokens`` [R] int64, in place."""
+        self.length.add_(1)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        if self.counts is not None:
+            self.counts.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
+
+
+def _places(rows: Sequence[Sequence[int]], vocabulary: int, device: torch.device | str) -> Tensor:
+    """Where the ids of each row lie in a tensor [R, vocabulary], seen as one row."""
+    found = []
+    for i, ids in enumerate(rows):
+        ids = np.asarray(ids, dtype=np.int64)
+        found.append(ids[ids < vocabulary] + i * vocabulary)
+    return torch.from_numpy(np.concatenate(found)).to(device, non_blocking=True)
+
+
+def pick(logits: Tensor, uniforms: Tensor, forced: Tensor, rules: Rules, uses: Uses) -> Tensor:
+    """The next token of each of R rows: [R] int64.
+
+    What ``Sampling`` names is applied in this order, as transformers' processors do it and, what these do not have, vLLM: bias, repetition
+    penalty, frequency and presence penalty, ``min_tokens``; then, but for greedy rows, temperature, top-k, top-p, min-p.
 
     Args:
-        uniforms: [R] in [0, 1): token i is where the distribution function of row i exceeds ``uniforms[i]``.
-        forced: [R], the token that it is to be instead, or -1.
+        logits: [R, V].
+        uniforms: [R] float64 in [0, 1): token i is where the distribution function of row i exceeds ``uniforms[i]``.
+        forced: [R] int64, the token that it is to be instead, or -1.
     """
-    sent = torch.tensor([uniforms, forced], dtype=torch.float64).to(logits.device, non_blocking=True)
-    logits = logits.float()
-    ways = [(s.temperature, s.top_p) for s in samplings]
-    tokens = torch.empty(len(ways), 1, dtype=torch.int64, device=logits.device)
-    for way in dict.fromkeys(ways):
-        rows = [i for i, other in enumerate(ways) if other == way]
-        part = slice(None) if len(rows) == len(ways) else torch.tensor(rows, device=logits.device)
-        tokens[part] = _drawn(logits[part], sent[0, part], *way)
-    tokens = tokens.clamp_max(logits.shape[1] - 1)  # NaN logits sum to no distribution
-    tokens = torch.where(sent[1, :, None] < 0, tokens, sent[1, :, None].long())
-    return chances(logits, tokens, [s.logprobs for s in samplings])
+    logits = _changed(logits.float(), rules, uses)
+    if not uses.draws:
+        tokens = logits.argmax(-1)
+    else:
+        tokens = _drawn(logits, uniforms, rules, uses)
+        if uses.greedy:
+            tokens = torch.where(rules.temperature > 0, tokens, logits.argmax(-1))
+    return torch.where(forced < 0, tokens, forced)
 
 
-def _drawn(logits: Tensor, chance: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Tokens [R, 1]: of logits [R, V] the distribution's inverse at ``chance`` [R] in [0, 1), float64."""
-    if not temperature:
-        return logits.argmax(-1, keepdim=True)
-    logits = TemperatureLogitsWarper(float(temperature))(None, logits)
-    if top_p < 1:
-        logits = TopPLogitsWarper(float(top_p))(None, logits)
+def _changed(logits: Tensor, rules: Rules, uses: Uses) -> Tensor:
+    """Logits [R, V] after all that concerns greedy rows too."""
+    if uses.bias:
+        logits = logits + rules.bias
+    if uses.repetition:
+        penalty = rules.repetition[:, None]
+        logits = torch.where(rules.seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if uses.counts:
+        logits = logits - rules.frequency[:, None] * rules.counts - rules.presence[:, None] * (rules.counts > 0)
+    if uses.min_tokens:
+        ends = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device).index_fill(0, rules.ends, True)
+        logits = logits.masked_fill(ends & (rules.length < rules.min_tokens)[:, None], -torch.inf)
+    return logits
+
+
+def _drawn(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -> Tensor:
+    """Tokens [R] of rows that are not greedy: the inverse of each one's distribution function at ``uniforms``."""
+    temperature = rules.temperature.where(rules.temperature > 0, 1.0)[:, None]
+    # By the reciprocal on CUDA devices, as PyTorch divides by a number there: the bits stay those of transformers' TemperatureLogitsWarper.
+    logits = logits * temperature.reciprocal() if logits.is_cuda else logits / temperature
+    if uses.top_k or uses.top_p:
+        logits = _cut(logits, rules, uses)
+    if uses.min_p:
+        chances = logits.softmax(-1)
+        least = rules.min_p[:, None] * chances.amax(-1, keepdim=True)
+        logits = logits.masked_fill(chances < least, -torch.inf)
     # float64: a float32 sum over the vocabulary would round away probabilities below 6e-8.
     cdf = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
-    return torch.searchsorted(cdf, chance[:, None] * cdf[:, -1:], right=True)
+    tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    return tokens.clamp_max(logits.shape[1] - 1)  # NaN logits sum to no distribution
+
+
+def _cut(logits: Tensor, rules: Rules, uses: Uses) -> Tensor:
+    """Logits [R, V] without what lies outside of top-k and top-p, by one sort for both."""
+    ascending, order = logits.sort()
+    if uses.top_k:
+        last = logits.shape[1] - rules.top_k.where(rules.top_k > 0, logits.shape[1])
+        least = ascending.gather(1, last.clamp_min(0)[:, None])
+        logits = logits.masked_fill(logits < least, -torch.inf)
+        ascending = ascending.masked_fill(ascending < least, -torch.inf)
+    if uses.top_p:
+        out = ascending.softmax(-1).cumsum(-1) <= (1 - rules.top_p).float()[:, None]
+        out &= (rules.top_p < 1)[:, None]  # at 1 not even those whose chance rounds to 0 go
+        out[:, -1] = False
+        logits = logits.masked_fill(out.scatter(1, order, out), -torch.inf)
+    return logits
+
+
+class Likely(NamedTuple):
+    """Log-probabilities of raw logits: ``log_prob`` [R] of a token each; the k likeliest tokens ``top`` [R, k] with theirs, ``log_probs`` [R, k]."""
+
+    log_prob: Tensor
+    top: Tensor
+    log_probs: Tensor
+
+
+def log_probs_of(logits: Tensor, tokens: Tensor, k: int) -> Likely:
+    """After ``logits`` [R, V]: of ``tokens`` [R], and of the k likeliest; of fixed shape, as ``pick`` is."""
+    logits = logits.float()
+    total = logits.logsumexp(1, keepdim=True)
+    top = logits.topk(min(k, logits.shape[1]))
+    return Likely((logits.gather(1, tokens[:, None]) - total).squeeze(1), top.indices, top.values - total)
+
+
+def told(tokens: Tensor, likely: Likely, most: Sequence[int | None]) -> list[Chance]:
+    """``tokens`` [R] with their chances, and of as many of the likeliest as ``most`` says of each; one read of the device."""
+    k = likely.top.shape[1]
+    columns = torch.cat(
+        [tokens[:, None].double(), likely.log_prob[:, None].double(), likely.top.double(), likely.log_probs.double()], 1
+    )
+    found = []
+    for (token, log_prob, *rest), m in zip(columns.tolist(), most, strict=True):
+        top = zip(map(int, rest[:k]), rest[k:], strict=True)
+        found.append(Chance(int(token), log_prob, list(itertools.islice(top, m or 0))))
+    return found
 
 
 def chances(logits: Tensor, tokens: Tensor, most: Sequence[int | None]) -> list[Chance]:
-    """Of ``tokens`` [R, 1], and of as many of the likeliest as ``most`` says of each, after float32 ``logits`` [R, V]; one read
-    of the device."""
-    total = logits.logsumexp(1, keepdim=True)
-    columns = [tokens.double(), (logits.gather(1, tokens) - total).double()]
-    k = min(max((m or 0 for m in most), default=0), logits.shape[1])
-    if k:
-        top = logits.topk(k)
-        columns += [top.indices.double(), (top.values - total).double()]
-    found = []
-    for (token, log_prob, *likely), m in zip(torch.cat(columns, 1).tolist(), most, strict=True):
-        top = zip(map(int, likely[:k]), likely[k:], strict=True)
-        found.append(Chance(int(token), log_prob, list(itertools.islice(top, m or 0))))
-    return found
+    """``told`` of ``log_probs_of``."""
+    return told(tokens, log_probs_of(logits, tokens, max((m or 0 for m in most), default=0)), most)
+
+
+def draw(
+    logits: Tensor,
+    uniforms: Sequence[float],
+    forced: Sequence[int],
+    samplings: Sequence[Sampling],
+    texts: Sequence[Text],
+    ends: Collection[int],
+) -> list[Chance]:
+    """``pick`` for rows of ``logits`` [R, V], each by its own sampling behind its text, and what the chances were."""
+    sent = torch.tensor([uniforms, forced], dtype=torch.float64).to(logits.device, non_blocking=True)
+    rules = Rules.of(samplings, texts, ends, logits.shape[1], logits.device)
+    tokens = pick(logits, sent[0], sent[1].long(), rules, Uses.of(samplings))
+    return chances(logits, tokens, [s.logprobs for s in samplings])

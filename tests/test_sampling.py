@@ -1,0 +1,287 @@
+"""How tokens are drawn from logits, against transformers' processors; the function that does it can be traced whole."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from reflective.engines.base import Sampling
+from reflective.engines.hf.sampling import Rules, Uses, chances, draw, log_probs_of, pick
+
+V, ENDS = 211, (2, 7)
+PLAIN = Sampling((0,), 1.0, 1.0)
+WAYS = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.6, "top_p": 0.95},
+    {"top_k": 3},
+    {"top_k": 1},
+    {"top_k": 10 * V},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"top_k": 20, "top_p": 0.7, "min_p": 0.05, "temperature": 1.4},
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.5, "temperature": 0.0},
+    {"presence_penalty": 1.5},
+    {"frequency_penalty": 0.8, "temperature": 0.0},
+    {"presence_penalty": -1.0, "frequency_penalty": -0.3, "repetition_penalty": 1.2},
+    {"logit_bias": ((5, 4.5), (9, -100.0), (V - 1, 2.0))},
+    {"logit_bias": ((11, 100.0),), "temperature": 0.0},
+    {"min_tokens": 4},
+    {"min_tokens": 50, "logit_bias": ((2, 90.0), (7, 80.0))},
+    {"min_tokens": 50, "logit_bias": ((2, 90.0), (7, 80.0)), "temperature": 0.0},
+    {
+        "top_k": 30, "top_p": 0.8, "min_p": 0.01, "temperature": 0.9, "repetition_penalty": 1.3, "presence_penalty": 0.4,
+        "frequency_penalty": 0.2, "logit_bias": ((2, 8.0), (30, 1.0)), "min_tokens": 9,
+    },
+]  # fmt: skip
+
+
+def sampling(**settings):
+    return Sampling((0,), **{"temperature": 1.0, "top_p": 1.0, **settings})
+
+
+def mixed(seed, vocabulary=V, repeat=3):
+    """Rows of every way: samplings, logits, uniforms, texts of different lengths."""
+    g = np.random.default_rng(seed)
+    samplings = [sampling(**way) for way in WAYS * repeat]
+    logits = torch.from_numpy(g.normal(0, 4, (len(samplings), vocabulary))).float()
+    texts = [
+        ([*map(int, g.integers(0, vocabulary, 6))], [*map(int, g.integers(0, 40, i % 13))])
+        for i in range(len(samplings))
+    ]
+    return samplings, logits, g.random(len(samplings)).tolist(), texts
+
+
+def equal(a, b):
+    """Whether two ``Rules`` are."""
+    pairs = [(getattr(a, name), getattr(b, name)) for name in vars(a)]
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
+
+
+def picked(samplings, logits, uniforms, texts, function=pick):
+    rules = Rules.of(samplings, texts, ENDS, logits.shape[1], "cpu")
+    free = torch.full((len(samplings),), -1)
+    return function(logits, torch.tensor(uniforms, dtype=torch.float64), free, rules, Uses.of(samplings)).tolist()
+
+
+# -- as it was, where only temperature and top-p are used ------------------------------------------------------------
+
+
+def drawn_before(logits, chance, temperature, top_p):
+    """As tokens were drawn before there were other settings: rows of one temperature and top-p at a time."""
+    if not temperature:
+        return logits.argmax(-1, keepdim=True)
+    logits = TemperatureLogitsWarper(float(temperature))(None, logits)
+    if top_p < 1:
+        logits = TopPLogitsWarper(float(top_p))(None, logits)
+    cdf = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    return torch.searchsorted(cdf, chance[:, None] * cdf[:, -1:], right=True)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 61, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_temperature_and_top_p_give_the_tokens_that_they_gave(vocabulary, dtype):
+    """In bfloat16 many logits are equal, and the order among them counts."""
+    g = np.random.default_rng(vocabulary)
+    ways = [
+        *itertools.product((0.0, 0.1, 0.6, 0.7, 1.0, 1, 3.0, 1e9), (0.0, 1e-6, 0.3, 0.9, 0.95, 0.999999, 1.0, 1))
+    ] * 4
+    logits = torch.from_numpy(g.normal(0, 3, (len(ways), vocabulary))).to(dtype)
+    logits[::5, : vocabulary // 2] = -torch.inf
+    logits[3::7] *= 10
+    uniforms = g.random(len(ways))
+    uniforms[::9], uniforms[1::9] = 0.0, np.nextafter(1.0, 0.0)
+    expected = torch.empty(len(ways), 1, dtype=torch.int64)
+    for way in set(ways):
+        rows = torch.tensor([i for i, other in enumerate(ways) if other == way])
+        expected[rows] = drawn_before(logits.float()[rows], torch.from_numpy(uniforms)[rows], *way)
+    expected = expected.clamp_max(vocabulary - 1).flatten().tolist()
+    samplings = [Sampling((0,), *way) for way in ways]
+    assert picked(samplings, logits, uniforms.tolist(), [([1], [])] * len(ways)) == expected
+    alone = [picked(samplings[i : i + 1], logits[i : i + 1], [u], [([1], [])])[0] for i, u in enumerate(uniforms)]
+    assert alone == expected, "whatever else is in the batch"
+
+
+def test_not_a_number_ends_no_batch_and_a_temperature_of_almost_0_is_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [torch.nan] * 3, [1.0, 3.0, 2.0]])
+    samplings = [sampling(temperature=1e-300), sampling(top_p=0.9), sampling(temperature=0.0)]
+    assert picked(samplings, logits, [0.0, 0.5, 0.9], [([1], [])] * 3) == [1, 2, 1]
+
+
+# -- each setting as transformers has it -----------------------------------------------------------------------------
+
+
+def reference(s, logits, uniform, text):
+    """A row [V], by transformers' processors in the order of its ``generate``."""
+    prompt, output = text
+    steps = LogitsProcessorList()
+    if s.logit_bias:
+        steps.append(SequenceBiasLogitsProcessor({(t,): v for t, v in s.logit_bias}))
+    if s.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
+    if s.presence_penalty or s.frequency_penalty:  # as OpenAI defines them
+        steps.append(
+            lambda ids, scores: scores - torch.tensor([
+                s.frequency_penalty * output.count(t) + s.presence_penalty * (t in output) for t in range(scores.shape[1])
+            ])
+        )  # fmt: skip
+    if s.min_tokens:
+        steps.append(MinNewTokensLengthLogitsProcessor(len(prompt), s.min_tokens, list(ENDS)))
+    if s.temperature:
+        steps.append(TemperatureLogitsWarper(s.temperature))
+    if s.temperature and s.top_k:
+        steps.append(TopKLogitsWarper(s.top_k))
+    if s.temperature and s.top_p < 1:
+        steps.append(TopPLogitsWarper(s.top_p))
+    if s.temperature and s.min_p:
+        steps.append(MinPLogitsWarper(s.min_p))
+    scores = steps(torch.tensor([[*prompt, *output]]), logits[None].clone())[0]
+    if not s.temperature:
+        return int(scores.argmax())
+    cdf = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
+    return int(torch.searchsorted(cdf, uniform * cdf[-1], right=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_all_settings_in_one_call_are_drawn_as_transformers_would_each(seed):
+    samplings, logits, uniforms, texts = mixed(seed)
+    expected = [reference(*row) for row in zip(samplings, logits, uniforms, texts, strict=True)]
+    assert picked(samplings, logits, uniforms, texts) == expected
+    assert expected != picked([PLAIN] * len(samplings), logits, uniforms, texts)
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w], ids=str)
+def test_a_setting_alone_is_drawn_as_transformers_would_and_matters(way):
+    g = np.random.default_rng(3)
+    logits, uniforms = torch.from_numpy(g.normal(0, 2, (400, V))).float(), g.random(400).tolist()
+    texts = [([*map(int, g.integers(0, V, 60))], [*map(int, g.integers(0, V, i % 70))]) for i in range(400)]
+    found = picked([sampling(**way)] * 400, logits, uniforms, texts)
+    assert found == [reference(sampling(**way), *row) for row in zip(logits, uniforms, texts, strict=True)]
+    if way != {"top_k": 10 * V} and way != {"min_tokens": 4}:
+        assert found != picked([PLAIN] * 400, logits, uniforms, texts)
+
+
+def test_no_end_comes_before_min_tokens_and_one_may_come_then():
+    logits = torch.zeros(1, V).index_fill(1, torch.tensor(ENDS), 50.0)
+    for length, ends in [(0, False), (3, False), (4, True), (5, True)]:
+        for s in (sampling(min_tokens=4), sampling(min_tokens=4, temperature=0.0)):
+            assert (picked([s], logits, [0.5], [([1], [9] * length)])[0] in ENDS) == ends
+
+
+def test_tokens_that_are_forced_come_whatever_the_rules_say():
+    samplings, logits, uniforms, texts = mixed(0)
+    forced = [i if i % 2 else -1 for i in range(len(samplings))]
+    found = [c.token for c in draw(logits, uniforms, forced, samplings, texts, ENDS)]
+    free = picked(samplings, logits, uniforms, texts)
+    assert found == [f if t < 0 else t for t, f in zip(forced, free, strict=True)]
+
+
+def test_ids_beyond_the_logits_are_left_out():
+    """Embeddings may have more rows than there are logits."""
+    s = [sampling(repetition_penalty=3.0, frequency_penalty=1.0, logit_bias=((3, 1.0), (V, 9.0)), min_tokens=3)]
+    logits = torch.randn(1, V, generator=torch.Generator().manual_seed(0))
+    rules = Rules.of(s, [([4, V + 1], [V, 5])], (2, V), V, "cpu")
+    assert rules.bias.nonzero().tolist() == [[0, 3]] and rules.ends.tolist() == [2]
+    assert rules.seen.nonzero().tolist() == [[0, 4], [0, 5]] and rules.counts.nonzero().tolist() == [[0, 5]]
+    picked(s, logits, [0.5], [([4, V + 1], [V, 5])])
+
+
+# -- the tensors that go along -----------------------------------------------------------------------------------------
+
+
+def test_rules_that_took_tokens_are_those_of_the_longer_texts():
+    samplings, logits, uniforms, texts = mixed(5)
+    rules = Rules.of(samplings, texts, ENDS, V, "cpu")
+    texts = [(prompt, list(output)) for prompt, output in texts]
+    for i in range(6):
+        u, free = torch.tensor(uniforms, dtype=torch.float64), torch.full((len(samplings),), -1)
+        tokens = pick(logits.roll(i, 1), u, free, rules, Uses.of(samplings))
+        rules.took(tokens)
+        for (_, output), token in zip(texts, tokens.tolist(), strict=True):
+            output.append(token)
+    assert equal(rules, Rules.of(samplings, texts, ENDS, V, "cpu"))
+
+
+def test_what_no_row_needs_is_not_there():
+    samplings = [Sampling((0,)), Sampling((0,), temperature=0.0)]
+    rules = Rules.of(samplings, [([1], [])] * 2, ENDS, V, "cpu")
+    assert rules.bias is None and rules.seen is None and rules.counts is None
+    assert Uses.of(samplings) == Uses(draws=True, greedy=True, top_p=True)
+    assert Uses.of(samplings[1:]) == Uses(draws=False, greedy=True)
+
+
+@pytest.mark.parametrize("k", [0, 5, 2 * V])
+def test_chances_are_of_the_raw_logits(k):
+    samplings, logits, uniforms, texts = mixed(1, repeat=1)
+    found = draw(logits, uniforms, [-1] * len(texts), samplings, texts, ENDS)
+    tokens = torch.tensor([c.token for c in found])
+    log_probs = logits.log_softmax(-1)
+    assert [c.log_prob for c in found] == pytest.approx(
+        log_probs.gather(1, tokens[:, None]).flatten().tolist(), abs=1e-5
+    )
+    most = [None if i % 3 == 0 else min(i, k) for i in range(len(tokens))]
+    for c, m, row in zip(chances(logits, tokens, most), most, log_probs, strict=True):
+        assert [t for t, _ in c.top] == row.argsort(descending=True)[: m or 0].tolist()
+        assert [p for _, p in c.top] == pytest.approx(row.sort(descending=True).values[: m or 0].tolist(), abs=1e-5)
+
+
+# -- a function of fixed shape -----------------------------------------------------------------------------------------
+
+
+def step(logits, uniforms, forced, rules, uses, k=4):
+    tokens = pick(logits, uniforms, forced, rules, uses)
+    rules.took(tokens)
+    return tokens, log_probs_of(logits, tokens, k)
+
+
+SETS = {
+    "all": WAYS,
+    "plain": [{}],
+    "greedy": [{"temperature": 0.0}],
+    "published": [{"temperature": 0.6, "top_p": 0.95}],
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_it_is_traced_whole(name):
+    """With what comes out of tracing, no other tokens are drawn."""
+    samplings = [sampling(**way) for way in SETS[name]] * 2
+    _, logits, uniforms, texts = mixed(2)
+    n, traced = len(samplings), torch.compile(step, fullgraph=True, backend="aot_eager")
+    logits, uniforms, texts = logits[:n], torch.tensor(uniforms[:n], dtype=torch.float64), texts[:n]
+    ours, theirs = (Rules.of(samplings, texts, ENDS, V, "cpu") for _ in range(2))
+    for i in range(3):
+        free = torch.full((n,), -1)
+        expected, likely = step(logits.roll(i, 1), uniforms, free, ours, Uses.of(samplings))
+        found, others = traced(logits.roll(i, 1), uniforms, free, theirs, Uses.of(samplings))
+        assert found.tolist() == expected.tolist()
+        assert all(torch.equal(a, b) for a, b in zip(likely, others, strict=True))
+    assert equal(ours, theirs)
+
+
+def test_nothing_is_read_back():
+    """Fake tensors have no values: whoever asks for one fails."""
+    samplings, _, _, texts = mixed(2)
+    rules = Rules.of(samplings, texts, ENDS, V, "cpu")
+    with FakeTensorMode() as fake:
+        hidden = Rules(**{name: fake.from_tensor(value) for name, value in vars(rules).items()})
+        n = len(samplings)
+        tokens, likely = step(
+            torch.empty(n, V, dtype=torch.bfloat16), torch.empty(n, dtype=torch.float64), torch.full((n,), -1), hidden, Uses.of(samplings)
+        )  # fmt: skip
+        assert tokens.shape == (n,) and tokens.dtype == torch.int64 and likely.top.shape == (n, 4)
+        with pytest.raises(Exception, match="scalar"):
+            tokens.tolist()
