@@ -22,7 +22,7 @@ from .checkpoints.loading import load
 from .engines.base import Engine
 from .engines.hf.backbone import Backbone
 from .engines.hf.ends import end_tokens, pad_token
-from .engines.hf.engine import TransformersEngine
+from .engines.hf.engine import Decoding, TransformersEngine
 from .engines.hf.finished import Reading, of_text, score
 from .engines.hf.pace import Pace
 from .engines.hf.parts import check_parts
@@ -363,11 +363,13 @@ class ReflectiveModel:
         found = [self.generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
         return found[0] if single else found
 
-    def engine(self, *, batch_rows: int | None = None, pace: Pace | None = None, **scoring: Any) -> Engine:
+    def engine(
+        self, *, batch_rows: int | None = None, pace: Pace | None = None, decoding: Decoding = "auto", **scoring: Any
+    ) -> Engine:
         """What decodes and scores for a search.
 
         Args:
-            batch_rows: as for ``generate``; pace: as for ``TransformersEngine``, and for it alone.
+            batch_rows: as for ``generate``; pace, decoding: as for ``TransformersEngine``, and for it alone.
             scoring: settings of its ``StreamScorer``.
         """
         if self.host is not None:
@@ -375,7 +377,7 @@ class ReflectiveModel:
         scorer = StreamScorer(self.model, self.head, self.steps, at=self.config.at, **scoring)
         return TransformersEngine(
             self.model, scorer, ends=end_tokens(self.model, self.tokenizer), pad=pad_token(self.tokenizer) or 0,
-            batch_rows=batch_rows or 64, pace=pace,
+            batch_rows=batch_rows or 64, pace=pace, decoding=decoding,
         )  # fmt: skip
 
     @property

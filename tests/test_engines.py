@@ -37,15 +37,21 @@ def scripted(late):
     )
 
 
-def transformers(schedule):
+def transformers(schedule, ahead=False, **how):
     model = reflective_model()
+
+    def make(places):
+        engine = model.engine(batch_rows=places, schedule=schedule, **how)
+        if ahead:  # as on a GPU
+            engine._places.ahead = True
+        return engine
 
     def truth(prompt, tokens):
         scores = rf.score(model.model, model.head, model.steps, [[*prompt, *tokens]], prompt_lengths=[len(prompt)])
         return scores.step_scores[0].tolist()
 
     prompts = [model.encode(text)[0].tolist() for text in ("ABCDEFGH", "Z")]
-    return Kind(lambda places: model.engine(batch_rows=places, schedule=schedule), prompts, truth)
+    return Kind(make, prompts, truth)
 
 
 def vllm(at="predict", **how):
@@ -65,6 +71,9 @@ ENGINES = {
     "scripted, steps told at once": lambda: scripted(False),
     "transformers, immediate": lambda: transformers("immediate"),
     "transformers, deferred": lambda: transformers("deferred"),
+    "transformers, seats, immediate": lambda: transformers("immediate", decoding="seats"),
+    "transformers, seats, deferred": lambda: transformers("deferred", decoding="seats"),
+    "transformers, seats, a step ahead": lambda: transformers("immediate", ahead=True, decoding="seats"),
     "vllm": lambda: vllm(),
     "vllm, a token past every end, preempted": lambda: vllm(ahead=True, preempt=0.1),
     "vllm, several tokens a step, prompts in pieces": lambda: vllm(draft=3, piece=3),

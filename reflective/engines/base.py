@@ -104,6 +104,12 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether what may be drawn depends on the tokens before."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return bool(penalties or self.min_tokens)
+
 
 class Score(NamedTuple):
     """What a sequence has come to.

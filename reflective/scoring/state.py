@@ -142,6 +142,12 @@ class StreamState:
         """Of every sequence, how many scored steps count for the tags seen so far. One read of the device."""
         return (self.tally[:, :, layout.COUNT] * _counted(self.seq)).sum(1).int().tolist()
 
+    def counted(self, rows: Tensor) -> Tensor:
+        """Of the sequences ``rows`` [n], how many scored steps count for the tags seen so far: [n] int64, on the device. What a row
+        less than 0 has is of no meaning."""
+        rows = rows.long()
+        return (self.tally[rows, :, layout.COUNT] * _counted(self.seq[rows])).sum(1).long()
+
     def sequences(self, rows: Sequence[int]) -> list["SequenceTally"]:
         """What each of the sequences ``rows`` has by now, of the regions that count for the tags seen so far.
 

@@ -5,28 +5,31 @@ later from the keys and values kept for it.
 """
 
 import collections
-import inspect
 import itertools
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from typing_extensions import Self
 
+from ...utils.arguments import one_of
 from ...utils.lengths import batches_by_length
 from ..base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
+from .batch import Batch, Drawn, forward_of
 from .finished import of_text
-from .internals import cache_argument
 from .kv import Rows, check_rows_apart, new_cache
 from .pace import Pace
 from .sampling import chances, draw
 from .scorer import StreamScorer
+from .seats import Seats, Unseatable
 from .sequences import Continuation, Prefix
+
+Decoding = Literal["auto", "batch", "seats", "compiled"]
 
 PREFILL_TOKENS = 16_384  # padded, in one forward
 LOGITS = 1 << 25  # of a prompt whose log-probabilities are asked for, in one forward: 128 MiB in float32
@@ -44,6 +47,9 @@ class TransformersEngine:
         batch_rows: sequences decoded together at most.
         pace: how many tokens of prompts may be prefilled between two forwards of those that decode; a longer prompt is prefilled in
             pieces. None: all that were opened.
+        decoding: ``"batch"``: eager, in a cache that grows with its sequences; ``"seats"``: by a step of fixed shape, which is a CUDA
+            graph on a GPU; ``"compiled"``: the same, its forward compiled at once; ``"auto"``: on a GPU seats where the model can have
+            them, compiled when they have been in use for a while, else the batch.
 
     Attributes:
         did: what the last ``advance`` ran: ``"prompts"``, a ``"piece"`` of a long one, ``"tokens"``; None: nothing.
@@ -62,21 +68,25 @@ class TransformersEngine:
         pad: int = 0,
         batch_rows: int = 64,
         pace: Pace | None = None,
+        decoding: Decoding = "auto",
     ) -> None:
         check_rows_apart(model)
+        one_of("decoding", decoding, get_args(Decoding))
         self.model, self.scorer, self.ends, self.pad, self.batch_rows, self.pace = (
             model, scorer, frozenset(ends), pad, batch_rows, pace,
         )  # fmt: skip
         self.did: Literal["prompts", "piece", "tokens"] | None = None
         self.decode_seconds = 0.0
-        self._inputs, self._cache_name = inspect.signature(model.forward).parameters, cache_argument(model)
+        self._call = forward_of(model)
+        self.why_batch: str | None = None
+        self._decoding = decoding
+        self._places = self._made(decoding)
         self._numbers = itertools.count()
         self._prefixes: dict[int, Prefix] = {}  # prefilled or not, in order of their prefill
         self._sequences: dict[int, Continuation] = {}  # that have not ended
         self._groups: collections.deque[list[Prefix]] = collections.deque()  # each to be prefilled in one forward
         self._long: collections.deque[Prefix] = collections.deque()  # each in several
-        self._batch: list[Continuation] = []
-        self._rows: Rows | None = None
+        self._learnt = False  # what keys and values are like
         self._untold: list[Continuation] = []  # behind a step or a fork: with logits, perhaps a token drawn
         self._ended: list[Ended] = []  # to be told
         self._entered: ExitStack | None = None
@@ -98,8 +108,35 @@ class TransformersEngine:
     ) -> None:
         entered, self._entered = self._entered, None
         with entered:
-            if kind is None and self._batch:
+            if kind is None and self._seated:
                 self._seat()  # nobody: keys and values are free
+
+    @property
+    def how(self) -> str:
+        """How sequences are decoded: ``"batch"``, ``"seats"``, ``"captured"`` or ``"compiled"``."""
+        return self._places.how
+
+    def _made(self, decoding: Decoding) -> Batch | Seats:
+        """Places for those that decode.
+
+        Raises:
+            ValueError: the model cannot have the seats asked for.
+        """
+        batch = Batch(self.model, self.scorer, self.ends)
+        if decoding == "batch" or decoding == "auto" and self.model.device.type != "cuda":
+            return batch
+        try:
+            compiled = {"auto": None, "seats": False, "compiled": True}[decoding]
+            return Seats(self.model, self.scorer, self.ends, compiled=compiled)
+        except Unseatable as why:
+            if decoding != "auto":
+                raise ValueError(f"decoding={decoding!r}: {why}; take 'batch'") from why
+            self.why_batch = str(why)
+            return batch
+
+    @property
+    def _seated(self) -> list[Continuation]:
+        return [s for s in self._places.seated if s is not None]
 
     # -- prompts -----------------------------------------------------------------------------------------------------
 
@@ -107,7 +144,7 @@ class TransformersEngine:
     def room(self) -> int:
         if self._groups:
             return 0
-        return self.batch_rows - sum(s.ready or s.prefix.row is None for s in self._sequences.values())
+        return self.batch_rows - sum(s.goes or s.prefix.row is None for s in self._sequences.values())
 
     @property
     def filling(self) -> bool:
@@ -148,7 +185,7 @@ class TransformersEngine:
     def _begin(self, sequences: Iterable[Continuation]) -> None:
         """Behind their prefixes, whose keys and values are there."""
         for s in sequences:
-            s.row, s.logits = s.prefix.row, s.prefix.logits
+            s.row, s.logits, s.fed = s.prefix.row, s.prefix.logits, s.prefix.row.length
             if s.sampling.max_tokens:
                 self._untold.append(s)
             else:
@@ -178,7 +215,7 @@ class TransformersEngine:
         cache = new_cache()
         self.scorer.assign([p.state for p in prefixes])
         logits = self._call(cache, ids, positions, mask)
-        self.scorer.assign([s.state for s in self._batch])
+        self._places.assign()
         return self._prefilled(prefixes, cache, logits)
 
     def _fill(self) -> list[Event]:
@@ -196,7 +233,7 @@ class TransformersEngine:
             if asked:
                 self._read_chances(prefix, logits[0], piece.start)
                 logits = logits[:, -1]
-        self.scorer.assign([s.state for s in self._batch])
+        self._places.assign()
         prefix.done = piece.stop
         if prefix.done < prefix.ids.shape[1]:
             return []
@@ -219,11 +256,20 @@ class TransformersEngine:
         for i, p in enumerate(prefixes):
             p.row, p.logits = rows.take(i), logits[i].clone()  # or those of all would be kept
             self._prefixes[p.number] = self._prefixes.pop(p.number)  # those that were prefilled first are seated first
-        if self._rows is None:
-            rows.arrange([])
-            self._rows = rows
+        if not self._learnt:
+            self._learn(rows, logits)
         self._begin(s for p in prefixes for s in list(p.sequences))
         return [*(Opened(p.number, p.chances) for p in prefixes), *self._tell_untold()]
+
+    def _learn(self, rows: Rows, logits: Tensor) -> None:
+        try:
+            self._places.learn(rows, logits)
+        except Unseatable as why:
+            if self._decoding != "auto":
+                raise ValueError(f"decoding={self._decoding!r}: {why}; take 'batch'") from why
+            self._places, self.why_batch = Batch(self.model, self.scorer, self.ends), str(why)
+            self._places.learn(rows, logits)
+        self._learnt = True
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 
@@ -234,7 +280,7 @@ class TransformersEngine:
         self.did = None
         if events := self._tell_untold():
             return events
-        decoding = any(s.ready for s in self._sequences.values())
+        decoding = any(s.ready or s.flying for s in self._sequences.values())
         if not decoding:
             self.decode_seconds = 0.0
         # At a pace no two prompts, and never two pieces, between two tokens of those that decode.
@@ -253,37 +299,50 @@ class TransformersEngine:
         return self._prefill(self._groups.popleft()) if self.did == "prompts" else self._fill()
 
     def _decode(self) -> list[Event]:
-        """Feed every seated sequence's newest token and draw its next."""
+        """Feed every seated sequence's newest token and draw its next. Where a step may be launched before the one before it is read,
+        what is told is the latter's, and the device does not wait for whoever is told."""
         began = time.perf_counter()
         self._seat()
-        batch, device = self._batch, self.model.device
-        sent = torch.tensor([[s.tokens[-1] for s in batch], self._rows.lengths]).to(device, non_blocking=True)
-        logits = self._call(self._rows.cache, sent[0, :, None], sent[1, :, None], self._rows.mask(device))
-        self._rows.grown()
-        self._draw(batch, logits)
-        for s in batch:
-            s.unfed = False
-        events, waiting = self._stepped(batch, logits)
-        events += self._tell([s for s in batch if s not in waiting])
+        steps = any(p.prompt.steps != "untold" for p in self._prefixes.values())
+        if any(s.goes for s in self._seated):
+            self._places.launch(steps)
+        events = self._drawn(self._places.read()) if self._places.unread > self._behind else []
         self.decode_seconds = time.perf_counter() - began
         return events
 
-    def _stepped(self, batch: list[Continuation], logits: Tensor) -> tuple[list[Event], set[Continuation]]:
-        """What there is to tell of steps, and the sequences of which nothing more is to be told now."""
-        events, waiting = [], set()
-        if all(p.prompt.steps == "untold" for p in self._prefixes.values()):
-            return events, waiting
-        counts = self.scorer.counts()
-        for s, logit in zip(batch, logits, strict=True):
-            if s.prefix.prompt.steps == "untold" or counts[s.state] == s.steps:
-                continue
-            ended, s.steps = counts[s.state] > s.steps, counts[s.state]
-            events.append(Stepped(s.number, self.scorer.step_scores(s.state), ended))
-            if ended and s.prefix.prompt.steps == "awaited":
-                s.logits = logit.clone()  # forks draw from it
+    @property
+    def _behind(self) -> int:
+        """How many steps may be under way when the next is launched, unless there is none to launch.
+
+        None where the state must be as it was when the step ended: where steps are told, and with ``at="token"``, where a step-token
+        that came last counts if it was fed. Nor where a token changes what may follow it, which the host works out.
+        """
+        if not self._places.ahead or self.scorer.at != "predict" or not any(s.goes for s in self._seated):
+            return 0
+        told = any(p.prompt.steps == "told" for p in self._prefixes.values())
+        return int(not told and not any(s.sampling.looks_back for s in self._seated))
+
+    def _drawn(self, drawn: list[Drawn]) -> list[Event]:
+        """What there is to tell of a step: steps that ended, and the tokens of those of which more may be told now."""
+        events, going = [], []
+        for s, chance, count in drawn:
+            if s.number not in self._sequences:
+                continue  # it was stopped meanwhile
+            s.drawn = chance
+            changed = count is not None and s.prefix.prompt.steps != "untold" and count != s.steps
+            if changed:
+                ended, s.steps = count > s.steps, count
+                awaited = s.prefix.prompt.steps == "awaited"
+                if awaited:
+                    self._places.halted(s)
+                events.append(Stepped(s.number, self.scorer.step_scores(s.state), ended))
+                if ended and awaited:
+                    s.logits = self._places.logits_of(s)  # forks draw from it
+            if s.logits is not None or s.resting:
                 self._untold.append(s)
-                waiting.add(s)
-        return events, waiting
+            else:
+                going.append(s)
+        return events + self._tell(going)
 
     def _tell_untold(self) -> list[Event]:
         """What is known already, of those that do not rest."""
@@ -300,8 +359,8 @@ class TransformersEngine:
     def _draw(self, sequences: list[Continuation], logits: Tensor) -> None:
         """A next token for each, from ``logits`` [R, V]."""
         found = draw(
-            logits, [s.random.random() for s in sequences], [s.next() for s in sequences], [s.sampling for s in sequences],
-            [(s.prefix.prompt.ids, s.tokens) for s in sequences], self.ends,
+            logits, [s.uniform() for s in sequences], [s.next() for s in sequences], [s.sampling for s in sequences],
+            [s.text for s in sequences], self.ends,
         )  # fmt: skip
         for s, chance in zip(sequences, found, strict=True):
             s.drawn = chance
@@ -316,7 +375,6 @@ class TransformersEngine:
                 ended.append((s, "stop", chance))
                 continue
             s.tokens.append(chance.token)
-            s.unfed = True
             events.append(Appended(s.number, chance))
             if len(s.tokens) >= s.sampling.max_tokens:
                 ended.append((s, "length", None))
@@ -329,43 +387,39 @@ class TransformersEngine:
         return events
 
     def _seat(self) -> None:
-        """Empty the places of those that do not go on, and fill what is free."""
-        stay = [i for i, s in enumerate(self._batch) if s.ready and s.number in self._sequences]
-        kept = set(stay)
-        for i, s in enumerate(self._batch):
-            if i not in kept:
-                s.seated = False
-                s.row = self._rows.take(i) if s.number in self._sequences else None
-        waiting = (s for p in self._prefixes.values() for s in p.sequences if s.ready and not s.seated)
-        join = list(itertools.islice(waiting, self.batch_rows - len(stay)))
-        if not join and len(stay) == len(self._batch):
+        """Empty the places of those that do not go on, if others want them or they are over, and fill what is free."""
+        seated, places = self._seated, self._places
+        waiting = [s for p in self._prefixes.values() for s in p.sequences if s.ready and not s.seated]
+        over = [s for s in seated if s.number not in self._sequences]
+        # In a batch nobody can sit without decoding; a seat costs little.
+        idle = [s for s in seated if s.number in self._sequences and not s.goes and not s.flying]
+        room = self.batch_rows - len(seated) + len(over)
+        leave = over + (idle if not places.keeps_idle or len(waiting) > room else [])
+        join = waiting[: self.batch_rows - len(seated) + len(leave)]
+        if not leave and not join:
             return
+        for s in leave:
+            if s.number in self._sequences:
+                s.row = places.take(s)
         self._give_states(join)
-        self._rows.arrange(stay, [s.row for s in join])
-        self._batch = [self._batch[i] for i in stay] + join
-        for s in self._batch:
+        places.arrange(leave, join)
+        for s in leave:
+            s.seated = False
+        for s in join:
             s.seated, s.row = True, None
-        self.scorer.assign([s.state for s in self._batch])
-
-    def _call(
-        self, cache: DynamicCache, ids: Tensor, positions: Tensor, mask: Tensor | None, *, keep: int = 1
-    ) -> Tensor:
-        """Logits [R, V] after the last of ``ids``; ``keep`` 0: [R, T, V], after each of them."""
-        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
-        given = {name: value for name, value in given.items() if name in self._inputs}
-        logits = self.model(input_ids=ids, **{self._cache_name: cache}, use_cache=True, **given).logits
-        return logits[:, -1] if keep else logits
 
     # -- what becomes of sequences -----------------------------------------------------------------------------------
 
     def fork(self, sequence: int, samplings: Sequence[Sampling]) -> list[int]:
         s = self._going(sequence)
-        row = self._rows.take(self._batch.index(s)) if s.seated else s.row
+        row, logits = self._places.take(s) if s.seated else s.row, s.logits
+        if logits is None and s.flying:
+            logits = self._places.logits_of(s)
         states = [None] * len(samplings) if s.state is None else self.scorer.fork([s.state] * len(samplings))
         new = [
             Continuation(
                 next(self._numbers), s.prefix, sampling, tokens=list(s.tokens), steps=s.steps, forced=s.forced, state=state,
-                row=row, unfed=s.unfed, logits=s.logits,
+                row=row, fed=s.fed, logits=logits,
             )
             for sampling, state in zip(samplings, states, strict=True)
         ]  # fmt: skip
@@ -388,6 +442,10 @@ class TransformersEngine:
     def force(self, sequence: int, tokens: Sequence[int]) -> None:
         s = self._going(sequence)
         s.forced = len(s.tokens), list(tokens)
+        if s.flying:  # a token was drawn that is not the one: it is drawn once more
+            s.logits = self._places.logits_of(s)
+            self._places.withdraw(s)
+            self._untold.append(s)
 
     def close(self, prefixes: Sequence[int]) -> None:
         closed = [self._prefixes.pop(number) for number in prefixes]

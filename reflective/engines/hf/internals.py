@@ -21,7 +21,7 @@ _TESTED = " to ".join(".".join(map(str, version)) for version in TESTED)
 
 try:
     from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer  # 5.17 to 5.24
+    from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer  # 5.17 to 5.24
     from transformers.masking_utils import AttentionMaskInterface, causal_mask_function  # 5.17 to 5.24
     from transformers.pytorch_utils import Conv1D  # 5.17 to 5.24
 except ImportError as e:
@@ -202,6 +202,52 @@ def cache_of_layers(layer: type[DynamicLayer]) -> DynamicCache:
 def has_float8_cache() -> bool:
     """Whether ``QuantizedCache`` has the backend "fp8": from some release after 5.17 on."""
     return hasattr(transformers.cache_utils, "Fp8QuantizedLayer")
+
+
+class SeatLayer(CacheLayerMixin):
+    """Keys and values [S, heads, C, width] of S seats, which stay where they are: a token of seat i goes to column ``lengths[i]``.
+
+    For one token at a time, with a mask that says which columns a seat has: the layer itself has no length.
+    """
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.lengths = keys, values, lengths
+        self.seats = torch.arange(len(keys), device=keys.device)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is nothing left to do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys[self.seats, :, self.lengths] = key_states[:, :, 0]
+        self.values[self.seats, :, self.lengths] = value_states[:, :, 0]
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+
+class SeatCache(Cache):
+    """Of ``SeatLayer``, one a layer of the model; ``columns`` a seat."""
+
+    def __init__(self, layers: list[SeatLayer]) -> None:
+        super().__init__(layers=layers)
+        self.columns = layers[0].keys.shape[2]
+
+    @property
+    def reorder_cache(self) -> Any:
+        """None: whose seat is whose, its owner alone knows, so that nobody need follow this cache."""
+        raise AttributeError("seats are not reordered")
 
 
 def takes_dynamic_cache(model: PreTrainedModel) -> bool:

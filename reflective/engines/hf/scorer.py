@@ -307,6 +307,11 @@ class StreamScorer:
         """
         self._states.assign(rows)
 
+    def assign_as(self, rows: Tensor) -> None:
+        """The same by a tensor [B] int32 on the model's device, which is read in every forward and may change between them; a sequence
+        whose row is -1 is not heard."""
+        self._states.assigned = rows
+
     def release(self, rows: Sequence[int]) -> None:
         """Leave these states to later forks."""
         self._states.release(rows)

@@ -40,23 +40,46 @@ class Continuation:
     steps: int = 0
     forced: tuple[int, Sequence[int]] = (0, ())  # from which length on, which tokens
     state: int | None = None  # of the scorer; None: as the prefix left it
-    row: Row | None = None  # keys and values, outside of the batch
+    row: Row | None = None  # keys and values, outside of its place
+    fed: int = 0  # tokens, the prompt's included, that were fed or are being fed
     seated: bool = False
-    unfed: bool = False  # whether the newest of tokens is still to be fed
+    halted: bool = False  # whether its seat stands still until it is told of the token to feed
+    flying: int = 0  # tokens that are being drawn, of which nothing was read yet
     resting: bool = False
     drawn: Chance | None = None  # but not told
     logits: Tensor | None = None  # [V], that it was or will be drawn from
 
     def __post_init__(self) -> None:
-        self.random = np.random.default_rng(self.sampling.seed)
+        self._random, self._uniforms, self._used = np.random.default_rng(self.sampling.seed), [], 0
+
+    @property
+    def text(self) -> tuple[Sequence[int], Sequence[int]]:
+        """The prompt's tokens, and its own."""
+        return self.prefix.prompt.ids, self.tokens
 
     @property
     def ready(self) -> bool:
-        """Whether there is a token to feed."""
-        return self.unfed and not self.resting
+        """Whether there is a token to feed that was told."""
+        return not self.resting and 0 < self.fed < len(self.prefix.prompt.ids) + len(self.tokens)
+
+    @property
+    def goes(self) -> bool:
+        """Whether its place may feed it now: a token that was told, or the one that is being drawn."""
+        return self.ready or (self.flying > 0 and not self.resting and self.drawn is None)
+
+    def uniform(self) -> float:
+        """The next of its random numbers in [0, 1)."""
+        if self._used == len(self._uniforms):
+            self._uniforms += self._random.random(64).tolist()
+        self._used += 1
+        return self._uniforms[self._used - 1]
+
+    def unused(self) -> None:
+        """Nothing was drawn by the number that came last."""
+        self._used -= 1
 
     def next(self) -> int:
-        """The token that it is forced to, or -1."""
+        """What the token behind those told and those that are being drawn is forced to, or -1."""
         begin, tokens = self.forced
-        place = len(self.tokens) - begin
+        place = len(self.tokens) + self.flying - begin
         return tokens[place] if place < len(tokens) else -1

@@ -1,0 +1,118 @@
+"""Sequences that decode together in one cache that grows with them: eager, for every model whose cache can be taken apart.
+
+``seats`` has the same calls, and is faster where a model can be given it.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from ..base import Chance
+from .internals import cache_argument
+from .kv import Row, Rows
+from .sampling import draw
+from .scorer import StreamScorer
+from .sequences import Continuation
+
+
+class Drawn(NamedTuple):
+    """The next token of a sequence that was fed, and how many of its steps count; None if nobody asked."""
+
+    sequence: Continuation
+    chance: Chance
+    steps: int | None
+
+
+Call = Callable[..., Tensor]
+
+
+def forward_of(model: PreTrainedModel) -> Call:
+    """``call(cache, ids [R, T], positions [R, T], mask, keep=1)``: logits [R, V] of ``model`` after the last of ``ids``; with ``keep`` 0
+    [R, T, V], after each of them."""
+    inputs, name = inspect.signature(model.forward).parameters, cache_argument(model)
+    known = [key for key in ("attention_mask", "position_ids", "logits_to_keep") if key in inputs]
+
+    def call(cache: Cache, ids: Tensor, positions: Tensor, mask: Tensor | None, keep: int = 1) -> Tensor:
+        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
+        logits = model(input_ids=ids, **{name: cache}, use_cache=True, **{key: given[key] for key in known}).logits
+        return logits[:, -1] if keep else logits
+
+    return call
+
+
+class Batch:
+    """Args: as for ``Seats``.
+
+    Attributes:
+        how: ``"batch"``.
+        ahead: never; keeps_idle: never, for whoever is in a batch is fed.
+    """
+
+    how = "batch"
+    ahead = keeps_idle = False
+
+    def __init__(self, model: PreTrainedModel, scorer: StreamScorer, ends: frozenset[int]) -> None:
+        self.device, self.scorer, self.ends, self.call = model.device, scorer, ends, forward_of(model)
+        self.seated: list[Continuation] = []
+        self._rows: Rows | None = None
+        self._logits: Tensor | None = None
+        self._drawn: list[Drawn] = []
+
+    def learn(self, rows: Rows, logits: Tensor) -> None:
+        """The first prompts' keys and values, from which a batch is made, and the logits [P, V] after them."""
+        rows.arrange([])
+        self._rows = rows
+
+    def arrange(self, leave: Sequence[Continuation], join: Sequence[Continuation]) -> None:
+        """Take ``leave`` out of the batch, and ``join``, whose rows are there, into it."""
+        gone = set(leave)
+        stay = [i for i, s in enumerate(self.seated) if s not in gone]
+        self._rows.arrange(stay, [s.row for s in join])
+        self.seated = [self.seated[i] for i in stay] + list(join)
+        self.assign()
+
+    def assign(self) -> None:
+        """The forwards to come are those of the batch."""
+        self.scorer.assign([s.state for s in self.seated])
+
+    def take(self, s: Continuation) -> Row:
+        """A copy of the keys and values of what it was fed."""
+        return self._rows.take(self.seated.index(s))
+
+    def logits_of(self, s: Continuation) -> Tensor:
+        """[V] after what it was fed last; a copy."""
+        return self._logits[self.seated.index(s)].clone()
+
+    def launch(self, steps: bool) -> None:
+        """Feed every sequence its newest token, and draw its next. ``steps``: whether somebody is told of them."""
+        batch = self.seated
+        sent = torch.tensor([[s.tokens[-1] for s in batch], self._rows.lengths]).to(self.device, non_blocking=True)
+        mask = self._rows.mask(self.device)
+        self._logits = self.call(self._rows.cache, sent[0, :, None], sent[1, :, None], mask)
+        self._rows.grown()
+        chances = draw(
+            self._logits, [s.uniform() for s in batch], [s.next() for s in batch], [s.sampling for s in batch],
+            [s.text for s in batch], self.ends,
+        )  # fmt: skip
+        counts = self.scorer.counts() if steps else None
+        for s in batch:
+            s.fed += 1
+        self._drawn = [
+            Drawn(s, chance, counts[s.state] if counts else None) for s, chance in zip(batch, chances, strict=True)
+        ]
+
+    @property
+    def unread(self) -> int:
+        return int(bool(self._drawn))
+
+    def halted(self, s: Continuation) -> None:
+        """What waits leaves the batch."""
+
+    def read(self) -> list[Drawn]:
+        """What came of the launch."""
+        drawn, self._drawn = self._drawn, []
+        return drawn

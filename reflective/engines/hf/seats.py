@@ -1,0 +1,471 @@
+"""Sequences that decode together by a step of fixed shape.
+
+Each sequence has a seat: a row of a cache whose tensors stay where they are, however sequences come, grow and go. So a step can be
+recorded as a CUDA graph, for a number of seats and a number of columns (powers of two), and replayed: the model's forward, the scorer's
+op, the draw of the next token and the test whether a sequence goes on are all in it, and the host asks for the next step before it has
+read the one before.
+
+A seat halts by itself, on the device, where its sequence ends (an end-of-sequence token, its last token) and where the steps that count
+change while somebody awaits them; whoever reads the step learns of it afterwards. So no token is fed that would have to be taken back.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..base import Chance, Sampling
+from .batch import Drawn, forward_of
+from .internals import SeatCache, SeatLayer, can_exchange_attention, exchange_attention, register_attention
+from .kv import Row, Rows
+from .sampling import Rules, Uses, log_probs_of, pick
+from .scorer import StreamScorer
+from .sequences import Continuation
+
+LEAST_COLUMNS = 256  # of a captured step: with fewer a short answer would be captured several times
+SLICE = 64  # columns by which what attention reads widens where nothing is captured
+COMPILE_AFTER = 4096  # captured steps: compiling takes about a minute, and saves some ms a step
+_ATTENTION = "reflective_seats"
+# What attention may be told besides.
+_HARMLESS = ("position_ids", "position_embeddings", "cache_position", "use_cache", "dropout", "is_causal")
+
+
+class Unseatable(Exception):
+    """Why a model's sequences cannot have seats."""
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Of a token a seat, query [S, heads, 1, D], on keys [S, groups, C, D], of which a mask [S, 1, 1, C] says which there are.
+
+    The heads of a group are rows of one product, so that keys and values are read where they lie, not copied for each head.
+    """
+    for name, given in kwargs.items():
+        if name not in _HARMLESS and (isinstance(given, Tensor) or given):
+            raise Unseatable(f"{type(module).__name__} attends with {name}")
+    seats, heads, q, width = query.shape
+    if q != 1 or attention_mask is None or attention_mask.dim() != 4:
+        raise Unseatable(f"{type(module).__name__} attends to {q} tokens at once, or without the mask that it was given")
+    groups = key.shape[1]
+    grouped = query.reshape(seats, groups, heads // groups, width)
+    out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(seats, 1, heads, value.shape[-1]), None
+
+
+def _mask_as_it_is(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    return attention_mask
+
+
+register_attention(_ATTENTION, _attention, _mask_as_it_is)
+
+
+def why_unseatable(model: PreTrainedModel, scorer: StreamScorer) -> str | None:
+    """What stands in the way, as far as it is known without a forward; None: nothing."""
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if not can_exchange_attention(model):
+        return f"the attention of {name} cannot be exchanged"
+    if kinds:
+        return f"{name} has layers of {', '.join(sorted(kinds))}"
+    if len({weight.device for weight in model.parameters()}) > 1:
+        return f"the weights of {name} are on several devices"
+    if scorer.flushes_by_hand:
+        return "its scorer keeps features, or has a part of the head alone"
+    return None
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass
+class _Places:
+    """What the device knows of S seats.
+
+    Attributes:
+        token: [S] int64, drawn last; length: [S] int64, tokens of the seat in the cache; left: [S] int64, how many it may still draw.
+        live: [S] bool, whether it goes on; awaited: [S] bool, whether it halts when steps that count change.
+        row: [S] int32, its state in the scorer; heard: [S] int32, the same where it is being fed, else -1.
+        sent: [3, S] float64, of each step: a uniform, the token that it is forced to or -1, whether it may be fed.
+    """
+
+    token: Tensor
+    length: Tensor
+    left: Tensor
+    live: Tensor
+    awaited: Tensor
+    row: Tensor
+    heard: Tensor
+    sent: Tensor
+
+    @classmethod
+    def empty(cls, seats: int, device: torch.device) -> "_Places":
+        whole = lambda: torch.zeros(seats, dtype=torch.int64, device=device)  # noqa: E731
+        flag = lambda: torch.zeros(seats, dtype=torch.bool, device=device)  # noqa: E731
+        row = lambda: torch.full((seats,), -1, dtype=torch.int32, device=device)  # noqa: E731
+        sent = torch.zeros(3, seats, dtype=torch.float64, device=device)
+        return cls(whole(), whole(), whole(), flag(), flag(), row(), row(), sent)
+
+    def first(self, n: int) -> "_Places":
+        """Of the first ``n`` seats, not copied."""
+        return _Places(*(getattr(self, f.name)[..., :n] for f in fields(self)))
+
+    def move(self, source: int, target: int) -> None:
+        for f in fields(self):
+            t = getattr(self, f.name)
+            t[..., target] = t[..., source]
+
+    def take(self, other: "_Places") -> None:
+        """What the seats of ``other``, no more than these, have."""
+        for f in fields(self):
+            old = getattr(other, f.name)
+            getattr(self, f.name)[..., : old.shape[-1]] = old
+
+
+@dataclass
+class _Launched:
+    """A step that was asked for: who is fed on which seat, and what will have come of it.
+
+    Attributes:
+        found: [S, 4 + 2 likely] float64 on the host: token, log-probability, whether it was fed, steps; the likeliest, and theirs.
+        done: a CUDA event behind it, or None.
+    """
+
+    fed: list[tuple[int, Continuation]]
+    likely: int
+    steps: bool
+    found: Tensor
+    done: Any
+
+
+class Seats:
+    """Args:
+        model: on one device; scorer: of it, attached.
+        ends: tokens that end a sequence.
+        compiled: whether the forward is compiled: from the first step on, never, or (None) on a GPU after COMPILE_AFTER steps.
+
+    Attributes:
+        how: ``"seats"``, ``"captured"`` or ``"compiled"``.
+        seated: the sequences that have one, and None for an empty seat.
+        ahead: whether a step may be launched before the one before it is read; keeps_idle: whether a sequence may sit without
+            being fed.
+        unread: how many were launched and not read.
+
+    Raises:
+        Unseatable: by ``learn`` and ``launch``.
+    """
+
+    keeps_idle = True
+
+    def __init__(
+        self, model: PreTrainedModel, scorer: StreamScorer, ends: frozenset[int], *, compiled: bool | None = None
+    ) -> None:
+        if (why := why_unseatable(model, scorer)) is not None:
+            raise Unseatable(why)
+        self.device, self.scorer, self.ends, self.compiled = model.device, scorer, ends, compiled
+        self.ahead = self.captures = self.device.type == "cuda"
+        self.seated: list[Continuation | None] = []
+        self._model, self._call = model, forward_of(model)
+        self._ends = torch.tensor(sorted(ends) or [-1], device=self.device)
+        self._shapes: list[tuple[int, int, int, torch.dtype]] = []  # of a layer: heads, widths of keys and of values
+        self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values [S, heads, C, width] of each
+        self._columns = 0  # C
+        self._places: _Places | None = None
+        self._rules: Rules | None = None
+        self._ruled: list[Sampling | None] = []  # whom the rules are of
+        self._logits: Tensor | None = None  # [S, V] after what each was fed last
+        self._forward: Callable[..., Tensor] = self._eager
+        self._steps: dict[tuple, Callable[[], Tensor]] = {}
+        self._launched: list[_Launched] = []
+        self._count = 0
+        self._pool: Any = None  # of the graphs' memory
+
+    @property
+    def how(self) -> str:
+        return "compiled" if self._forward is not self._eager else "captured" if self.captures else "seats"
+
+    @property
+    def unread(self) -> int:
+        return len(self._launched)
+
+    # -- who sits where ----------------------------------------------------------------------------------------------
+
+    def learn(self, rows: Rows, logits: Tensor) -> None:
+        """What keys, values and logits [P, V] are like, from the first prompts'.
+
+        Raises:
+            Unseatable: a layer has none of its own.
+        """
+        row = rows.take(0)
+        if not all(row.layers):
+            raise Unseatable(f"layers of {type(self._model).__name__} share their keys")
+        self._shapes = [(k.shape[0], k.shape[2], v.shape[2], k.dtype) for k, v in row.layers]
+        self._logits = logits.new_zeros(0, logits.shape[1])
+
+    def arrange(self, leave: Sequence[Continuation], join: Sequence[Continuation]) -> None:
+        """Empty the seats of ``leave``, and seat ``join``, whose rows are there."""
+        for s in leave:
+            self._empty(self.seated.index(s))
+        if join:
+            n = len(join) + sum(s is not None for s in self.seated)
+            self._make_room(n, max(s.row.length for s in join) + 1)
+            for s in join:
+                i = self.seated.index(None)
+                self.seated[i] = s
+                for (keys, values), (k, v) in zip(self._layers, s.row.layers, strict=True):
+                    keys[i, :, : s.row.length], values[i, :, : s.row.length] = k, v
+                s.halted = True
+        self._close_up()
+
+    def assign(self) -> None:
+        """Each step says itself whose the forward is."""
+
+    def _empty(self, i: int) -> None:
+        self.seated[i] = None
+        self._places.live[i], self._places.length[i] = False, 0
+
+    def _close_up(self) -> None:
+        """Where half of the seats suffice, move sequences to the lower half: the step gets narrower."""
+        n = sum(s is not None for s in self.seated)
+        for i in range(_power(n), len(self.seated)):
+            if (s := self.seated[i]) is None:
+                continue
+            to = self.seated.index(None)
+            for keys, values in self._layers:
+                keys[to, :, : s.fed], values[to, :, : s.fed] = keys[i, :, : s.fed], values[i, :, : s.fed]
+            self._places.move(i, to)
+            self._logits[to] = self._logits[i]
+            self.seated[to] = s
+            self._empty(i)
+
+    def _make_room(self, seats: int, columns: int) -> None:
+        """For so many sequences, of so many tokens each."""
+        have = len(self.seated)
+        if seats <= have and columns <= self._columns:
+            return
+        seats, columns = max(have, _power(seats)), max(self._columns, _power(columns), LEAST_COLUMNS)
+        layers, self._layers = self._layers or [(None, None)] * len(self._shapes), []
+        for i, (heads, k_width, v_width, dtype) in enumerate(self._shapes):
+            (keys, values), layers[i] = layers[i], None  # the old ones go layer by layer
+            self._layers.append((
+                self._grown(keys, (seats, heads, columns, k_width), dtype),
+                self._grown(values, (seats, heads, columns, v_width), dtype),
+            ))  # fmt: skip
+        if seats > have:
+            old, self._places = self._places, _Places.empty(seats, self.device)
+            if old is not None:
+                self._places.take(old)
+            self.seated += [None] * (seats - have)
+            self._logits = self._grown(self._logits, (seats, self._logits.shape[1]), self._logits.dtype)
+        self._columns, self._rules = columns, None
+        self._steps.clear()  # what was captured is of other tensors
+
+    def _grown(self, old: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        new = torch.zeros(shape, dtype=dtype, device=self.device)
+        if old is not None:
+            new[tuple(slice(0, n) for n in old.shape)] = old
+        return new
+
+    # -- what a sequence has -----------------------------------------------------------------------------------------
+
+    def take(self, s: Continuation) -> Row:
+        """A copy of the keys and values of what it was fed, or is being fed."""
+        i = self.seated.index(s)
+        return Row([(k[i, :, : s.fed].clone(), v[i, :, : s.fed].clone()) for k, v in self._layers], s.fed)
+
+    def logits_of(self, s: Continuation) -> Tensor:
+        """[V] after what it was, or is being, fed last; a copy."""
+        return self._logits[self.seated.index(s)].clone()
+
+    def halted(self, s: Continuation) -> None:
+        """``s`` has halted by itself in the step that was read last: in none behind it was it fed."""
+        for launched in self._launched:
+            if any(other is s for _, other in launched.fed):
+                s.fed -= 1
+                self._drop(launched, s)
+        s.halted = True
+
+    def withdraw(self, s: Continuation) -> None:
+        """What is being drawn for ``s`` is not wanted; it halts. It has been fed all the same."""
+        for launched in self._launched:
+            self._drop(launched, s)
+        self._places.live[self.seated.index(s)] = False
+        s.halted = True
+
+    def _drop(self, launched: _Launched, s: Continuation) -> None:
+        kept = [(i, other) for i, other in launched.fed if other is not s]
+        if len(kept) < len(launched.fed):
+            launched.fed = kept
+            s.flying -= 1
+            s.unused()
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def launch(self, steps: bool) -> None:
+        """Feed all that go on, and draw the next token of each. ``steps``: whether somebody is told of them."""
+        fed = [(i, s) for i, s in enumerate(self.seated) if s is not None and s.goes]
+        n = _power(1 + max(i for i, _ in fed))
+        columns = max(s.fed for s in self.seated[:n] if s is not None) + 1
+        self._make_room(0, columns)
+        columns = max(LEAST_COLUMNS, _power(columns)) if self.captures else -(-columns // SLICE) * SLICE
+        samplings = [None if s is None else s.sampling for s in self.seated[:n]]
+        given = [s for s in samplings if s is not None]
+        likely = max(s.logprobs or 0 for s in given)
+        self._release([(i, s) for i, s in fed if s.halted])
+        if self._rules is None or self._ruled != samplings or any(s.looks_back for s in given):
+            self._rule(n, samplings, given[0])
+        step = self._step(n, min(columns, self._columns), Uses.of(given), likely, steps)
+        sent = torch.zeros(3, n, dtype=torch.float64, pin_memory=self.captures)
+        sent[1] = -1
+        for i, s in fed:
+            sent[:, i] = torch.tensor([s.uniform(), s.next(), 1], dtype=torch.float64)
+        self._places.sent[:, :n].copy_(sent, non_blocking=True)
+        found, done = step(), None
+        if self.captures:
+            found = torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        self._launched.append(_Launched(fed, likely, steps, found, done))
+        for _, s in fed:
+            s.fed += 1
+            s.flying += 1
+
+    def read(self) -> list[Drawn]:
+        """What came of the step that was launched first, of those that were not read."""
+        launched = self._launched.pop(0)
+        if launched.done is not None:
+            launched.done.synchronize()
+        rows, drawn = launched.found.tolist(), []
+        for i, s in launched.fed:
+            token, log_prob, fed, steps, *likely = rows[i]
+            s.flying -= 1
+            if not fed:
+                s.fed -= 1
+                s.unused()
+                continue
+            k, wanted = launched.likely, s.sampling.logprobs or 0
+            top = list(zip(map(int, likely[:wanted]), likely[k : k + wanted], strict=True))
+            drawn.append(Drawn(s, Chance(int(token), log_prob, top), int(steps) if launched.steps else None))
+        return drawn
+
+    def _release(self, halted: list[tuple[int, Continuation]]) -> None:
+        """Have them go on, from the token that they were told last."""
+        if not halted:
+            return
+        told = torch.tensor(
+            [
+                (i, s.tokens[-1], s.fed, s.sampling.max_tokens - len(s.tokens), s.state, s.prefix.prompt.steps == "awaited")
+                for i, s in halted
+            ]
+        ).to(self.device, non_blocking=True)  # fmt: skip
+        at, token, fed, left, state, awaited = told.unbind(1)
+        p = self._places
+        p.token[at], p.length[at], p.left[at], p.row[at], p.awaited[at] = token, fed, left, state.int(), awaited.bool()
+        p.live[at] = True
+        for _, s in halted:
+            s.halted = False
+
+    def _rule(self, n: int, samplings: list[Sampling | None], filling: Sampling) -> None:
+        """The rules of the first ``n`` seats. An empty one has those of ``filling``, and needs nothing that nobody else does."""
+        rules = Rules.of(
+            [s or filling for s in samplings], [((), ()) if s is None else s.text for s in self.seated[:n]], self.ends,
+            self._logits.shape[1], self.device,
+        )  # fmt: skip
+        old, self._ruled = self._rules, samplings
+        if old is None or [_shape(t) for t in vars(old).values()] != [_shape(t) for t in vars(rules).values()]:
+            self._rules = rules
+            self._steps.clear()
+            return
+        for name, new in vars(rules).items():
+            if new is not None:
+                getattr(old, name).copy_(new)
+
+    def _step(self, n: int, columns: int, uses: Uses, likely: int, steps: bool) -> Callable[[], Tensor]:
+        """What runs a step of this shape."""
+        self._count += 1
+        wanted = self._count > COMPILE_AFTER and self.captures if self.compiled is None else self.compiled
+        if wanted and self._forward is self._eager:
+            self._forward = torch.compile(self._eager, fullgraph=True)
+            self._steps.clear()
+        state = self.scorer.stream.state
+        # States that grow are other tensors.
+        key = n, columns, uses, likely, steps, state.seq.data_ptr(), state.slots.data_ptr(), self.scorer.stream.batch
+        if (found := self._steps.get(key)) is None:
+            places = self._places.first(n)
+            layers = [SeatLayer(k[:n, :, :columns], v[:n, :, :columns], places.length) for k, v in self._layers]
+            found = functools.partial(self._run, places, SeatCache(layers), uses, likely, steps)
+            found = self._steps[key] = self._captured(found, places) if self.captures else found
+        return found
+
+    def _captured(self, run: Callable[[], Tensor], places: _Places) -> Callable[[], Tensor]:
+        """``run`` as a CUDA graph. What runs before it is captured feeds nobody."""
+        places.sent.zero_()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and has cuBLAS and the allocator settle
+                run()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            found = run()
+        self._pool = graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return found
+
+        return replay
+
+    def _run(self, p: _Places, cache: SeatCache, uses: Uses, likely: int, steps: bool) -> Tensor:
+        """One step of the seats ``p``, on tensors that stay where they are. Returns ``_Launched.found``, on the device."""
+        stream = self.scorer.stream
+        fed = p.live & (p.sent[2] > 0)
+        p.heard.copy_(torch.where(fed, p.row, -1))
+        before = stream.state.counted(p.row) if steps else 0
+        with self._attending(p.heard):
+            logits = self._forward(cache, p.token[:, None], p.length[:, None])
+        kept = self._logits[: len(logits)]
+        kept.copy_(torch.where(fed[:, None], logits, kept))
+        token = pick(logits, p.sent[0], p.sent[1].long(), self._rules, uses)
+        chance = log_probs_of(logits, token, likely)
+        p.length.add_(fed)
+        p.left.sub_(fed.long())
+        goes = (token[:, None] != self._ends).all(1) & (p.left > 0)
+        counts = torch.zeros_like(token)
+        if steps:
+            if self.scorer.schedule == "deferred":
+                stream.settle()
+            counts = stream.state.counted(p.row)
+            goes &= ~(p.awaited & (counts != before))
+        p.token.copy_(torch.where(fed, token, p.token))
+        p.live.logical_and_(goes | ~fed)
+        told = torch.stack([token.double(), chance.log_prob.double(), fed.double(), counts.double()], 1)
+        return torch.cat([told, chance.top.double(), chance.log_probs.double()], 1)
+
+    def _eager(self, cache: SeatCache, ids: Tensor, positions: Tensor) -> Tensor:
+        mask = torch.arange(cache.columns, device=positions.device) <= positions
+        return self._call(cache, ids, positions, mask[:, None, None])
+
+    @contextlib.contextmanager
+    def _attending(self, heard: Tensor) -> Iterator[None]:
+        """Within, the model attends from seats, and the scorer hears the states ``heard``."""
+        decoder = self.scorer.backbone.decoder
+        self.scorer.assign_as(heard)
+        before = exchange_attention(decoder, _ATTENTION)
+        try:
+            yield
+        finally:
+            exchange_attention(decoder, before)
+
+
+def _shape(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.shape
