@@ -89,6 +89,7 @@ class TransformersEngine:
         self._learnt = False  # what keys and values are like
         self._untold: list[Continuation] = []  # behind a step or a fork: with logits, perhaps a token drawn
         self._ended: list[Ended] = []  # to be told
+        self._read: list[Drawn] = []  # the same, with what follows from it
         self._entered: ExitStack | None = None
         self._between: set[str] = set()  # what was run since those that decode had their last token
 
@@ -278,6 +279,9 @@ class TransformersEngine:
         if self._entered is None:
             raise RuntimeError("the engine hears no forward: call it within `with engine:`")
         self.did = None
+        if self._read:
+            read, self._read = self._read, []
+            return self._drawn(read)
         if events := self._tell_untold():
             return events
         decoding = any(s.ready or s.flying for s in self._sequences.values())
@@ -356,14 +360,23 @@ class TransformersEngine:
         ended, self._ended = self._ended, []
         return [*self._tell(going), *ended]
 
+    def _drawn_anew(self, s: Continuation) -> Chance:
+        """What ``s`` is forced to, instead of what its place has drawn."""
+        self._places.halt(s)
+        s.unused()
+        with torch.no_grad():
+            return self._draws([s], self._places.logits_of(s)[None])[0]
+
     def _draw(self, sequences: list[Continuation], logits: Tensor) -> None:
         """A next token for each, from ``logits`` [R, V]."""
-        found = draw(
+        for s, chance in zip(sequences, self._draws(sequences, logits), strict=True):
+            s.drawn = chance
+
+    def _draws(self, sequences: list[Continuation], logits: Tensor) -> list[Chance]:
+        return draw(
             logits, [s.uniform() for s in sequences], [s.next() for s in sequences], [s.sampling for s in sequences],
             [s.text for s in sequences], self.ends,
         )  # fmt: skip
-        for s, chance in zip(sequences, found, strict=True):
-            s.drawn = chance
 
     def _tell(self, sequences: list[Continuation]) -> list[Event]:
         """The tokens drawn, and the ends that they make."""
@@ -442,10 +455,9 @@ class TransformersEngine:
     def force(self, sequence: int, tokens: Sequence[int]) -> None:
         s = self._going(sequence)
         s.forced = len(s.tokens), list(tokens)
-        if s.flying:  # a token was drawn that is not the one: it is drawn once more
-            s.logits = self._places.logits_of(s)
-            self._places.withdraw(s)
-            self._untold.append(s)
+        if s.flying:  # a token is being drawn that is not the one
+            self._read += self._places.read()
+        self._read = [d._replace(chance=self._drawn_anew(s)) if d.sequence is s else d for d in self._read]
 
     def close(self, prefixes: Sequence[int]) -> None:
         closed = [self._prefixes.pop(number) for number in prefixes]

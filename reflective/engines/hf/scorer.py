@@ -307,6 +307,12 @@ class StreamScorer:
         """
         self._states.assign(rows)
 
+    def hold(self, n: int) -> None:
+        """Have room for so many states at least."""
+        if len(self.stream.state.seq) < n:
+            self.stream.settle()
+            self.stream.allocate(n)
+
     def assign_as(self, rows: Tensor) -> None:
         """The same by a tensor [B] int32 on the model's device, which is read in every forward and may change between them; a sequence
         whose row is -1 is not heard."""

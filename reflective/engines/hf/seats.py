@@ -260,6 +260,7 @@ class Seats:
                 self._grown(values, (seats, heads, columns, v_width), dtype),
             ))  # fmt: skip
         if seats > have:
+            self.scorer.hold(seats)  # a forward has as many sequences
             old, self._places = self._places, _Places.empty(seats, self.device)
             if old is not None:
                 self._places.take(old)
@@ -289,23 +290,20 @@ class Seats:
         """``s`` has halted by itself in the step that was read last: in none behind it was it fed."""
         for launched in self._launched:
             if any(other is s for _, other in launched.fed):
-                s.fed -= 1
-                self._drop(launched, s)
+                launched.fed = [(i, other) for i, other in launched.fed if other is not s]
+                self._not_fed(s)
         s.halted = True
 
-    def withdraw(self, s: Continuation) -> None:
-        """What is being drawn for ``s`` is not wanted; it halts. It has been fed all the same."""
-        for launched in self._launched:
-            self._drop(launched, s)
+    @staticmethod
+    def _not_fed(s: Continuation) -> None:
+        s.flying -= 1
+        s.fed -= 1
+        s.unused()
+
+    def halt(self, s: Continuation) -> None:
+        """``s`` stands still until it is told of the token to feed. None of its tokens is being drawn."""
         self._places.live[self.seated.index(s)] = False
         s.halted = True
-
-    def _drop(self, launched: _Launched, s: Continuation) -> None:
-        kept = [(i, other) for i, other in launched.fed if other is not s]
-        if len(kept) < len(launched.fed):
-            launched.fed = kept
-            s.flying -= 1
-            s.unused()
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -346,11 +344,10 @@ class Seats:
         rows, drawn = launched.found.tolist(), []
         for i, s in launched.fed:
             token, log_prob, fed, steps, *likely = rows[i]
-            s.flying -= 1
             if not fed:
-                s.fed -= 1
-                s.unused()
+                self._not_fed(s)
                 continue
+            s.flying -= 1
             k, wanted = launched.likely, s.sampling.logprobs or 0
             top = list(zip(map(int, likely[:wanted]), likely[k : k + wanted], strict=True))
             drawn.append(Drawn(s, Chance(int(token), log_prob, top), int(steps) if launched.steps else None))
