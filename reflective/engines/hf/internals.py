@@ -250,6 +250,18 @@ class SeatCache(Cache):
         raise AttributeError("seats are not reordered")
 
 
+def vary(cache: SeatCache, *of_seats: Tensor) -> None:
+    """Tell torch.compile that there will be other numbers of seats, of which there is one in ``of_seats`` [S, ...] each, and of columns."""
+    mark = torch._dynamo.maybe_mark_dynamic
+    for tensor in of_seats:
+        mark(tensor, 0)
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values, layer.lengths, layer.seats):
+            mark(tensor, 0)
+        mark(layer.keys, 2)
+        mark(layer.values, 2)
+
+
 def takes_dynamic_cache(model: PreTrainedModel) -> bool:
     """Whether a model is decoded with a ``DynamicCache``, or with a kind of its own. 5.17 to 5.24."""
     return model._supports_default_dynamic_cache()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..base import Chance, Sampling
 from .batch import Drawn, forward_of
-from .internals import SeatCache, SeatLayer, can_exchange_attention, exchange_attention, register_attention
+from .internals import SeatCache, SeatLayer, can_exchange_attention, exchange_attention, register_attention, vary
 from .kv import Row, Rows
 from .sampling import Rules, Uses, log_probs_of, pick
 from .scorer import StreamScorer
@@ -182,7 +182,7 @@ class Seats:
         self._rules: Rules | None = None
         self._ruled: list[Sampling | None] = []  # whom the rules are of
         self._logits: Tensor | None = None  # [S, V] after what each was fed last
-        self._forward: Callable[..., Tensor] = self._eager
+        self._compiled: Callable[..., Tensor] | None = None  # the forward
         self._steps: dict[tuple, Callable[[], Tensor]] = {}
         self._launched: list[_Launched] = []
         self._count = 0
@@ -190,7 +190,7 @@ class Seats:
 
     @property
     def how(self) -> str:
-        return "compiled" if self._forward is not self._eager else "captured" if self.captures else "seats"
+        return "compiled" if self._compiled else "captured" if self.captures else "seats"
 
     @property
     def unread(self) -> int:
@@ -389,8 +389,8 @@ class Seats:
         """What runs a step of this shape."""
         self._count += 1
         wanted = self._count > COMPILE_AFTER and self.captures if self.compiled is None else self.compiled
-        if wanted and self._forward is self._eager:
-            self._forward = torch.compile(self._eager, fullgraph=True)
+        if wanted and not self._compiled:
+            self._compiled = torch.compile(self._forward, fullgraph=True)
             self._steps.clear()
         state = self.scorer.stream.state
         # States that grow are other tensors.
@@ -428,8 +428,11 @@ class Seats:
         fed = p.live & (p.sent[2] > 0)
         p.heard.copy_(torch.where(fed, p.row, -1))
         before = stream.state.counted(p.row) if steps else 0
+        ids, positions = p.token[:, None], p.length[:, None]
+        if self._compiled:
+            vary(cache, ids, positions, p.heard)
         with self._attending(p.heard):
-            logits = self._forward(cache, p.token[:, None], p.length[:, None])
+            logits = (self._compiled or self._forward)(cache, ids, positions)
         kept = self._logits[: len(logits)]
         kept.copy_(torch.where(fed[:, None], logits, kept))
         token = pick(logits, p.sent[0], p.sent[1].long(), self._rules, uses)
@@ -448,7 +451,7 @@ class Seats:
         told = torch.stack([token.double(), chance.log_prob.double(), fed.double(), counts.double()], 1)
         return torch.cat([told, chance.top.double(), chance.log_probs.double()], 1)
 
-    def _eager(self, cache: SeatCache, ids: Tensor, positions: Tensor) -> Tensor:
+    def _forward(self, cache: SeatCache, ids: Tensor, positions: Tensor) -> Tensor:
         mask = torch.arange(cache.columns, device=positions.device) <= positions
         return self._call(cache, ids, positions, mask[:, None, None])
 
