@@ -45,7 +45,9 @@ def in_vllm(model: rf.ReflectiveModel, monkeypatch, **how) -> tuple[rf.Reflectiv
         monkeypatch.setattr(sequences, "seed", lambda of: numbers.setdefault((*of, run), len(numbers)))
         return VLLMEngine(core, model.steps, at="predict", ends=[2], batch_rows=batch_rows)
 
-    host = SimpleNamespace(engine=engine, max_length=512, vocab_size=model.vocab_size, name="like")
+    host = SimpleNamespace(
+        engine=engine, max_length=512, vocab_size=model.vocab_size, name="like", check_sampling=lambda sampling: None
+    )
     return rf.ReflectiveModel(None, model.tokenizer, model.head, model.config, host=host), like
 
 
