@@ -111,7 +111,7 @@ def generate(
     seed repeats it. Rows without a question are reported by number, the rest is answered, and the exit code is 1.
     """
     run = place(ray, replicas, source is not None and output is not None)
-    sampling: "SamplingSettings" = {
+    sampling: SamplingSettings = {
         "temperature": temperature[0] if len(temperature) == 1 else temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
         "logit_bias": _biases(logit_bias or []), "min_tokens": min_tokens,
