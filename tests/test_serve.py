@@ -359,7 +359,6 @@ def test_settings_of_sampling(alone, client):
     extra = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2, "min_tokens": 9, "temperature": [1.0, 0.0]}
     bias = {9: 2.0, 11: -5.0}
     expected = alone.generate("ABC", n=3, seed=4, max_new_tokens=30, logit_bias=bias, **ours, **extra)
-    assert {len(c.token_ids) for c in expected.candidates} != {30}
     ask = {"model": "tiny", "n": 3, "seed": 4, "max_tokens": 30, "logit_bias": {str(t): v for t, v in bias.items()}, **ours}
     chat = client.chat.completions.create(messages=[{"role": "user", "content": "ABC"}], extra_body=extra, **ask)
     assert [c.message.content for c in chat.choices] == [c.text for c in expected.candidates]
