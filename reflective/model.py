@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Unpack
 
 from .checkpoints.config import Config
 from .checkpoints.files import CONFIG_NAME
@@ -29,7 +30,7 @@ from .engines.hf.parts import check_parts
 from .engines.hf.scorer import Schedule, StreamScorer
 from .scoring.sprm import SPRM
 from .scoring.steps import StepTokens
-from .search.candidates import Ask, Live, Question
+from .search.candidates import Ask, Live, Question, SamplingSettings
 from .search.loop import Search
 from .search.outcome import candidate, outcome
 from .search.prompts import Messages, PromptFormat, conversations, seeds, text_list
@@ -287,8 +288,6 @@ class ReflectiveModel:
         strategy: Strategy | str | None = None,
         n: int | None = None,
         max_new_tokens: int = 512,
-        temperature: float = 0.6,
-        top_p: float = 0.95,
         seed: int | Sequence[int] | None = None,
         stop: Sequence[str] | None = (),
         thinking_budget: int | None = None,
@@ -298,6 +297,7 @@ class ReflectiveModel:
         w1_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
         on_step: Callable[[list[list[Live]]], None] | None = None,
+        **sampling: Unpack[SamplingSettings],
     ) -> Generation | list[Generation]:
         """Sample candidates, score each step as it is decoded, have a strategy act on the scores and pick the answer.
 
@@ -310,8 +310,6 @@ class ReflectiveModel:
                 strategy's own ``n`` counts, 8 if it says nothing else.
             strategy: by name (``reflective.strategies.NAMES``) or as an object; None: best of n.
             max_new_tokens: of a candidate, which ends sooner where the model has no further position.
-            temperature, top_p: 0.6 and 0.95 as published; temperature 0 decodes greedily, all candidates the same. Of the model's
-                ``generation_config`` only the end-of-sequence tokens count.
             seed: makes the run repeatable; None draws one. Of a list every question has its own, and is answered as it
                 would be alone. Ranks of a ``process_group`` need the same one.
             stop: texts that end a response, of which each is then the end, beside what the checkpoint says.
@@ -322,6 +320,11 @@ class ReflectiveModel:
             schedule: as for ``StreamScorer``; None: ``"immediate"`` where somebody looks at the scores while they come.
             backend, w1_dtype, process_group: as for ``StreamScorer``; in vLLM set when the model is loaded, as ``schedule`` is.
             on_step: called after every forward with the candidates, ended ones too, of each question under way.
+            **sampling: ``temperature`` (0.6) and ``top_p`` (0.95 as published), ``top_k``, ``min_p``, ``repetition_penalty``,
+                ``presence_penalty``, ``frequency_penalty``, ``logit_bias`` (from token ids to numbers) and ``min_tokens``, all of them off
+                unless given; ``search.candidates.Ask`` says what each does. Temperature 0 decodes greedily, all candidates the same; several
+                temperatures are one a candidate, or the same ones over again where they are fewer, and a fork goes on at its parent's. Of
+                the model's ``generation_config`` only the end-of-sequence tokens count.
 
         Raises:
             ValueError: an empty question, or one that leaves the model no position; unknown effort or strategy, a number out
@@ -345,13 +348,15 @@ class ReflectiveModel:
         asks = [
             self._within(
                 Ask(
-                    self.encode(prompt)[0].tolist(), strategy, max_new_tokens=max_new_tokens, temperature=temperature,
-                    top_p=top_p, seed=own, number=number, thinking_budget=thinking_budget, stop=() if stop is None else stop,
+                    self.encode(prompt)[0].tolist(), strategy, max_new_tokens=max_new_tokens, seed=own, number=number,
+                    thinking_budget=thinking_budget, stop=() if stop is None else stop, **sampling,
                 ),
                 name,
             )
             for name, prompt, (own, number) in zip(names, prompts, drawn_by, strict=True)
         ]  # fmt: skip
+        for ask in asks[:1]:  # the others have the same settings
+            self.check_sampling(ask)
         scoring = {"schedule": schedule, "backend": backend, "w1_dtype": w1_dtype, "process_group": process_group}
         if self.host is None:
             looked_at = on_step is not None or observes(strategy)
@@ -387,6 +392,18 @@ class ReflectiveModel:
             self.tokenizer, self.steps.think_start_id, self.steps.think_end_id, self.config.think_end,
             stop=self.config.stop, pattern=self.config.answer,
         )  # fmt: skip
+
+    def check_sampling(self, ask: Ask) -> None:
+        """
+        Raises:
+            ValueError: settings of ``ask`` that the model, or who decodes, does not take.
+        """
+        size = self.vocab_size
+        if wrong := [t for t in ask.logit_bias or () if t >= size]:
+            raise ValueError(f"logit_bias: {wrong[0]} is no token; ids are integers from 0 to {size - 1}")
+        if self.host is not None:
+            for temperature in ask.temperatures:
+                self.host.check_sampling(ask.sampling(0, temperature))
 
     def _within(self, ask: Ask, name: str) -> Ask:
         """``ask`` with no more tokens than the model has positions for.

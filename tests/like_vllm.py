@@ -32,6 +32,11 @@ class _Request:
     admitted: bool = False
     row: int = -1
 
+    @property
+    def drawn_before(self) -> list[int]:
+        begin = Wanted.of(self.params.extra_args).output_from
+        return [] if begin is None else self.prompt[begin:]
+
 
 class LikeVLLM:
     """
@@ -79,6 +84,13 @@ class LikeVLLM:
                     "logprobs": None,
                     "seed": 0,
                     "top_p": 1.0,
+                    "top_k": 0,
+                    "min_p": 0.0,
+                    "min_tokens": 0,
+                    "repetition_penalty": 1.0,
+                    "presence_penalty": 0.0,
+                    "frequency_penalty": 0.0,
+                    "logit_bias": None,
                     "extra_args": None,
                     **fields,
                 }
@@ -177,7 +189,14 @@ class LikeVLLM:
     def _draw(self, r: _Request, logits: torch.Tensor) -> int:
         p = r.params
         chance = self.uniform(p.seed, len(r.prompt + r.out))
-        return draw(logits[None], [chance], [-1], [Sampling((0,), p.temperature, p.top_p)], [(r.prompt, r.out)], ())[0].token
+        sampling = Sampling(
+            (0,), p.temperature, p.top_p, top_k=p.top_k, min_p=p.min_p, repetition_penalty=p.repetition_penalty,
+            presence_penalty=p.presence_penalty, frequency_penalty=p.frequency_penalty,
+            logit_bias=tuple((p.logit_bias or {}).items()), min_tokens=p.min_tokens and len(r.drawn_before) + p.min_tokens,
+        )  # fmt: skip
+        prompt = r.prompt[: len(r.prompt) - len(r.drawn_before)]
+        text = prompt, [*r.drawn_before, *r.out]
+        return draw(logits[None], [chance], [-1], [sampling], [text], p.stop_token_ids)[0].token
 
     def _output(self, r: _Request) -> Any:
         new, reason = [], None

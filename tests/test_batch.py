@@ -746,6 +746,30 @@ def test_questions_are_answered_as_each_is_alone(small, tmp_path, given, wanted)
     assert [r["text"] for r in read(tmp_path / "single.jsonl")] == [r["text"] for r in found]
 
 
+def test_settings_of_sampling_are_those_of_generate_and_belong_to_a_run(small, tmp_path):  # noqa: F811
+    source, output = write(tmp_path / "in.jsonl", [{"question": f"{i}?"} for i in range(3)]), tmp_path / "out.jsonl"
+    settings = {
+        "temperature": [1.0, 0.0], "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.3, "presence_penalty": 0.5,
+        "frequency_penalty": 0.2, "logit_bias": {7: 2.0}, "min_tokens": 3,
+    }  # fmt: skip
+    answered(small, source, output, **settings)
+    for row in read(output):
+        alone = small.generate(row["question"], **{**SETTINGS, **settings, "seed": row["seed"]})
+        assert [c["token_ids"] for c in row["candidates"]] == [c.token_ids for c in alone.candidates]
+
+    class Stopped(Watched):
+        def generate(self, questions, **settings):
+            if self.given:
+                raise KeyboardInterrupt
+            self.given.append(questions)
+            return super().generate(questions, **settings)
+
+    with pytest.raises(KeyboardInterrupt):
+        answered(Stopped(small), source, tmp_path / "half.jsonl", together=1)
+    with pytest.raises(ValueError, match=r"\(top_k was 0, is 9\)"):
+        answered(small, source, tmp_path / "half.jsonl", together=1, top_k=9)
+
+
 def test_rows_without_a_question(small, tmp_path):  # noqa: F811
     chat = [{"role": "user", "content": "a?"}]
     lines = [
@@ -793,7 +817,7 @@ def test_settings_are_judged_before_the_first_question(small, tmp_path):  # noqa
     source = write(tmp_path / "in.jsonl", [{"question": "a?"}])
     for settings, message in (
         ({"n": 0}, "n=0"), ({"strategy": "none"}, "strategy='none'"), ({"top_p": 2.0}, "top_p"), ({"effort": "x"}, "effort"),
-        ({"thinking_budget": 5}, "think_end"),
+        ({"thinking_budget": 5}, "think_end"), ({"min_p": 2}, "min_p=2"), ({"logit_bias": {10**6: 1}}, "1000000 is no token"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             answered(small, source, tmp_path / "out.jsonl", **settings)

@@ -108,6 +108,34 @@ def test_generate(checkpoint):
     )
 
 
+def test_generate_takes_settings_of_sampling(checkpoint, small, tmp_path):  # noqa: F811
+    args = (
+        "generate", "--model", checkpoint, "--max-new-tokens", 12, "--seed", 1, "-n", 3, "--temperature", 1, "--temperature", 0,
+        "--top-p", 0.9, "--top-k", 30, "--min-p", 0.01, "--repetition-penalty", 1.3, "--presence-penalty", 0.5, "--frequency-penalty", -0.2,
+        "--logit-bias", "9=2.5", "--logit-bias", "11=-3", "--min-tokens", 4,
+    )  # fmt: skip
+    settings = {
+        "temperature": [1.0, 0.0], "top_p": 0.9, "top_k": 30, "min_p": 0.01, "repetition_penalty": 1.3, "presence_penalty": 0.5,
+        "frequency_penalty": -0.2, "logit_bias": {9: 2.5, 11: -3.0}, "min_tokens": 4,
+    }  # fmt: skip
+    expected = small.generate(["one"], n=3, max_new_tokens=12, seed=1, **settings)[0]
+    record = json.loads(run(*args, "--json", "one").stdout)
+    assert [c["token_ids"] for c in record["candidates"]] == [c.token_ids for c in expected.candidates]
+    (tmp_path / "in.jsonl").write_text('{"question": "one"}')
+    run(*args, "--input", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl")
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    again = small.generate("one", n=3, max_new_tokens=12, seed=row["seed"], **settings)
+    assert [c["token_ids"] for c in row["candidates"]] == [c.token_ids for c in again.candidates]
+    for wrong, message in (
+        (("--logit-bias", "9"), "--logit-bias 9: expected ID=VALUE"),
+        (("--logit-bias", "nine=1"), "--logit-bias nine=1: expected ID=VALUE"),
+        (("--logit-bias", "9=1", "--logit-bias", "9=2"), "--logit-bias 9=2: token 9 has one already"),
+        (("--logit-bias", "9=nan"), "logit_bias[9]=nan: expected a finite number"),
+        (("--repetition-penalty", 0), "repetition_penalty=0.0 must be finite, and above 0"),
+    ):
+        assert message in run("generate", "--model", checkpoint, *wrong, "x", code=2).stderr
+
+
 def test_generate_tells_how_the_answer_was_chosen_where_nothing_has_a_step(small, tmp_path):  # noqa: F811
     config = dataclasses.replace(small.config, delimiter="\u2603")
     silent = rf.ReflectiveModel(small.model, small.tokenizer, small.head, config)

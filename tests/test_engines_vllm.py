@@ -23,6 +23,7 @@ from reflective.engines.vllm.requests import Requests, Wanted
 from reflective.engines.vllm.results import MissingSteps, check_ids, collect
 from reflective.engines.vllm.walk import Walk
 from reflective.scoring.sharded import ShardedHead
+from reflective.search import strategies as search
 from reflective.search.strategies import prune
 
 
@@ -45,7 +46,9 @@ def in_vllm(model: rf.ReflectiveModel, monkeypatch, **how) -> tuple[rf.Reflectiv
         monkeypatch.setattr(sequences, "seed", lambda of: numbers.setdefault((*of, run), len(numbers)))
         return VLLMEngine(core, model.steps, at="predict", ends=[2], batch_rows=batch_rows)
 
-    host = SimpleNamespace(engine=engine, max_length=512, vocab_size=model.vocab_size, name="like")
+    host = SimpleNamespace(
+        engine=engine, max_length=512, vocab_size=model.vocab_size, name="like", check_sampling=lambda sampling: None
+    )
     return rf.ReflectiveModel(None, model.tokenizer, model.head, model.config, host=host), like
 
 
@@ -64,6 +67,34 @@ def test_strategies_come_to_what_they_come_to_in_transformers(name, monkeypatch)
                 assert c.pop(key) == pytest.approx(other.pop(key), rel=1e-3, abs=1e-5)
             assert c == other
     assert not like.running and not like.waiting and like.requests.stats()["rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [
+        ("best_of_n", {"presence_penalty": 1.5, "frequency_penalty": 0.5, "min_tokens": 9, "logit_bias": {2: 2.0, 30: 1.0}}),
+        ("step_beam", {"presence_penalty": 2.0, "temperature": [1.0, 0.5, 2.0]}),
+        ("dvts", {"frequency_penalty": 1.5, "repetition_penalty": 1.4, "min_tokens": 20, "logit_bias": {2: 4.0}}),
+        ("particles", {"top_k": 7, "min_p": 0.05, "presence_penalty": 1.0, "thinking_budget": 7}),
+    ],
+)
+def test_settings_of_sampling_do_what_they_do_in_transformers(strategy, settings, monkeypatch):
+    """Where a sequence goes on by another request, too: its tokens are given as a prompt then, and are output for all that."""
+    plain = reflective_model(think_end="XYZ")
+    asked = {"seed": 3, "max_new_tokens": 40, "temperature": 1.0, "top_p": 1.0, **settings}
+    model, like = in_vllm(plain, monkeypatch, seats=64)
+    begun = []
+    monkeypatch.setattr(like, "add_request", lambda *of, add=like.add_request: (begun.append(of[2]), add(*of)))
+    texts = ["<think>" + QUESTIONS[0], QUESTIONS[1]]
+    expected = plain.generate(texts, strategy=search.by_name(strategy, n=4), **asked)
+    penalties = {"presence_penalty": 0, "frequency_penalty": 0}
+    free = plain.generate(texts, strategy=search.by_name(strategy, n=4), **asked | penalties)
+    found = model.generate(texts, strategy=search.by_name(strategy, n=4), **asked)
+    for g, other, without in zip(found, expected, free, strict=True):
+        assert [(c.token_ids, c.status) for c in g.candidates] == [(c.token_ids, c.status) for c in other.candidates]
+        assert [c.token_ids for c in g.candidates] != [c.token_ids for c in without.candidates]
+    again = [p for p in begun if "output_from" in p.extra_args["reflective"]]
+    assert again or strategy == "best_of_n"
 
 
 def test_who_lacks_memory_waits_the_worst_first(monkeypatch):

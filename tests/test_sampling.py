@@ -1,10 +1,11 @@
-"""How tokens are drawn from logits, against transformers' processors; the function that does it can be traced whole."""
+"""How tokens are drawn, against transformers' processors: from logits, by a function that can be traced whole, and by ``generate``."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from test_search import QUESTIONS, STEPS, Scripted, reflective_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     LogitsProcessorList,
@@ -19,6 +20,8 @@ from transformers import (
 
 from reflective.engines.base import Sampling
 from reflective.engines.hf.sampling import Rules, Uses, chances, draw, log_probs_of, pick
+from reflective.search.candidates import SAMPLING_DEFAULTS, Ask, SamplingSettings
+from reflective.search.strategies import by_name
 
 V, ENDS = 211, (2, 7)
 PLAIN = Sampling((0,), 1.0, 1.0)
@@ -124,7 +127,7 @@ def test_not_a_number_ends_no_batch_and_a_temperature_of_almost_0_is_greedy():
 # -- each setting as transformers has it -----------------------------------------------------------------------------
 
 
-def reference(s, logits, uniform, text):
+def reference(s, logits, uniform, text, ends=ENDS):
     """A row [V], by transformers' processors in the order of its ``generate``."""
     prompt, output = text
     steps = LogitsProcessorList()
@@ -139,7 +142,7 @@ def reference(s, logits, uniform, text):
             ])
         )  # fmt: skip
     if s.min_tokens:
-        steps.append(MinNewTokensLengthLogitsProcessor(len(prompt), s.min_tokens, list(ENDS)))
+        steps.append(MinNewTokensLengthLogitsProcessor(len(prompt), s.min_tokens, list(ends)))
     if s.temperature:
         steps.append(TemperatureLogitsWarper(s.temperature))
     if s.temperature and s.top_k:
@@ -285,3 +288,101 @@ def test_nothing_is_read_back():
         assert tokens.shape == (n,) and tokens.dtype == torch.int64 and likely.top.shape == (n, 4)
         with pytest.raises(Exception, match="scalar"):
             tokens.tolist()
+
+
+# -- candidates --------------------------------------------------------------------------------------------------------
+
+
+def alone(model, prompt, s, seed, number, limit, begun=()):
+    """The tokens of a candidate by ``reference``, one whole forward a token; ``begun``: those that a fork has from its parent."""
+    ids, random = list(begun), np.random.default_rng([seed, 0, number])
+    while len(ids) < limit:
+        with torch.no_grad():
+            logits = model.model(torch.tensor([prompt + ids])).logits[0, -1].float()
+        token = reference(s, logits, random.random(), (prompt, ids), [2])
+        if token == 2:
+            break
+        ids.append(token)
+    return ids
+
+
+ASKED = [
+    {"top_k": 5},
+    {"min_p": 0.3, "temperature": 1.5},
+    {"repetition_penalty": 1.8},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.7},
+    {"logit_bias": {9: 3.0, 2: -4.0, 30: 2.5}},
+    {"min_tokens": 20, "logit_bias": {2: 3.0}},
+    {
+        "top_k": 20, "top_p": 0.9, "min_p": 0.02, "temperature": 1.2, "repetition_penalty": 1.1, "presence_penalty": -0.5,
+        "frequency_penalty": 0.3, "logit_bias": {40: 1.0}, "min_tokens": 6,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_candidates_are_drawn_as_transformers_would(asked):
+    model, settings = reflective_model(), {"n": 4, "seed": 3, "max_new_tokens": 30, "temperature": 1.0, "top_p": 1.0}
+    found = model.generate(QUESTIONS[0], **settings | asked)
+    given = {name: value for name, value in asked.items() if name != "logit_bias"}
+    s = sampling(logit_bias=tuple(asked.get("logit_bias", {}).items()), **given)
+    prompt = model.encode(QUESTIONS[0])[0].tolist()
+    for c in found.candidates:
+        assert c.token_ids == alone(model, prompt, s, 3, c.number, 30)
+        with torch.no_grad():
+            expected = model.model(torch.tensor([prompt + c.token_ids])).logits[0, len(prompt) - 1 :].log_softmax(-1)
+        told = sum(float(expected[i, t]) for i, t in enumerate(c.token_ids))
+        ended = c.status == "stop" and float(expected[len(c.token_ids), 2])
+        assert c.log_prob == pytest.approx(told + ended, rel=1e-3), "of the model's logits as they are"
+    plain = model.generate(QUESTIONS[0], **settings)
+    assert [c.token_ids for c in found.candidates] != [c.token_ids for c in plain.candidates]
+
+
+def test_every_candidate_has_its_temperature():
+    model, settings = reflective_model(), {"n": 5, "seed": 4, "max_new_tokens": 20, "top_p": 0.9}
+    found = model.generate(QUESTIONS, temperature=[1.0, 0.0, 2.0], **settings)
+    for t, numbers in {1.0: (0, 3), 0.0: (1, 4), 2.0: (2,)}.items():
+        for generation, expected in zip(found, model.generate(QUESTIONS, temperature=t, **settings), strict=True):
+            for c in numbers:
+                assert generation.candidates[c].token_ids == expected.candidates[c].token_ids
+
+
+def test_a_fork_goes_on_at_its_parents_temperature_and_with_its_tokens():
+    model, seen, given = reflective_model(), {}, {"top_p": 1.0, "repetition_penalty": 1.3, "presence_penalty": 2.0}
+
+    def look(questions):
+        seen.update({c.number: (c.parent, c.temperature) for candidates in questions for c in candidates})
+
+    # Whoever is shown at the first two turns is forked.
+    strategy = Scripted(turns=[dict.fromkeys(range(3), 2), dict.fromkeys(range(6), 2)], n=3, by_step=True)
+    settings = {"temperature": [1.0, 2.0, 0.7], "seed": 1, "max_new_tokens": 25, **given}
+    found = model.generate(QUESTIONS[0], strategy=strategy, on_step=look, **settings)
+    forks = [(t, seen[parent][1]) for parent, t in seen.values() if parent is not None]
+    assert len({t for t, _ in forks}) > 1 and all(own == parents for own, parents in forks)
+    prompt, behind = model.encode(QUESTIONS[0])[0].tolist(), 0
+    for c in found.candidates:
+        begin = len(c.token_ids) + (c.status == "stop") - c.tokens
+        behind += c.tokens if begin else 0
+        s = sampling(temperature=seen[c.number][1], **given)
+        expected = alone(model, prompt, s, 1, c.number, len(c.token_ids), c.token_ids[:begin])
+        assert c.token_ids == expected
+    assert behind > 50
+
+
+def test_min_tokens_hold_back_the_end_token_and_no_stop_text():
+    model = reflective_model()
+    settings = {"seed": 0, "n": 6, "max_new_tokens": 40, "logit_bias": {2: 8.0}, "temperature": 1.0}
+    assert all(len(c.token_ids) < 12 for c in model.generate("ABC", **settings).candidates)
+    held = model.generate("ABC", min_tokens=12, **settings).candidates
+    assert all(len(c.token_ids) >= 12 for c in held) and any(len(c.token_ids) == 12 for c in held)
+    stopped = model.generate("ABC", min_tokens=12, stop=STEPS, **settings).candidates
+    assert any(len(c.token_ids) < 12 for c in stopped)
+
+
+def test_the_settings_of_all_doors_are_those_of_an_ask():
+    assert SAMPLING_DEFAULTS.keys() == SamplingSettings.__annotations__.keys()
+    plain = Ask([5], by_name("best_of_n", n=1)).sampling(0, SAMPLING_DEFAULTS["temperature"])
+    assert plain == Sampling((0, 0, 0)), "the same defaults on both sides of the engines' door"
+    asked = {name: 1 for name in SAMPLING_DEFAULTS} | {"logit_bias": {3: 1.0}}
+    full = Ask([5], by_name("best_of_n", n=1), **asked).sampling(0, 1)
+    assert all(getattr(full, name) == 1 for name in asked if name != "logit_bias") and full.logit_bias == ((3, 1.0),)

@@ -284,6 +284,13 @@ def test_published_generation(metastone):
         "results"
     ]
     assert whole.startswith(one["results"][0]), "no more than there are positions for"
+    penalised, free = (
+        metastone.engine.generate(body["prefix_prompt"], n=3, max_new_tokens=30, temperature=0.8, seed=5, repetition_penalty=p)
+        for p in (1.05, 1.0)
+    )  # fmt: skip
+    texts = [[c.text for c in future.result(tiny.PATIENCE).candidates] for future in (penalised, free)]
+    assert one["results"] == texts[0] != texts[1], "as the published server has it"
+    assert metastone.http.post("/generate", json={**body, "repetition_penalty": 1}).json()["results"] == texts[1]
     stop = one["results"][0][4:6]
     stopped = metastone.http.post("/generate", json={**body, "stop": [stop]}).json()["results"]
     assert stopped[0] == one["results"][0][:6], "with the stop text"
@@ -305,6 +312,7 @@ def test_published_generation(metastone):
         ("/generate", {"prefix_prompt": "x", "response_num": 0}, 200, "n=0"),
         ("/generate", {"prefix_prompt": "x", "max_tokens": 0}, 200, "max_new_tokens=0"),
         ("/generate", {"prefix_prompt": "x", "temperature": -1}, 200, "temperature=-1"),
+        ("/generate", {"prefix_prompt": "x", "repetition_penalty": 0}, 200, "repetition_penalty=0"),
         ("/generate", {"prefix_prompt": "x", "response_num": 17}, 400, None),
     ],
 )
@@ -344,6 +352,18 @@ def test_chat_completions(alone, client):
     assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (5, expected.tokens)
     assert made.usage.total_tokens == 5 + expected.tokens
     assert made.reflective["seed"] == 4 and len(made.reflective["scores"]) == 3
+
+
+def test_settings_of_sampling(alone, client):
+    ours = {"presence_penalty": 0.7, "frequency_penalty": -0.3, "top_p": 0.9}
+    extra = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2, "min_tokens": 9, "temperature": [1.0, 0.0]}
+    bias = {9: 2.0, 11: -5.0}
+    expected = alone.generate("ABC", n=3, seed=4, max_new_tokens=30, logit_bias=bias, **ours, **extra)
+    ask = {"model": "tiny", "n": 3, "seed": 4, "max_tokens": 30, "logit_bias": {str(t): v for t, v in bias.items()}, **ours}
+    chat = client.chat.completions.create(messages=[{"role": "user", "content": "ABC"}], extra_body=extra, **ask)
+    assert [c.message.content for c in chat.choices] == [c.text for c in expected.candidates]
+    made = client.completions.create(prompt="ABC", extra_body=extra, **ask)
+    assert [c.text for c in made.choices] == [c.text for c in expected.candidates]
 
 
 def test_stop_texts_are_cut_off(letters, client):
@@ -442,7 +462,16 @@ def test_one_of_several_is_chosen(alone, client, asked, settings, stream):
     [
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty=2.5 must lie in [-2, 2]"),
+        ({"top_k": -2}, "top_k=-2 must not be negative"),
+        ({"min_p": 2}, "min_p=2.0 must lie in [0, 1]"),
+        ({"repetition_penalty": -1}, "repetition_penalty=-1.0 must be finite, and above 0"),
+        ({"min_tokens": -1}, "min_tokens=-1"),
+        ({"temperature": [1, 1]}, "temperature: 2 for 1 candidates"),
+        ({"logit_bias": {"5": 101}}, "less than or equal to 100"),
+        ({"logit_bias": {"A": 1}}, "integer"),
+        ({"logit_bias": {"1000000": 1}}, "logit_bias: 1000000 is no token"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "at most 1024"),
         ({"n": 0}, "n: "),
         ({"n": 65}, "65 in one request"),
         ({"best_of": 65}, "65 in one request"),
@@ -473,6 +502,7 @@ def test_what_asks_for_nothing_is_accepted(letters):
         "logprobs": False,
         "tools": [],
         "frequency_penalty": 0,
+        "top_k": -1,
         "response_format": {"type": "text"},
         "user": "me",
     }
@@ -636,8 +666,8 @@ def test_errors_are_those_that_the_openai_client_knows(client):
     ask = {"messages": [{"role": "user", "content": "ABC"}], "max_tokens": 4}
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
         client.chat.completions.create(model="other", **ask)
-    with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
-        client.chat.completions.create(model="tiny", logit_bias={"5": 1}, stream=True, **ask)
+    with pytest.raises(openai.BadRequestError, match="response_format is not supported"):
+        client.chat.completions.create(model="tiny", response_format={"type": "json_object"}, stream=True, **ask)
 
 
 def test_a_chat_goes_through_the_template(metastone):

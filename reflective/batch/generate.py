@@ -6,6 +6,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Unpack
+
+from ..search.candidates import SAMPLING_DEFAULTS, Ask, SamplingSettings
 from ..utils.outputs import finite
 from ..utils.records import PIECE_BYTES, Json, Parquet, Record, open_file, pieces
 from .journal import WHOLE_ROW, Journal, Result
@@ -29,14 +32,13 @@ def generate_file(
     strategy: "Strategy | str | None" = None,
     n: int | None = None,
     max_new_tokens: int = 512,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
     thinking_budget: int | None = None,
     seed: int | None = None,
     together: int = 8,
     replace: bool = False,
     report: Report = print,
     run: Run = here,
+    **sampling: Unpack[SamplingSettings],
 ) -> int:
     """Answer every question of a file of JSON or parquet, and write it with ``ANSWERED`` into another.
 
@@ -45,7 +47,7 @@ def generate_file(
 
     Args:
         load, source, output, replace, report, run: as for ``score_file``.
-        effort, strategy, n, max_new_tokens, temperature, top_p, thinking_budget: as for ``ReflectiveModel.generate``.
+        effort, strategy, n, max_new_tokens, thinking_budget, **sampling: as for ``ReflectiveModel.generate``.
         seed: row r is answered with ``seed_of(seed, r)``, which its ``seed`` says, as it would be alone. None draws one, with
             which the run goes on when it was killed.
         together: questions decoded in one batch, and kept together. A run that goes on may have another number.
@@ -54,7 +56,7 @@ def generate_file(
     """
     file = open_file(source)
     settings = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "thinking_budget": thinking_budget,
+        "max_new_tokens": max_new_tokens, "thinking_budget": thinking_budget, **SAMPLING_DEFAULTS, **sampling,
     }  # fmt: skip
     with Journal(Path(output), replace) as journal:
         work = Work("generate", file, journal, TO_ANSWER, ANSWERED)
@@ -155,8 +157,6 @@ def _answered(found: "Generation | Exception") -> dict[str, Any]:
 
 def _check_settings(model: "ReflectiveModel", strategy: "Strategy", settings: dict[str, Any]) -> None:
     """Raises ValueError for settings that no question can be answered with."""
-    from ..search.candidates import Ask
-
-    Ask([0], strategy, **settings)
+    model.check_sampling(Ask([0], strategy, **settings))
     if settings["thinking_budget"] is not None:
         model.think_end()

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -35,6 +35,9 @@ from .common import (
     record,
 )
 
+if TYPE_CHECKING:  # at run time numpy, for which --help need not wait
+    from ..search.candidates import SamplingSettings
+
 
 def generate(
     questions: Annotated[
@@ -53,8 +56,31 @@ def generate(
     thinking_budget: Annotated[
         int | None, typer.Option(min=0, help="Tokens after which thinking is ended and the answer is written.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 decodes greedily.")] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    temperature: Annotated[
+        list[float],
+        typer.Option(min=0, help="0 decodes greedily. Given several times: one a candidate, and over again."),
+    ] = [0.6],  # noqa: B006  # typer copies it
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Keep the likeliest tokens whose probabilities come to this.")
+    ] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep so many of the likeliest tokens; 0: all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Keep tokens at least this part as probable as the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: make tokens of prompt and response less likely to come again.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(min=-2, max=2, help="Take this from the logits of tokens that the response has.")
+    ] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(min=-2, max=2, help="The same, as often as it has them.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID=VALUE", help="Add this to the logit of a token; may be given several times."),
+    ] = None,
+    min_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of a candidate before which no end-of-sequence token comes.")
+    ] = 0,
     seed: SeedOption = None,
     together: Annotated[int, typer.Option(min=1, help="Questions decoded in one batch.")] = 8,
     source: Annotated[
@@ -85,6 +111,11 @@ def generate(
     seed repeats it. Rows without a question are reported by number, the rest is answered, and the exit code is 1.
     """
     run = place(ray, replicas, source is not None and output is not None)
+    sampling: SamplingSettings = {
+        "temperature": temperature[0] if len(temperature) == 1 else temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
+        "logit_bias": _biases(logit_bias or []), "min_tokens": min_tokens,
+    }  # fmt: skip
     if source is not None or output is not None:
         if source is None or output is None:
             raise ValueError(
@@ -98,7 +129,7 @@ def generate(
             broken = batch.generate_file(
                 functools.partial(load_model, everywhere(model), everywhere(head), fetch, engine=engine, vllm=vllm), source, output,
                 effort=effort, strategy=strategy, n=n,
-                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, thinking_budget=thinking_budget,
+                max_new_tokens=max_new_tokens, thinking_budget=thinking_budget, **sampling,
                 seed=seed, together=together, replace=overwrite, report=complain,
                 run=run,
             )  # fmt: skip
@@ -113,8 +144,8 @@ def generate(
     while part := list(itertools.islice(asked, 1 if by_line and sys.stdin.isatty() else together)):
         with Board(screen) if screen.is_terminal else nullcontext() as board:
             results = reflective_model.generate(
-                part, effort, strategy=strategy, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
-                top_p=top_p, seed=seed, thinking_budget=thinking_budget, on_step=board and board.update,
+                part, effort, strategy=strategy, n=n, max_new_tokens=max_new_tokens, **sampling, seed=seed,
+                thinking_budget=thinking_budget, on_step=board and board.update,
             )  # fmt: skip
         for question, result in zip(part, results, strict=True):
             if as_json:
@@ -127,6 +158,27 @@ def generate(
             results[-1].plot(plot)
         if any(result.interrupted for result in results):
             raise typer.Exit(130)
+
+
+def _biases(given: list[str]) -> dict[int, float] | None:
+    """What ``--logit-bias`` says, None without it.
+
+    Raises:
+        ValueError: it is no token id and number, or a token comes twice.
+    """
+    found: dict[int, float] = {}
+    for text in given:
+        token, _, value = text.partition("=")
+        try:
+            pair = int(token), float(value)
+        except ValueError:
+            raise ValueError(
+                f"--logit-bias {text}: expected ID=VALUE, a token id and a number, such as 198=-5"
+            ) from None
+        if pair[0] in found:
+            raise ValueError(f"--logit-bias {text}: token {pair[0]} has one already; give one a token")
+        found |= [pair]
+    return found or None
 
 
 def _stdin_lines() -> Iterator[str]:

@@ -22,9 +22,11 @@ from its_hub.api import (
     ChatMessages,
     GenerationUsage,
 )
+from typing_extensions import Unpack
 
 from ..model import Candidate
 from ..scoring.scores import aggregate
+from ..search.candidates import SamplingSettings
 from ..serve.engine import Engine, QueueFull
 from ..utils.arguments import brief, check_text, whole
 from ..utils.messages import text_of
@@ -54,9 +56,9 @@ class ReflectiveLanguageModel(AbstractLanguageModel):
 
     Args:
         engine: of the model.
-        max_completion_tokens, temperature, top_p: where a call says nothing else. A response ends where the model has no
-            further position.
+        max_completion_tokens, temperature: where a call says nothing else. A response ends where the model has no further position.
         seed: None draws one.
+        **sampling: as for ``ReflectiveModel.generate``.
     """
 
     def __init__(
@@ -65,10 +67,10 @@ class ReflectiveLanguageModel(AbstractLanguageModel):
         *,
         max_completion_tokens: int = 512,
         temperature: float = 0.6,
-        top_p: float = 0.95,
         seed: int | None = None,
+        **sampling: Unpack[SamplingSettings],
     ) -> None:
-        self.engine, self.top_p = engine, top_p
+        self.engine, self.sampling = engine, sampling
         self.max_completion_tokens, self.temperature = max_completion_tokens, temperature
         self._random = random.Random(seed)
 
@@ -130,9 +132,9 @@ class ReflectiveLanguageModel(AbstractLanguageModel):
                 return {"role": "assistant", "content": ""}
         stops = [stop] if isinstance(stop, str) and stop else list(stop or ())
         settings = {
+            **self.sampling,
             "max_new_tokens": limit,
             "temperature": self.temperature if temperature is None else temperature,
-            "top_p": self.top_p,
             "seed": self._random.getrandbits(32),
             "stop": stops,
         }

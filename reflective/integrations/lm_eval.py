@@ -23,7 +23,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from ..model import Generation, ReflectiveModel
-from ..search.candidates import Ask, Question
+from ..search.candidates import Ask, Question, SamplingSettings
 from ..search.loop import Search
 from ..search.strategies import Strategy, observes
 from ..utils.arguments import whole
@@ -49,9 +49,10 @@ class ReflectiveLM(HFLM):
     Args:
         pretrained, head, dtype, revision: as for ``ReflectiveModel.from_pretrained``; or a ``ReflectiveModel``.
         device: of the model. device_map: in its place, for several devices.
-        effort, strategy, n, temperature, top_p, thinking_budget, batch_rows: as for ``ReflectiveModel.generate``.
+        effort, strategy, n, thinking_budget, batch_rows: as for ``ReflectiveModel.generate``.
         batch_size: of likelihoods alone. Questions that wait for a place in ``batch_rows`` take it as it falls free.
-        **settings: of ``HFLM``, but for those that load a model.
+        **settings: ``temperature``, ``top_p`` and the other settings of sampling, as for ``ReflectiveModel.generate``; all else is of
+            ``HFLM``, but for what loads a model.
 
     Raises:
         ValueError: an argument that loads a model otherwise; unknown effort or strategy; others: see
@@ -66,8 +67,6 @@ class ReflectiveLM(HFLM):
         effort: str | None = None,
         strategy: Strategy | str | None = None,
         n: int | None = None,
-        temperature: float = 0.6,
-        top_p: float = 0.95,
         seed: int = 0,
         thinking_budget: int | None = None,
         batch_rows: int = 64,
@@ -97,7 +96,9 @@ class ReflectiveLM(HFLM):
             dataclasses.replace(model.config, stop=None), model.home,
         )  # fmt: skip
         self.strategy = model.strategy(strategy, effort, n)
-        self.sampling = {"temperature": temperature, "top_p": top_p, "thinking_budget": thinking_budget}
+        sampling = {name: settings.pop(name) for name in SamplingSettings.__annotations__ if name in settings}
+        self.sampling = {**sampling, "thinking_budget": thinking_budget}
+        model.check_sampling(Ask([0], self.strategy, **self.sampling))
         self.seed, self.batch_rows = seed, batch_rows
         super().__init__(model.model, tokenizer=model.tokenizer, revision=revision, **settings)
         self.pretrained = model.model.name_or_path

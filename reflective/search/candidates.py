@@ -4,15 +4,31 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
 from ..engines.base import Chance, Prompt, Sampling, Score
-from ..utils.arguments import real, whole
+from ..utils.arguments import brief, real, whole
 from .strategies import Strategy, observes
 from .text import Reader, Watch
+
+
+class SamplingSettings(TypedDict, total=False):
+    """How candidates are drawn, as keyword arguments that go from ``ReflectiveModel.generate``, the server or a file through to an ``Ask``,
+    which says what each means and what it is where it is not given."""
+
+    temperature: float | Sequence[float]
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    min_tokens: int
 
 
 @dataclass(frozen=True)
@@ -23,7 +39,10 @@ class Ask:
         prompt: its ids.
         strategy: copied for this question.
         max_new_tokens: of a candidate, what it has from its parent included; 0 with ``prompt_logprobs`` alone.
-        temperature, top_p: 0 decodes greedily. Of the model's ``generation_config`` only the end-of-sequence counts.
+        temperature: 0 decodes greedily. Of several, at most one a candidate, candidate c has number c modulo how many there are; a fork
+            has its parent's.
+        top_p: the likeliest tokens are kept whose probabilities come to this. Of the model's ``generation_config`` only the
+            end-of-sequence counts.
         seed, number: candidate c draws one uniform a token from ``default_rng([seed, number, c])``: its text does not
             depend on which others are alive.
         thinking_budget: tokens after which thinking is ended, see ``ReflectiveModel.generate``; None: never.
@@ -31,6 +50,15 @@ class Ask:
         logprobs: the chances of how many tokens to keep at every place of a response, beside that of the token that came; None:
             keep nothing. No influence on what is drawn.
         prompt_logprobs: the same of the prompt, which is then prefilled on its own and in pieces.
+        top_k: so many of the likeliest tokens are kept; 0: all.
+        min_p: tokens are kept whose probability is at least this part of the likeliest one's; 0: all.
+        repetition_penalty: logits of tokens that prompt or response have are divided by it, negative ones multiplied; 1: none.
+        presence_penalty, frequency_penalty: in [-2, 2], taken from the logit of a token that the response has: once, or as often as it
+            has it.
+        logit_bias: token ids, and what is added to the logit of each.
+        min_tokens: of a response, before which no end-of-sequence token comes; a stop text or a complete answer ends it all the same.
+
+    They are applied in the order in which ``engines.base.Sampling`` names them, as transformers does it and, with penalties, OpenAI and vLLM.
 
     Raises:
         ValueError: a setting out of its range.
@@ -39,7 +67,7 @@ class Ask:
     prompt: Sequence[int] = field(repr=False)
     strategy: Strategy
     max_new_tokens: int = 512
-    temperature: float = 0.6
+    temperature: float | Sequence[float] = 0.6
     top_p: float = 0.95
     seed: int = 0
     number: int = 0
@@ -47,6 +75,13 @@ class Ask:
     stop: Sequence[str] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -56,13 +91,54 @@ class Ask:
         whole("seed", self.seed, 0)
         if self.thinking_budget is not None:
             whole("thinking_budget", self.thinking_budget, 0)
-        if not real(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r} must be finite, and not negative")
-        if not real(self.top_p) or not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p!r} must lie in [0, 1]")
+        self._check_sampling()
         listed = isinstance(self.stop, Collection) and not isinstance(self.stop, str | bytes)
         if not listed or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop={self.stop!r}: expected a list of texts, none of them empty")
+
+    def _check_sampling(self) -> None:
+        several = isinstance(self.temperature, Sequence) and not isinstance(self.temperature, str | bytes)
+        if several and not 0 < len(self.temperature) <= self.strategy.n:
+            raise ValueError(
+                f"temperature: {len(self.temperature)} for {self.strategy.n} candidates; give one, or at most one a candidate"
+            )
+        for i, t in enumerate(self.temperature if several else [self.temperature]):
+            if not real(t) or not 0 <= t < math.inf:
+                raise ValueError(f"temperature{[i] if several else ''}={t!r} must be finite, and not negative")
+        for name in ("top_k", "min_tokens"):
+            whole(name, getattr(self, name), 0)
+        ranges = {"top_p": (0, 1), "min_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if not real(value) or not least <= value <= most:
+                raise ValueError(f"{name}={value!r} must lie in [{least}, {most}]")
+        if not real(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty!r} must be finite, and above 0; 1 is none")
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise ValueError(  # noqa: TRY004
+                f"logit_bias={brief(self.logit_bias)}: expected a mapping from token ids to numbers"
+            )
+        for token, value in (self.logit_bias or {}).items():
+            whole("logit_bias: token id", token, 0)
+            if not real(value) or not math.isfinite(value):
+                raise ValueError(f"logit_bias[{token}]={value!r}: expected a finite number")
+
+    @property
+    def temperatures(self) -> Sequence[float]:
+        """One or several, of which candidate c has number c modulo how many there are."""
+        return [self.temperature] if real(self.temperature) else self.temperature
+
+    def sampling(self, candidate: int, temperature: float) -> Sampling:
+        """For the engine."""
+        return Sampling(
+            (self.seed, self.number, candidate), temperature, self.top_p, self.max_new_tokens, self.logprobs, self.top_k, self.min_p,
+            self.repetition_penalty, self.presence_penalty, self.frequency_penalty, tuple((self.logit_bias or {}).items()), self.min_tokens,
+        )  # fmt: skip
+
+
+SAMPLING_DEFAULTS = SamplingSettings(
+    **{f.name: f.default for f in dataclasses.fields(Ask) if f.name in SamplingSettings.__annotations__}
+)
 
 
 @dataclass(eq=False)
@@ -104,7 +180,11 @@ class Question:
         self._end_ids = [] if self.ask.thinking_budget is None else self.reader.thinking_end()
         self._end_text = self.reader.decode(self._end_ids, special=True).strip()
         thinking, self._may_cut = self.reader.opens(self.prompt)
-        self.candidates = [Live(i, self, answer_from=None if thinking else 0) for i in range(self.strategy.n)]
+        temperatures = self.ask.temperatures
+        self.candidates = [
+            Live(i, self, answer_from=None if thinking else 0, temperature=temperatures[i % len(temperatures)])
+            for i in range(self.strategy.n)
+        ]
 
     @property
     def open(self) -> list["Live"]:
@@ -114,11 +194,6 @@ class Question:
         """For the engine; ``told``: whether somebody looks at steps, even where the strategy does not."""
         steps = "awaited" if self.observes else "told" if told else "untold"
         return Prompt(self.prompt, steps, self.ask.prompt_logprobs)
-
-    def sampling(self, number: int) -> Sampling:
-        """Of candidate ``number``."""
-        a = self.ask
-        return Sampling((a.seed, a.number, number), a.temperature, a.top_p, a.max_new_tokens, a.logprobs)
 
     def forced(self, candidate: "Live") -> Sequence[int]:
         """The tokens that must come next: those that end thinking, where the budget is just used up and it still thinks."""
@@ -152,6 +227,7 @@ class Live:
         held: by the strategy; resting: in the engine, as it is held or waits for the others to end their steps.
         waits: behind a step that ended, whether the engine keeps back its next token.
         answer_from: where thinking ended in ``token_ids``; None within it.
+        temperature: that it is drawn at; a fork has its parent's.
     """
 
     number: int
@@ -171,6 +247,7 @@ class Live:
     resting: bool = field(default=False, repr=False)
     waits: bool = field(default=False, repr=False)
     answer_from: int | None = field(default=0, repr=False)
+    temperature: float = 0.6
 
     @property
     def text(self) -> str:

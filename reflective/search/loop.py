@@ -90,7 +90,7 @@ class Search:
         for q, prefix in zip(questions, prefixes, strict=True):
             self._prefixes[q], self._opened[prefix] = prefix, q
             q.watched = self._watched if q.watched is None else q.watched
-            sequences = self.engine.start(prefix, [q.sampling(c.number) for c in q.candidates])
+            sequences = self.engine.start(prefix, [q.ask.sampling(c.number, c.temperature) for c in q.candidates])
             for c, sequence in zip(q.candidates, sequences, strict=True):
                 c.sequence = sequence
                 self._live[sequence] = c
@@ -237,7 +237,7 @@ class Search:
         numbers = range(len(q.candidates), len(q.candidates) + k)
         sequences: Sequence[int | None] = [None] * k
         if c.running:
-            sequences = self.engine.fork(c.sequence, [q.sampling(number) for number in numbers])
+            sequences = self.engine.fork(c.sequence, [q.ask.sampling(number, c.temperature) for number in numbers])
         forks = [c.forked(number, sequence) for number, sequence in zip(numbers, sequences, strict=True)]
         self._live |= {f.sequence: f for f in forks if f.sequence is not None}
         q.candidates += forks

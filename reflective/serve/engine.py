@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
+from typing_extensions import Unpack
+
 from ..engines.hf.pace import Pace
 from ..engines.hf.scorer import Schedule
 from ..model import Candidate, Generation, ReflectiveModel
-from ..search.candidates import Ask, Live, Question
+from ..search.candidates import Ask, Live, Question, SamplingSettings
 from ..search.loop import Search
 from ..search.strategies import Strategy
 from .jobs import Aside, Closed, Generate, Job, Lane, Queue, QueueFull, Score
@@ -119,14 +121,13 @@ class Engine:
         strategy: Strategy | str | None = None,
         n: int | None = 1,
         max_new_tokens: int | None = 512,
-        temperature: float = 0.6,
-        top_p: float = 0.95,
         seed: int | None = None,
         stop: Sequence[str] = (),
         thinking_budget: int | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         on_step: Callable[..., None] | None = None,
+        **sampling: Unpack[SamplingSettings],
     ) -> Generate:
         seed, questions, texts = secrets.randbits(32) if seed is None else seed, [], []
         for i, prompt in enumerate(prompts):
@@ -135,9 +136,10 @@ class Engine:
             room = max(1, self.max_length - len(ids)) if self.max_length is not None else MAX_TOKENS
             most = room if max_new_tokens is None else max_new_tokens
             ask = Ask(
-                ids, self.model.strategy(strategy, n=n), max_new_tokens=most, temperature=temperature, top_p=top_p,
-                seed=seed, stop=stop, thinking_budget=thinking_budget, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+                ids, self.model.strategy(strategy, n=n), max_new_tokens=most, seed=seed, stop=stop,
+                thinking_budget=thinking_budget, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **sampling,
             )  # fmt: skip
+            self.model.check_sampling(ask)
             self.check(name, ids)
             if self.max_length is not None and len(ids) + most > self.max_length:
                 raise ValueError(

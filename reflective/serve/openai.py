@@ -25,7 +25,6 @@ from .schemas import ChatCompletion, Completion, Sampling
 from .service import Service, Shared, error_body, settled
 from .text import Incoming, before
 
-TEMPERATURE, TOP_P = 0.6, 0.95  # as published
 CHANCES = 1 << 19  # of prompts' tokens in one answer: 50 MB of JSON
 UNREAD = 5.0  # seconds, beyond the limit, in which the last events may be read
 ONE_MODEL = "/v1/models/"
@@ -120,10 +119,8 @@ async def _complete(
                 )
             _ = engine.spelling  # read here, where it holds up nobody
         return engine.generate_all(
-            prompts, strategy=strategy, n=None, max_new_tokens=body.max_tokens,
-            temperature=TEMPERATURE if body.temperature is None else body.temperature,
-            top_p=TOP_P if body.top_p is None else body.top_p, seed=body.seed, stop=body.stops,
-            thinking_budget=body.thinking_budget, logprobs=body.alternatives,
+            prompts, strategy=strategy, n=None, max_new_tokens=body.max_tokens, **body.sampling, seed=body.seed,
+            stop=body.stops, thinking_budget=body.thinking_budget, logprobs=body.alternatives,
             prompt_logprobs=(body.alternatives or 0) if of_prompt else None,
             on_step=on_step if body.stream and not body.steered else None,
         )  # fmt: skip

@@ -3,8 +3,8 @@
 As there, what cannot be computed is answered with status 200 and ``{"error"}``, a body of another form with 422. Limits, which
 they have none of, are answered with 4xx and 503, on which their client prints the status and the question is tried again.
 
-Other than there: no repetition penalty (theirs is 1.05), a temperature or seed of 0 is 0, not the default, and a text that is
-longer than the model's positions is refused; theirs runs any, over positions that the model has never seen.
+Other than there: a temperature or seed of 0 is 0, not the default, and a text that is longer than the model's positions is
+refused; theirs runs any, over positions that the model has never seen.
 """
 
 from concurrent.futures import Future
@@ -72,7 +72,7 @@ async def generate(body: PublishedGenerate, request: Request, service: Shared) -
         room = engine.max_length - len(ids) if engine.max_length else body.max_tokens
         return engine.generate(
             ids, n=body.response_num, max_new_tokens=min(body.max_tokens, room) if room > 0 else body.max_tokens,
-            temperature=body.temperature, seed=body.seed, stop=body.stop or [],
+            temperature=body.temperature, repetition_penalty=body.repetition_penalty, seed=body.seed, stop=body.stop or [],
         )  # fmt: skip
 
     try:

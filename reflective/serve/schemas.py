@@ -6,7 +6,19 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Discriminator, Field, FiniteFloat, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    FiniteFloat,
+    Tag,
+    model_validator,
+)
+
+from ..search.candidates import SamplingSettings
 
 Item = TypeVar("Item")
 # A body of 8 MiB has room for 4 million items, and as many errors.
@@ -14,6 +26,7 @@ Several = Annotated[list[Item], Field(min_length=1, fail_fast=True)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Alternatives = Annotated[int, Field(ge=0, le=20, strict=True)]
 StopTexts = Annotated[list[StopText], Field(max_length=16, fail_fast=True)]
+LogitBias = Annotated[dict[int, Annotated[FiniteFloat, Field(ge=-100, le=100)]], Field(max_length=1024)]
 
 
 def _is_text(item: Any) -> bool:
@@ -65,13 +78,14 @@ class PublishedScore(_Request):
 
 
 class PublishedGenerate(_Request):
-    """``POST /generate`` of MetaStone-S1's policy server."""
+    """``POST /generate`` of MetaStone-S1's policy server, whose repetition penalty is always 1.05."""
 
     prefix_prompt: str
     max_tokens: int = 1024
     response_num: int = 8
     stop: StopTexts | None = None
     temperature: FiniteFloat = 0.8
+    repetition_penalty: FiniteFloat = 1.05
     seed: int | None = None
 
 
@@ -181,15 +195,14 @@ class Sampling(_Request):
     """What OpenAI's two ways to ask have in common.
 
     Beyond OpenAI's: ``effort`` (low, medium, high: 2, 8, 32), ``best_of`` or ``strategy`` has so many candidates decoded and
-    one of them chosen; ``thinking_budget``. Temperature and top-p default to the published 0.6 and 0.95, ``max_tokens`` to
+    one of them chosen; ``thinking_budget``; a list of temperatures, one a candidate; and vLLM's ``top_k``, ``min_p``,
+    ``repetition_penalty``, ``min_tokens``. Temperature and top-p default to the published 0.6 and 0.95, ``max_tokens`` to
     what the model has positions for.
     """
 
     refused = {
-        "logit_bias": ({},), "prompt_logprobs": (),
-        "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
-        "top_k": (0, -1), "min_p": (0,), "min_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],),
-        "bad_words": ([],), "allowed_token_ids": (), "use_beam_search": (False,), "truncate_prompt_tokens": (),
+        "prompt_logprobs": (), "length_penalty": (1,), "ignore_eos": (False,), "stop_token_ids": ([],), "bad_words": ([],),
+        "allowed_token_ids": (), "use_beam_search": (False,), "truncate_prompt_tokens": (),
         "include_stop_str_in_output": (False,), "response_format": ({"type": "text"},), "structured_outputs": (),
         "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "modalities": (["text"],),
         "audio": (), "suffix": ("",), **_TEMPLATE,
@@ -198,8 +211,15 @@ class Sampling(_Request):
     model: str | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: FiniteFloat | None = None
+    temperature: FiniteFloat | Several[FiniteFloat] | None = None
     top_p: FiniteFloat | None = None
+    top_k: Annotated[int, AfterValidator(lambda value: 0 if value == -1 else value)] | None = None  # vLLM's -1: all
+    min_p: FiniteFloat | None = None
+    repetition_penalty: FiniteFloat | None = None
+    presence_penalty: FiniteFloat | None = None
+    frequency_penalty: FiniteFloat | None = None
+    logit_bias: LogitBias | None = None
+    min_tokens: int | None = None
     stop: Literal[""] | StopText | StopTexts | None = None
     seed: int | None = None
     stream: bool | None = None
@@ -208,6 +228,12 @@ class Sampling(_Request):
     best_of: Annotated[int, Field(ge=1)] | None = None
     strategy: str | None = None
     thinking_budget: int | None = None
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """What is said of it."""
+        said = {name: getattr(self, name) for name in SamplingSettings.__annotations__}
+        return SamplingSettings(**{name: value for name, value in said.items() if value is not None})
 
     @property
     def stops(self) -> list[str]:

@@ -38,6 +38,10 @@ class Core:
         self.under_way.add(name)
         return name
 
+    def check(self, **params: Any) -> None:
+        """Raises vLLM's ValueError for fields of its ``SamplingParams`` that it does not take."""
+        self._params(**params)
+
     def step(self) -> None:
         """One step of vLLM's, for all requests."""
         try:

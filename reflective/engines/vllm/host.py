@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ...scoring.scores import TrajectoryScores
-from ..base import Score
+from ..base import Sampling, Score
 from .core import start, version
 from .engine import VLLMEngine
 from .finished import Finished, of_response
 from .options import Options
+from .sequences import settings
 
 # Settings of vLLM that say where it lies and how much it runs at a time, not what.
 NEUTRAL = (
@@ -18,6 +19,7 @@ NEUTRAL = (
     "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens",
 )  # fmt: skip
 FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer*")
+BIASES = 1024  # tokens of a logit_bias that Model Runner V2 has room for: more would end its worker
 NOT_HERE = ("schedule", "backend", "w1_dtype", "process_group")  # settings of a scorer that vLLM's worker has already
 
 
@@ -76,6 +78,19 @@ class VLLMHost:
                 )
         found: list[TrajectoryScores] = self.scoring(texts).run()
         return [of_response(scores, start) for scores, (_, start) in zip(found, texts, strict=True)]
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """
+        Raises:
+            ValueError: settings that vLLM does not take.
+        """
+        self.core.check(**settings(sampling))
+        if len(sampling.logit_bias) > BIASES:
+            raise ValueError(f"logit_bias: {len(sampling.logit_bias)} tokens, and vLLM takes {BIASES}; give fewer")
+        if self.core.config.speculative_config is not None and (sampling.min_p or sampling.logit_bias):
+            raise ValueError(
+                "min_p, logit_bias: not by vLLM while it drafts tokens (speculative_config); leave out either"
+            )
 
     def refuse(self, scoring: dict[str, Any]) -> None:
         """

@@ -36,6 +36,7 @@ class Wanted:
         score_from: of a finished text, given as a prompt: the column from which its steps are scored, by the prefill.
         steps: what is known of the given tokens: the log of the request that it goes on from.
         group: of requests among which ``prune`` compares.
+        output_from: from which column on the given tokens are what was drawn before, for the presence and frequency penalty; None: none is.
         seeded_by_place: a seed draws the same at a place whether or not the request began before it. Model Runner V2 always does.
     """
 
@@ -43,6 +44,7 @@ class Wanted:
     score_from: int | None = None
     steps: Sequence[Sequence[float]] = ()
     group: str | None = None
+    output_from: int | None = None
     seeded_by_place: bool = False
 
     @classmethod

@@ -67,14 +67,17 @@ class ScoredState:
             model.reflective = new_requests(vllm_config, self.device)
         self.requests: Requests = model.reflective
         self.rows = torch.full((self.max_num_reqs,), -1, dtype=torch.int32, device=self.device)  # of the runner's slots
+        self.drawn_before: dict[int, list[int]] = {}  # by slot, of new requests that go on from another, its tokens
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         if (params := new_req_data.sampling_params) is not None:
+            wanted = Wanted.of(params.extra_args)
             self.rows[req_index] = self.requests.admit(
-                new_req_data.req_id, list(new_req_data.prefill_token_ids), len(new_req_data.prompt_token_ids),
-                Wanted.of(params.extra_args),
-            )  # fmt: skip
+                new_req_data.req_id, list(new_req_data.prefill_token_ids), len(new_req_data.prompt_token_ids), wanted
+            )
+            if wanted.output_from is not None:
+                self.drawn_before[req_index] = list(new_req_data.prompt_token_ids)[wanted.output_from :]
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
@@ -105,6 +108,15 @@ class ScoredSampler:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+    def apply_staged_writes(self) -> None:
+        """Have the penalties count what was drawn before, too: vLLM has just counted what is behind a new request's prompt."""
+        self.inner.apply_staged_writes()
+        for slot, ids in self.state.drawn_before.items():
+            counts = self.inner.penalties_state.output_bin_counts[slot]
+            ids = torch.tensor(ids, device=counts.device)
+            counts.scatter_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype))
+        self.state.drawn_before.clear()
 
     def __call__(self, logits: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         out = self.inner(logits, input_batch, *args, **kwargs)

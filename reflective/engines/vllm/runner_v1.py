@@ -1,5 +1,6 @@
 """The scorer in vLLM's first model runner, which CPU builds fall back to: it has no place for a sampler of one's own, so its own is wrapped."""
 
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -29,18 +30,19 @@ class ScoredSampler:
         self.inner, self.runner, self.model = inner, runner, model
         self._known: dict[str, Any] = {}  # the runner's record of each request, which a preemption leaves as it is
         self._by_place: set[str] = set()  # requests whose seed draws by place
+        self._drawn_before: dict[str, list[int]] = {}  # of requests that go on from another, its tokens
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, logits: Any, sampling_metadata: Any, **kwargs: Any) -> Any:
         runner, requests = self.runner, self.model.reflective
         here = list(runner.input_batch.req_ids)
         if not here or not runner.requests:  # vLLM's own trial runs
-            return self.inner(*args, **kwargs)
+            return self.inner(logits, sampling_metadata, **kwargs)
         rows = self._admit(requests, here)
         self._seed(here)
-        out = self.inner(*args, **kwargs)
+        out = self.inner(logits, self._penalised(here, sampling_metadata), **kwargs)
         hidden, B = self.model.reflective_hidden, len(here)
         if requests.by_prefill:
             starts, computed = runner.query_start_loc.np, runner.input_batch.num_computed_tokens_cpu
@@ -58,6 +60,7 @@ class ScoredSampler:
             self.model.reflective.leave(request)
             del self._known[request]
             self._by_place.discard(request)
+            self._drawn_before.pop(request, None)
 
     def _admit(self, requests: Requests, here: list[str]) -> torch.Tensor:
         """Rows [B] int32 of the batch; -1 where this is a piece of a prompt, behind which nothing is sampled."""
@@ -71,10 +74,21 @@ class ScoredSampler:
                 requests.admit(request, ids, len(record.prompt_token_ids), wanted)
                 if wanted.seeded_by_place:
                     self._by_place.add(request)
+                if wanted.output_from is not None:
+                    self._drawn_before[request] = list(record.prompt_token_ids)[wanted.output_from :]
         requests.settle()
         discard = self.runner.discard_request_mask.np[: len(here)]
         rows = [-1 if skip else requests.row(r) for r, skip in zip(here, discard, strict=True)]
         return torch.tensor(rows, dtype=torch.int32).to(requests.placed.device, non_blocking=True)
+
+    def _penalised(self, here: list[str], metadata: Any) -> Any:
+        """``metadata`` with what was drawn before as output, whose tokens presence and frequency penalty count."""
+        if metadata.no_penalties or not any(request in self._drawn_before for request in here):
+            return metadata
+        output = [
+            [*self._drawn_before.get(r, ()), *ids] for r, ids in zip(here, metadata.output_token_ids, strict=True)
+        ]
+        return dataclasses.replace(metadata, output_token_ids=output)
 
     def _seed(self, here: list[str]) -> None:
         """Have requests that ask for it draw by seed and place, as Model Runner V2 does."""

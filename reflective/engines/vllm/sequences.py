@@ -64,18 +64,31 @@ def continuation(s: Sequence, ends: Several[int]) -> tuple[list[int], dict[str, 
     left = sampling.max_tokens - len(s.tokens) - len(s.drawn)
     s.forced = s.forced[:left]
     s.spare = left == len(s.forced)
+    behind = len(begun) - len(s.prefix.prompt.ids)  # tokens, which vLLM is given as part of its prompt
     wanted: dict[str, Any] = {"seeded_by_place": True}
     if steps := [(c, *s.known[c]) for c in sorted(s.known) if c < len(begun)]:
         wanted["steps"] = steps
     if s.forced:
         wanted["score_from"] = len(begun)
-    most = sampling.logprobs or 0
+    if (sampling.presence_penalty or sampling.frequency_penalty) and behind + len(s.forced):
+        wanted["output_from"] = len(s.prefix.prompt.ids)
+    most, room = sampling.logprobs or 0, max(1, left - len(s.forced))
     return [*begun, *s.forced], {
-        "max_tokens": max(1, left - len(s.forced)), "temperature": sampling.temperature, "seed": seed(sampling.seed),
-        "top_p": max(sampling.top_p, 1e-6),  # vLLM takes no 0
+        "max_tokens": room, "min_tokens": min(room, max(0, sampling.min_tokens - behind - len(s.forced))),
+        "seed": seed(sampling.seed), **settings(sampling),
         # Where a response ends is ours to say, whatever the checkpoint's generation_config does.
         "stop_token_ids": list(ends), "ignore_eos": True, "logprobs": most,
         "prompt_logprobs": most if s.forced else None, "extra_args": {NAME: wanted},
+    }  # fmt: skip
+
+
+def settings(sampling: Sampling) -> dict[str, Any]:
+    """Fields of ``SamplingParams`` that do not depend on how far a sequence has come."""
+    return {
+        "temperature": sampling.temperature, "top_p": max(sampling.top_p, 1e-6),  # vLLM takes no 0
+        "top_k": sampling.top_k, "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty, "frequency_penalty": sampling.frequency_penalty,
+        "logit_bias": dict(sampling.logit_bias) or None,
     }  # fmt: skip
 
 
