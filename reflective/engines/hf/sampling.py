@@ -3,11 +3,12 @@
 ``pick`` and ``log_probs_of`` are functions of fixed shape: they read nothing back from the device, and branch on no tensor, so that
 they can be traced whole and captured. Rows of different settings go through together: each has its own in ``Rules``, and ``Uses``
 says what none of them needs, which is left out. ``draw`` and ``chances`` are these two with one read of the device, whatever the batch.
+On a CPU, where reading costs nothing and sorting a vocabulary much, ``draw`` has ``pick`` look at the likeliest tokens first.
 """
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..base import Chance, Sampling
 
 Text = tuple[Sequence[int], Sequence[int]]  # ids of a prompt, and of what came behind it
 _COLDEST = torch.finfo(torch.float32).tiny  # a temperature below it would be a 0 to divide by
+_HEAD = 256  # likeliest tokens of a row that are looked at before its whole vocabulary is sorted
 
 
 def _greedy(sampling: Sampling) -> bool:
@@ -145,7 +147,9 @@ def _places(rows: Sequence[Sequence[int]], vocabulary: int, device: torch.device
     return torch.from_numpy(np.concatenate(found)).to(device, non_blocking=True)
 
 
-def pick(logits: Tensor, uniforms: Tensor, forced: Tensor, rules: Rules, uses: Uses) -> Tensor:
+def pick(
+    logits: Tensor, uniforms: Tensor, forced: Tensor, rules: Rules, uses: Uses, head_first: bool = False
+) -> Tensor:
     """The next token of each of R rows: [R] int64.
 
     What ``Sampling`` names is applied in this order, as transformers' processors do it and, what these do not have, vLLM: bias, repetition
@@ -155,12 +159,13 @@ def pick(logits: Tensor, uniforms: Tensor, forced: Tensor, rules: Rules, uses: U
         logits: [R, V].
         uniforms: [R] float64 in [0, 1): token i is where the distribution function of row i exceeds ``uniforms[i]``.
         forced: [R] int64, the token that it is to be instead, or -1.
+        head_first: spare rows the sort of the vocabulary whose likeliest tokens settle it. The tokens are the same; tensors are read.
     """
     logits = _changed(logits.float(), rules, uses)
     if not uses.draws:
         tokens = logits.argmax(-1)
     else:
-        tokens = _drawn(logits, uniforms, rules, uses)
+        tokens = (_drawn_by_head if head_first else _drawn)(logits, uniforms, rules, uses)
         if uses.greedy:
             tokens = torch.where(rules.temperature > 0, tokens, logits.argmax(-1))
     return torch.where(forced < 0, tokens, forced)
@@ -183,9 +188,7 @@ def _changed(logits: Tensor, rules: Rules, uses: Uses) -> Tensor:
 
 def _drawn(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -> Tensor:
     """Tokens [R] of rows that are not greedy: the inverse of each one's distribution function at ``uniforms``."""
-    temperature = rules.temperature.where(rules.temperature > 0, 1.0)[:, None]
-    # By the reciprocal on CUDA devices, as PyTorch divides by a number there: the bits stay those of transformers' TemperatureLogitsWarper.
-    logits = logits * temperature.reciprocal() if logits.is_cuda else logits / temperature
+    logits = _tempered(logits, rules)
     if uses.top_k or uses.top_p:
         logits = _cut(logits, rules, uses)
     if uses.min_p:
@@ -196,6 +199,13 @@ def _drawn(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -> Tensor
     cdf = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
     tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
     return tokens.clamp_max(logits.shape[1] - 1)  # NaN logits sum to no distribution
+
+
+def _tempered(logits: Tensor, rules: Rules) -> Tensor:
+    """Logits [R, V] at each row's temperature; as they are where it is greedy."""
+    temperature = rules.temperature.where(rules.temperature > 0, 1.0)[:, None]
+    # By the reciprocal on CUDA devices, as PyTorch divides by a number there: the bits stay those of transformers' TemperatureLogitsWarper.
+    return logits * temperature.reciprocal() if logits.is_cuda else logits / temperature
 
 
 def _cut(logits: Tensor, rules: Rules, uses: Uses) -> Tensor:
@@ -212,6 +222,73 @@ def _cut(logits: Tensor, rules: Rules, uses: Uses) -> Tensor:
         out[:, -1] = False
         logits = logits.masked_fill(out.scatter(1, order, out), -torch.inf)
     return logits
+
+
+def _drawn_by_head(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -> Tensor:
+    """What ``_drawn`` gives, which is asked only for rows that their heads do not settle."""
+    if logits.shape[1] <= _HEAD or not (uses.top_k or uses.top_p or uses.min_p):
+        return _drawn(logits, uniforms, rules, uses)
+    tokens, sure = _of_head(_tempered(logits, rules), uniforms, rules, uses)
+    rows = (~sure & (rules.temperature > 0)).nonzero().squeeze(1)
+    if len(rows):
+        some = replace(
+            rules, temperature=rules.temperature[rows], top_p=rules.top_p[rows], top_k=rules.top_k[rows], min_p=rules.min_p[rows]
+        )  # fmt: skip
+        tokens[rows] = _drawn(logits[rows], uniforms[rows], some, uses)
+    return tokens
+
+
+def _of_head(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -> tuple[Tensor, Tensor]:
+    """Of tempered ``logits`` [R, V], by the ``_HEAD`` likeliest of each row: tokens [R], and whether ``_drawn`` is sure to give the same.
+
+    Sure is a row whose every comparison there comes out as here, however both round; NaN, which no comparison holds for, never is.
+    Below, u = 2**-24 is the rounding of float32 and masses are exp(logit - greatest). In float32 these are off by 106 u of themselves:
+    |logit - greatest| < 104, else they are 0, rounds by 104 u, and exp by 2 u. Here, those of the head are in float64.
+    """
+    head, ids = logits.topk(_HEAD)  # descending
+    mass = (head.double() - head[:, :1].double()).exp()
+    kept = torch.ones_like(head, dtype=torch.bool)
+    clear = torch.ones_like(kept)
+    limited = torch.zeros_like(kept[:, :1])
+    if uses.top_k:
+        limited = (rules.top_k > 0)[:, None]
+        least = head.gather(1, rules.top_k.clamp(1, _HEAD)[:, None] - 1)
+        kept = ~limited | (head >= least)
+        clear &= ~limited | ((rules.top_k[:, None] < _HEAD) & (head[:, -1:] < least))  # else the head may lack a few
+    if uses.top_p:
+        # A float32 sum is off by u times each term times the additions that it goes through. Whether added one by one, in lanes or in
+        # pairs, in ascending order these are < V for a term of the tail and < _HEAD + 64 for one of the head, which comes last. So with
+        # masses in units of their sum, `tail` what lies outside of the head, `upto` a token and all below it, _cut's sum over `upto` is off by
+        #     upto * u * (2 * 106 for masses and sum, _HEAD + 64 + V * tail for the order of the sum, 3 for dividing and the last rounding)
+        #     + u * (V * tail + _HEAD * upto) for the order of the cumulative sum, were it in float32 too (on CPUs it is in float64),
+        # ours by 106 u * upto: less than u * (1000 * upto + 2 * V * tail), here with room for products of errors.
+        tail = (logits - head[:, :1]).exp_().scatter_(1, ids, 0).sum(-1, keepdim=True, dtype=torch.float64)
+        upto = torch.where(kept, mass, 0.0).flip(1).cumsum(1).flip(1) + tail.where(~limited, 0.0)
+        tail, upto = tail.where(~limited, 0.0) / upto[:, :1], upto / upto[:, :1]
+        most = (1 - rules.top_p).float().double()[:, None]
+        off = 2.0**-24 * (2000 * upto + 3 * logits.shape[1] * tail)
+        whole = (rules.top_p >= 1)[:, None]
+        kept &= (upto > most) | whole
+        clear &= ((upto - most).abs() > off) | whole
+        kept[:, 0] = clear[:, 0] = True  # whatever its mass
+    if uses.min_p:
+        # Both sides of _drawn's comparison have one divisor; 106 u for the mass, 6 for divisions and products, twice that to be safe.
+        # Below 1e-30 a chance may have become subnormal, or 0.
+        least, greatest = rules.min_p.double()[:, None], head == head[:, :1]
+        kept &= (mass >= least) | greatest
+        clear &= ((mass - least).abs() > 2.0**-24 * 250 * mass + 1e-30) | greatest | (least == 0)
+    # All that is kept must be in the head, and no token kept that equals one that isn't: which of them is, sort alone knows.
+    n = kept.sum(1, keepdim=True)
+    last, next_ = (head.gather(1, i.clamp(0, _HEAD - 1)) for i in (n - 1, n))
+    sure = clear.all(1) & ((n < _HEAD) & (last > next_)).squeeze(1)
+    ids, order = torch.where(kept, ids, logits.shape[1]).sort()
+    cdf = torch.where(kept, mass, 0.0).gather(1, order).cumsum(1)
+    # Both distribution functions are sums of fewer than _HEAD float64 numbers other than 0, off by 256 * 2**-53 = 3e-14 of the whole; so is
+    # the product with the uniform, and exp by less than 1e-13 as |logit - greatest| < 746.
+    wanted = uniforms[:, None] * cdf[:, -1:]
+    sure &= ((cdf - wanted).abs() > 1e-12 * cdf[:, -1:]).all(1)
+    at = torch.searchsorted(cdf, wanted, right=True).clamp_max(_HEAD - 1)
+    return ids.gather(1, at).squeeze(1), sure
 
 
 class Likely(NamedTuple):
@@ -259,5 +336,5 @@ def draw(
     """``pick`` for rows of ``logits`` [R, V], each by its own sampling behind its text, and what the chances were."""
     sent = torch.tensor([uniforms, forced], dtype=torch.float64).to(logits.device, non_blocking=True)
     rules = Rules.of(samplings, texts, ends, logits.shape[1], logits.device)
-    tokens = pick(logits, sent[0], sent[1].long(), rules, Uses.of(samplings))
+    tokens = pick(logits, sent[0], sent[1].long(), rules, Uses.of(samplings), head_first=logits.device.type == "cpu")
     return chances(logits, tokens, [s.logprobs for s in samplings])
