@@ -12,9 +12,10 @@ room than the round needs, which is the fastest that the plain step can be. No f
 ``best_of_n`` (``gpu_best_of_n.csv``): all ops and the result of 32 texts, against the published pipeline's second pass over them, text by
 text; seconds, and how far ``max_memory_allocated`` rose.
 
-``generate`` (``gpu_generate.csv``): 32 candidates by ``ReflectiveModel.generate``, by transformers' ``generate``, eager, and by its compiled one
-with a static cache, sampling alike. Compiling comes last: what was written before stays if time ends it. ``layers`` says of how many
-of the shape's layers the model was made.
+``generate`` (``gpu_generate.csv``): 32 candidates by ``ReflectiveModel.generate``, each way that it decodes, by transformers' ``generate``,
+eager, and by its compiled one with a static cache, sampling alike. Ours besides with ``prune``, tokens of those that were not pruned and
+of those that were. Compiling comes last: what was written before stays if time ends it. ``layers`` says of how many of the shape's layers
+the model was made.
 
 The last column but the environment's, ``check``, says what is wrong with a row; exit code 1 if anything is.
 """
@@ -39,6 +40,7 @@ from reflective.benchmarks.record import RESULTS, write
 from reflective.engines.hf.internals import compiled_everywhere, with_cache
 from reflective.engines.hf.scorer import Schedule
 from reflective.published import second_pass
+from reflective.search.strategies import by_name
 
 CHUNK = 64  # tokens whose ops are one graph where they are timed by themselves
 PAST = 16  # tokens of a prompt
@@ -277,25 +279,32 @@ def generate(subject: Subject, n: int, tokens: int, device: torch.device) -> Ite
     sampling = {"temperature": 0.6, "top_p": 0.95}
     compiled = compiled_everywhere(CompileConfig() if device.type == "cuda" else CompileConfig(backend="eager", mode=None))
 
-    def ours(length: int) -> int:
-        found = model.generate(question, n=n, max_new_tokens=length, seed=0, **sampling)
+    def ours(length: int, decoding: str = "auto", strategy: Any = None) -> int:
+        found = model.generate(
+            question, n=n, max_new_tokens=length, seed=0, decoding=decoding, strategy=strategy, **sampling
+        )
         if not all(c.score > 0 for c in found.candidates) and length >= tokens >= 4 * STEP_EVERY:
             raise RuntimeError("a candidate has no score")
-        return sum(len(c.token_ids) for c in found.candidates)
+        return found.tokens
 
     def theirs(length: int, **more: Any) -> int:
         given = fixed_length(prompt, length) | {"do_sample": True, "top_k": 0, "num_return_sequences": n} | sampling
         return net.generate(prompt, **given, **more)[:, prompt.shape[1] :].numel()
 
+    prune = lambda: by_name("prune", n=n)
     ways: dict[str, Callable[[int], int]] = {
         "reflective": ours,
+        "reflective, prune": lambda length: ours(length, strategy=prune()),
+        "reflective, batch": lambda length: ours(length, "batch"),
         "eager": theirs,
         "compiled": lambda length: theirs(length, cache_implementation="static", compile_config=compiled),
+        "reflective, compiled": lambda length: ours(length, "compiled"),
+        "reflective, compiled, prune": lambda length: ours(length, "compiled", prune()),
     }
     for way, run in ways.items():
         began = time.perf_counter()
         # A static cache is as long as the text, and forwards are compiled for it.
-        run(tokens if way == "compiled" else min(tokens, 8))
+        run(min(tokens, 8) if way in ("eager", "reflective, batch") else tokens)
         wait(device)
         warmed = time.perf_counter()
         done = run(tokens)
@@ -304,7 +313,7 @@ def generate(subject: Subject, n: int, tokens: int, device: torch.device) -> Ite
         yield {
             "way": way, "n": n, "tokens": tokens, "layers": net.config.num_hidden_layers, "seconds": round(seconds, 4),
             "tokens_per_s": round(done / seconds, 1), "warm_up_s": round(warmed - began, 2),
-            "check": "" if done == n * tokens else f"{done} tokens instead of {n * tokens}",
+            "check": "" if done == n * tokens or "prune" in way else f"{done} tokens instead of {n * tokens}",
         }  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """ReflectiveModel: a backbone, its tokenizer, its head and its step-tokens in one."""
 
+import contextlib
 import dataclasses
 import functools
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
@@ -25,6 +26,7 @@ from .engines.hf.backbone import Backbone
 from .engines.hf.ends import end_tokens, pad_token
 from .engines.hf.engine import Decoding, TransformersEngine
 from .engines.hf.finished import Reading, of_text, score
+from .engines.hf.internals import attention_of
 from .engines.hf.pace import Pace
 from .engines.hf.parts import check_parts
 from .engines.hf.scorer import Schedule, StreamScorer
@@ -70,6 +72,7 @@ class ReflectiveModel:
     ) -> None:
         self._model, self.tokenizer, self.head, self.config, self.home = model, tokenizer, head, config or Config(), home
         self.host = host
+        self._kept: tuple[tuple, TransformersEngine] | None = None  # of the last ``generate``
         self.steps = StepTokens.from_tokenizer(tokenizer, rule=self.config.rule, delimiter=self.config.delimiter)
 
     @property
@@ -230,12 +233,15 @@ class ReflectiveModel:
             check_parts(Backbone.of(self.model), self.head, self.steps)
 
     def forget(self) -> None:
-        """Have vLLM forget the beginnings of what it has run, so that the last bits of what comes do not depend on them."""
+        """Give back the memory that a GPU keeps for the next ``generate``. Have vLLM forget the beginnings of what it has run, so that the
+        last bits of what comes do not depend on them."""
+        self._kept = None
         if self.host is not None:
             self.host.core.forget()
 
     def close(self) -> None:
         """Give back the memory of vLLM, where the weights are there; the model is of no use any more."""
+        self._kept = None
         if self.host is not None:
             self.host.close()
 
@@ -296,6 +302,7 @@ class ReflectiveModel:
         backend: str | None = None,
         w1_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
+        decoding: Decoding = "auto",
         on_step: Callable[[list[list[Live]]], None] | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> Generation | list[Generation]:
@@ -319,6 +326,7 @@ class ReflectiveModel:
                 vLLM decodes.
             schedule: as for ``StreamScorer``; None: ``"immediate"`` where somebody looks at the scores while they come.
             backend, w1_dtype, process_group: as for ``StreamScorer``; in vLLM set when the model is loaded, as ``schedule`` is.
+            decoding: as for ``TransformersEngine``: how the model is run a token. ``generation.engine`` tells how it was.
             on_step: called after every forward with the candidates, ended ones too, of each question under way.
             **sampling: ``temperature`` (0.6) and ``top_p`` (0.95 as published), ``top_k``, ``min_p``, ``repetition_penalty``,
                 ``presence_penalty``, ``frequency_penalty``, ``logit_bias`` (from token ids to numbers) and ``min_tokens``, all of them off
@@ -361,12 +369,33 @@ class ReflectiveModel:
         if self.host is None:
             looked_at = on_step is not None or observes(strategy)
             scoring["schedule"] = schedule or ("immediate" if looked_at else "deferred")
-            scoring["max_steps"] = max((a.max_new_tokens for a in asks), default=1)
-        engine = self.engine(batch_rows=batch_rows, **scoring)
-        done = Search(engine, self.reader, on_step=on_step).run(asks)
-        share = engine.scoring_seconds / max(1, sum(q.tokens for q in done))
+            most = max((a.max_new_tokens for a in asks), default=1)
+            scoring["max_steps"] = 1 << (most - 1).bit_length()  # so that few lengths need an engine of their own
+            scoring["decoding"] = decoding
+        with self._engine_kept(batch_rows, scoring) as engine:
+            before = engine.scoring_seconds
+            done = Search(engine, self.reader, on_step=on_step).run(asks)
+        share = (engine.scoring_seconds - before) / max(1, sum(q.tokens for q in done))
         found = [self.generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
+        for generation in found:
+            generation.engine = engine.how
         return found[0] if single else found
+
+    @contextlib.contextmanager
+    def _engine_kept(self, batch_rows: int | None, scoring: dict[str, Any]) -> Iterator[Engine]:
+        """An engine, kept for the next call where its seats are worth keeping: what was captured of them is of their tensors, and takes
+        longer than many an answer. Not after an exception, and only while the model has the same weights at the same place."""
+        if self.host is not None:
+            yield self.host.engine(batch_rows=batch_rows, **scoring)
+            return
+        weights = [(w.data_ptr(), w.dtype) for module in (self.model, self.head) for w in module.parameters()]
+        key = batch_rows, *sorted(scoring.items(), key=str), attention_of(self.model.config), self.model.training, weights
+        kept, self._kept = self._kept, None
+        engine = kept[1] if kept and kept[0] == key else self.engine(batch_rows=batch_rows, **scoring)
+        del kept  # before another one takes memory
+        yield engine
+        if engine.reusable:
+            self._kept = key, engine
 
     def engine(
         self, *, batch_rows: int | None = None, pace: Pace | None = None, decoding: Decoding = "auto", **scoring: Any

@@ -165,9 +165,11 @@ Event = Opened | Appended | Stepped | Ended
 class Engine(Protocol):
     """Attributes:
     scoring_seconds: host time spent within the scorer so far.
+    how: what decodes, in a word: generations tell it.
     """
 
     scoring_seconds: float
+    how: str
 
     @property
     def room(self) -> int:

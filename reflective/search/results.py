@@ -74,6 +74,8 @@ class Generation:
         scoring_seconds: host time within the scorer, shared between the questions of a run by their tokens.
         interrupted: by Ctrl-C; what was decoded by then is here.
         prompt_logprobs: the chances of the prompt's tokens, where the server was asked for them.
+        engine: what decoded it: ``"batch"``, transformers' forwards one by one; ``"seats"``, a step of fixed shape; ``"captured"``, the
+            same as a CUDA graph; ``"compiled"``, its forward compiled besides; ``"vllm"``.
     """
 
     prompt: str
@@ -88,6 +90,7 @@ class Generation:
     interrupted: bool = False
     chosen_by: str = "score"
     prompt_logprobs: list[Chance] | None = field(default=None, repr=False)
+    engine: str = ""
 
     @property
     def text(self) -> str:

@@ -109,6 +109,9 @@ class Batch:
     def unread(self) -> int:
         return int(bool(self._drawn))
 
+    def forget(self) -> None:
+        """Nothing is launched that was not read."""
+
     def halted(self, s: Continuation) -> None:
         """What waits leaves the batch."""
 

@@ -111,11 +111,17 @@ class TransformersEngine:
         with entered:
             if kind is None and self._seated:
                 self._seat()  # nobody: keys and values are free
+            self._places.forget()
 
     @property
     def how(self) -> str:
         """How sequences are decoded: ``"batch"``, ``"seats"``, ``"captured"`` or ``"compiled"``."""
         return self._places.how
+
+    @property
+    def reusable(self) -> bool:
+        """Whether it may be entered once more, and had better be."""
+        return self._places.keeps_idle and not self._sequences and not self._prefixes
 
     def _made(self, decoding: Decoding) -> Batch | Seats:
         """Places for those that decode.

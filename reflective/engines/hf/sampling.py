@@ -129,6 +129,10 @@ class Rules:
             rules.counts.view(-1).scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32))
         return rules
 
+    def first(self, n: int) -> Self:
+        """Of the first ``n`` rows, not copied."""
+        return type(self)(**{k: t if t is None or k == "ends" else t[:n] for k, t in vars(self).items()})
+
     def took(self, tokens: Tensor) -> None:
         """Note the next token of every row, ``tokens`` [R] int64, in place."""
         self.length.add_(1)

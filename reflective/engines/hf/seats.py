@@ -108,9 +108,9 @@ class _Places:
 
     @classmethod
     def empty(cls, seats: int, device: torch.device) -> "_Places":
-        whole = lambda: torch.zeros(seats, dtype=torch.int64, device=device)  # noqa: E731
-        flag = lambda: torch.zeros(seats, dtype=torch.bool, device=device)  # noqa: E731
-        row = lambda: torch.full((seats,), -1, dtype=torch.int32, device=device)  # noqa: E731
+        whole = lambda: torch.zeros(seats, dtype=torch.int64, device=device)
+        flag = lambda: torch.zeros(seats, dtype=torch.bool, device=device)
+        row = lambda: torch.full((seats,), -1, dtype=torch.int32, device=device)
         sent = torch.zeros(3, seats, dtype=torch.float64, device=device)
         return cls(whole(), whole(), whole(), flag(), flag(), row(), row(), sent)
 
@@ -310,21 +310,21 @@ class Seats:
     def launch(self, steps: bool) -> None:
         """Feed all that go on, and draw the next token of each. ``steps``: whether somebody is told of them."""
         fed = [(i, s) for i, s in enumerate(self.seated) if s is not None and s.goes]
-        n = _power(1 + max(i for i, _ in fed))
+        n = _power(1 + max(i for i, s in enumerate(self.seated) if s is not None))
         columns = max(s.fed for s in self.seated[:n] if s is not None) + 1
         self._make_room(0, columns)
         columns = max(LEAST_COLUMNS, _power(columns)) if self.captures else -(-columns // SLICE) * SLICE
-        samplings = [None if s is None else s.sampling for s in self.seated[:n]]
+        samplings = [None if s is None else s.sampling for s in self.seated]
         given = [s for s in samplings if s is not None]
         likely = max(s.logprobs or 0 for s in given)
         self._release([(i, s) for i, s in fed if s.halted])
         if self._rules is None or self._ruled != samplings or any(s.looks_back for s in given):
-            self._rule(n, samplings, given[0])
+            self._rule(samplings, given[0])
         step = self._step(n, min(columns, self._columns), Uses.of(given), likely, steps)
-        sent = torch.zeros(3, n, dtype=torch.float64, pin_memory=self.captures)
-        sent[1] = -1
+        sent = [(0.0, -1.0, 0.0)] * n
         for i, s in fed:
-            sent[:, i] = torch.tensor([s.uniform(), s.next(), 1], dtype=torch.float64)
+            sent[i] = s.uniform(), float(s.next()), 1.0
+        sent = torch.tensor([*zip(*sent, strict=True)], dtype=torch.float64, pin_memory=self.captures)
         self._places.sent[:, :n].copy_(sent, non_blocking=True)
         found, done = step(), None
         if self.captures:
@@ -335,6 +335,10 @@ class Seats:
         for _, s in fed:
             s.fed += 1
             s.flying += 1
+
+    def forget(self) -> None:
+        """Nobody asks any more for what was launched."""
+        self._launched.clear()
 
     def read(self) -> list[Drawn]:
         """What came of the step that was launched first, of those that were not read."""
@@ -370,10 +374,10 @@ class Seats:
         for _, s in halted:
             s.halted = False
 
-    def _rule(self, n: int, samplings: list[Sampling | None], filling: Sampling) -> None:
-        """The rules of the first ``n`` seats. An empty one has those of ``filling``, and needs nothing that nobody else does."""
+    def _rule(self, samplings: list[Sampling | None], filling: Sampling) -> None:
+        """The rules of all seats. An empty one has those of ``filling``, and needs nothing that nobody else does."""
         rules = Rules.of(
-            [s or filling for s in samplings], [((), ()) if s is None else s.text for s in self.seated[:n]], self.ends,
+            [s or filling for s in samplings], [((), ()) if s is None else s.text for s in self.seated], self.ends,
             self._logits.shape[1], self.device,
         )  # fmt: skip
         old, self._ruled = self._rules, samplings
@@ -398,7 +402,10 @@ class Seats:
         if (found := self._steps.get(key)) is None:
             places = self._places.first(n)
             layers = [SeatLayer(k[:n, :, :columns], v[:n, :, :columns], places.length) for k, v in self._layers]
-            found = functools.partial(self._run, places, SeatCache(layers), uses, likely, steps)
+            cache, ids, positions = SeatCache(layers), places.token[:, None], places.length[:, None]
+            if self._compiled:
+                vary(cache, ids, positions, places.heard)
+            found = functools.partial(self._run, places, cache, ids, positions, uses, likely, steps)
             found = self._steps[key] = self._captured(found, places) if self.captures else found
         return found
 
@@ -422,20 +429,19 @@ class Seats:
 
         return replay
 
-    def _run(self, p: _Places, cache: SeatCache, uses: Uses, likely: int, steps: bool) -> Tensor:
+    def _run(
+        self, p: _Places, cache: SeatCache, ids: Tensor, positions: Tensor, uses: Uses, likely: int, steps: bool
+    ) -> Tensor:
         """One step of the seats ``p``, on tensors that stay where they are. Returns ``_Launched.found``, on the device."""
         stream = self.scorer.stream
         fed = p.live & (p.sent[2] > 0)
         p.heard.copy_(torch.where(fed, p.row, -1))
         before = stream.state.counted(p.row) if steps else 0
-        ids, positions = p.token[:, None], p.length[:, None]
-        if self._compiled:
-            vary(cache, ids, positions, p.heard)
         with self._attending(p.heard):
             logits = (self._compiled or self._forward)(cache, ids, positions)
         kept = self._logits[: len(logits)]
         kept.copy_(torch.where(fed[:, None], logits, kept))
-        token = pick(logits, p.sent[0], p.sent[1].long(), self._rules, uses)
+        token = pick(logits, p.sent[0], p.sent[1].long(), self._rules.first(len(logits)), uses)
         chance = log_probs_of(logits, token, likely)
         p.length.add_(fed)
         p.left.sub_(fed.long())

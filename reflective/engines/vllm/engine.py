@@ -40,7 +40,10 @@ class VLLMEngine:
 
     Attributes:
         parked: how often a sequence had to wait for memory.
+        how: ``"vllm"``.
     """
+
+    how = "vllm"
 
     def __init__(
         self, core: Core, steps: StepTokens, *, at: At, ends: Collection[int], batch_rows: int | None = None
