@@ -13,8 +13,8 @@ room than the round needs, which is the fastest that the plain step can be. No f
 text; seconds, and how far ``max_memory_allocated`` rose.
 
 ``generate`` (``gpu_generate.csv``): 32 candidates by ``ReflectiveModel.generate``, each way that it decodes, by transformers' ``generate``,
-eager, and by its compiled one with a static cache, sampling alike. Ours besides with ``prune``, tokens of those that were not pruned and
-of those that were. Compiling comes last: what was written before stays if time ends it. ``layers`` says of how many of the shape's layers
+eager, and by its compiled one with a static cache, sampling alike. Ours besides with ``prune``, which looks at every step and
+lets nobody go. Compiling comes last: what was written before stays if time ends it. ``layers`` says of how many of the shape's layers
 the model was made.
 
 The last column but the environment's, ``check``, says what is wrong with a row; exit code 1 if anything is.
@@ -291,7 +291,7 @@ def generate(subject: Subject, n: int, tokens: int, device: torch.device) -> Ite
         given = fixed_length(prompt, length) | {"do_sample": True, "top_k": 0, "num_return_sequences": n} | sampling
         return net.generate(prompt, **given, **more)[:, prompt.shape[1] :].numel()
 
-    prune = lambda: by_name("prune", n=n)
+    prune = lambda: by_name("prune", n=n, threshold=1e-6)  # nobody leaves
     ways: dict[str, Callable[[int], int]] = {
         "reflective": ours,
         "reflective, prune": lambda length: ours(length, strategy=prune()),
