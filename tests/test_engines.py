@@ -245,6 +245,43 @@ def test_who_rests_is_not_told_of_and_loses_nothing(kind):
     same(log.ended[a].score.step_scores, end.score.step_scores)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"presence_penalty": 2.0, "frequency_penalty": 1.0},
+        {"repetition_penalty": 3.0},
+        {"min_tokens": 24, "logit_bias": ((2, 5.0),)},
+    ],
+    ids=str,
+)
+def test_settings_that_look_back_do_so_behind_a_rest_and_in_a_fork(kind, settings):
+    engine, prompt, wanted = kind.make(8), kind.prompts[0], sampling(5, 0, top_p=1.0, **settings)
+    with engine:
+        (prefix,) = engine.open([Prompt(prompt)])
+        a, b = engine.start(prefix, [wanted, sampling(5, 1)])
+        log = Log(engine).run(turns=12)
+        engine.rest([a])
+        log.run()
+        before = list(log.tokens[a])
+        assert len(before) > 4 and a not in log.ended
+        (fork,) = engine.fork(a, [sampling(5, 2, top_p=1.0, temperature=0.0, **settings)])
+        (twin,) = engine.fork(a, [sampling(5, 3, top_p=1.0, temperature=0.0, **settings)])
+        for f in (fork, twin):
+            log.tokens[f] = list(before)
+        log.run(turns=5)  # the twin rests once more, the fork does not
+        if twin not in log.ended:
+            engine.rest([twin])
+            log.run()
+            engine.resume([twin])
+        engine.resume([a])
+        log.run()
+        engine.close([prefix])
+    assert log.tokens[a] == alone(kind, prompt, wanted)[0]
+    if len(log.tokens[b]) > 0 and not isinstance(engine, ScriptedEngine):  # which draws what its script says
+        assert log.tokens[fork] == log.tokens[twin]
+        assert log.tokens[a] != alone(kind, prompt, sampling(5, 0, top_p=1.0))[0]
+
+
 def test_forced_tokens_come_whatever_was_drawn(kind):
     engine, prompt, forced = kind.make(8), kind.prompts[0], [ord("x")] * 3 if kind.prompts[0] == ids("?") else [7, 8, 9]
     with engine:

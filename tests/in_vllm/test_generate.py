@@ -4,6 +4,7 @@ import pytest
 from common import DELIMITER, V2
 
 import reflective as rf
+from reflective.engines.base import Sampling
 from reflective.engines.vllm.engine import VLLMEngine
 
 QUESTIONS = ["First add 3 and 4.\n\nThen", "We count the primes.\n\n2 and"]
@@ -109,6 +110,23 @@ def test_thinking_is_ended_and_what_is_forced_is_scored(model, truth):
     forced = [c for c in found.candidates if c.token_ids[6 : 6 + len(ends)] == ends]
     assert forced
     check(found, truth, model.encode("<think>" + QUESTIONS[0])[0].tolist())
+
+
+def test_settings_of_sampling(model):
+    """Two ways to have tokens that cannot come; what vLLM does not take is refused before anything has begun."""
+    settings = {"seed": 3, "max_new_tokens": 20, "temperature": 1.0, "n": 4, "strategy": "step_beam"}
+    assert all(c.token_ids == [5] * 20 for c in model.generate(QUESTIONS[0], logit_bias={5: 100.0}, **settings).candidates)
+    narrow = model.generate(QUESTIONS[0], top_k=1, **settings).candidates
+    greedy = model.generate(QUESTIONS[0], **settings | {"temperature": [0.0]}).candidates
+    assert narrow[0].token_ids == greedy[0].token_ids == model.generate(QUESTIONS[0], min_p=1.0, **settings).candidates[0].token_ids
+    for wrong, message in (
+        ({"temperature": [1.0, 2.5]}, "temperature must be in"), ({"logit_bias": {10**6: 1.0}}, "1000000 is no token"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model.generate(QUESTIONS[0], **settings | wrong)
+    with pytest.raises(ValueError, match="logit_bias: 1025 tokens, and vLLM takes 1024"):
+        model.host.check_sampling(Sampling((0,), logit_bias=tuple((t, 1.0) for t in range(1025))))
+    assert not model.host.core.under_way
 
 
 def test_log_probabilities(model):

@@ -65,7 +65,7 @@ class Rules:
     Attributes:
         temperature, min_p, repetition, presence, frequency: float32; top_p: float64; top_k, min_tokens: int64.
         length: int64, tokens behind the prompt so far.
-        ends: [E] int64, the tokens that may not come before ``min_tokens``.
+        ends: [E] int64, the tokens that may not come before ``min_tokens``; none where no row has any.
         bias: [R, V] float32, to be added to the logits; None where no row has one.
         seen: [R, V] bool, tokens of the prompt and behind it; None without a repetition penalty.
         counts: [R, V] int32, how often each token came behind the prompt; None without a presence or frequency penalty.
@@ -94,8 +94,8 @@ class Rules:
         vocabulary: int,
         device: torch.device | str,
     ) -> Self:
-        """For rows that have come as far as ``texts`` says, in two copies to the device, or a few more where a row has a bias or a
-        penalty. Ids that the ``vocabulary`` of the logits does not reach, as some embeddings have them, cannot be drawn and are left out.
+        """For rows that have come as far as ``texts`` says, in one copy to the device, or a few more where a row has a bias, a penalty
+        or ``min_tokens``. Ids that the ``vocabulary`` of the logits does not reach, as some embeddings have them, cannot be drawn and are left out.
         """
         uses = Uses.of(samplings)
         rows = [
@@ -110,7 +110,7 @@ class Rules:
         rules = cls(
             temperature.float(), top_p, top_k.long(), min_p.float(), repetition.float(), presence.float(), frequency.float(),
             min_tokens.long(), length.long(),
-            torch.tensor([t for t in ends if t < vocabulary], dtype=torch.int64).to(device, non_blocking=True),
+            torch.tensor([t for t in ends if t < vocabulary and uses.min_tokens], dtype=torch.int64).to(device, non_blocking=True),
         )  # fmt: skip
         shape = len(samplings), vocabulary
         if uses.bias:

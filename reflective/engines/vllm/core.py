@@ -39,8 +39,14 @@ class Core:
         return name
 
     def check(self, **params: Any) -> None:
-        """Raises vLLM's ValueError for fields of its ``SamplingParams`` that it does not take."""
-        self._params(**params)
+        """
+        Raises:
+            ValueError: fields of ``SamplingParams`` that vLLM does not take.
+        """
+        try:
+            self._params(**params)
+        except Exception as error:  # of a class of vLLM's own, which is no ValueError in every release
+            raise ValueError(f"vLLM: {error}") from error
 
     def step(self) -> None:
         """One step of vLLM's, for all requests."""
