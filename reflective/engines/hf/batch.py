@@ -63,8 +63,7 @@ class Batch:
         self._drawn: list[Drawn] = []
 
     def learn(self, rows: Rows, logits: Tensor) -> None:
-        """The first prompts' keys and values, from which a batch is made, and the logits [P, V] after them."""
-        rows.arrange([])
+        """Rows of nobody, from which a batch is made, and logits [0, V]."""
         self._rows = rows
 
     def arrange(self, leave: Sequence[Continuation], join: Sequence[Continuation]) -> None:

@@ -86,7 +86,7 @@ class TransformersEngine:
         self._sequences: dict[int, Continuation] = {}  # that have not ended
         self._groups: collections.deque[list[Prefix]] = collections.deque()  # each to be prefilled in one forward
         self._long: collections.deque[Prefix] = collections.deque()  # each in several
-        self._learnt = False  # what keys and values are like
+        self._learnt: tuple[Rows, Tensor] | None = None  # what keys, values and logits are like
         self._untold: list[Continuation] = []  # behind a step or a fork: with logits, perhaps a token drawn
         self._ended: list[Ended] = []  # to be told
         self._read: list[Drawn] = []  # the same, with what follows from it
@@ -263,20 +263,34 @@ class TransformersEngine:
         for i, p in enumerate(prefixes):
             p.row, p.logits = rows.take(i), logits[i].clone()  # or those of all would be kept
             self._prefixes[p.number] = self._prefixes.pop(p.number)  # those that were prefilled first are seated first
-        if not self._learnt:
+        if self._learnt is None:
             self._learn(rows, logits)
         self._begin(s for p in prefixes for s in list(p.sequences))
         return [*(Opened(p.number, p.chances) for p in prefixes), *self._tell_untold()]
 
     def _learn(self, rows: Rows, logits: Tensor) -> None:
+        rows.arrange([])
+        self._learnt = rows, logits[:0]
         try:
             self._places.learn(rows, logits)
         except Unseatable as why:
-            if self._decoding != "auto":
-                raise ValueError(f"decoding={self._decoding!r}: {why}; take 'batch'") from why
-            self._places, self.why_batch = Batch(self.model, self.scorer, self.ends), str(why)
-            self._places.learn(rows, logits)
-        self._learnt = True
+            self._batch_instead(why)
+
+    def _batch_instead(self, why: Unseatable) -> None:
+        """The model cannot have seats, as was seen when it was about to.
+
+        Raises:
+            ValueError: they were asked for by name.
+        """
+        if self._decoding != "auto":
+            raise ValueError(f"decoding={self._decoding!r}: {why}; take 'batch'") from why
+        seats, self.why_batch = self._places, str(why)
+        self._places = Batch(self.model, self.scorer, self.ends)
+        self._places.learn(*self._learnt)
+        for s in seats.seated:
+            if s is not None:
+                s.seated, s.row = False, seats.take(s)
+        self._seat()
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 
@@ -315,7 +329,11 @@ class TransformersEngine:
         self._seat()
         steps = any(p.prompt.steps != "untold" for p in self._prefixes.values())
         if any(s.goes for s in self._seated):
-            self._places.launch(steps)
+            try:
+                self._places.launch(steps)
+            except Unseatable as why:
+                self._batch_instead(why)
+                self._places.launch(steps)
         events = self._drawn(self._places.read()) if self._places.unread > self._behind else []
         self.decode_seconds = time.perf_counter() - began
         return events

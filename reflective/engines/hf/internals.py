@@ -205,7 +205,8 @@ def has_float8_cache() -> bool:
 
 
 class SeatLayer(CacheLayerMixin):
-    """Keys and values [S, heads, C, width] of S seats, which stay where they are: a token of seat i goes to column ``lengths[i]``.
+    """Keys and values [S, heads, C, width] of S seats, which stay where they are: a token of seat ``seats[i]``, which is i, goes to
+    column ``lengths[i]``.
 
     For one token at a time, with a mask that says which columns a seat has: the layer itself has no length.
     """
@@ -213,10 +214,9 @@ class SeatLayer(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, seats: Tensor, lengths: Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self.lengths = keys, values, lengths
-        self.seats = torch.arange(len(keys), device=keys.device)
+        self.keys, self.values, self.seats, self.lengths = keys, values, seats, lengths
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

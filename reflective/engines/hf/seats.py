@@ -93,7 +93,7 @@ class _Places:
     Attributes:
         token: [S] int64, drawn last; length: [S] int64, tokens of the seat in the cache; left: [S] int64, how many it may still draw.
         live: [S] bool, whether it goes on; awaited: [S] bool, whether it halts when steps that count change.
-        row: [S] int32, its state in the scorer; heard: [S] int32, the same where it is being fed, else -1.
+        number: [S] int64, which seat it is; row: [S] int32, its state in the scorer; heard: [S] int32, the same where it is being fed, else -1.
         sent: [3, S] float64, of each step: a uniform, the token that it is forced to or -1, whether it may be fed.
     """
 
@@ -102,6 +102,7 @@ class _Places:
     left: Tensor
     live: Tensor
     awaited: Tensor
+    number: Tensor
     row: Tensor
     heard: Tensor
     sent: Tensor
@@ -112,7 +113,7 @@ class _Places:
         flag = lambda: torch.zeros(seats, dtype=torch.bool, device=device)
         row = lambda: torch.full((seats,), -1, dtype=torch.int32, device=device)
         sent = torch.zeros(3, seats, dtype=torch.float64, device=device)
-        return cls(whole(), whole(), whole(), flag(), flag(), row(), row(), sent)
+        return cls(whole(), whole(), whole(), flag(), flag(), torch.arange(seats, device=device), row(), row(), sent)
 
     def first(self, n: int) -> "_Places":
         """Of the first ``n`` seats, not copied."""
@@ -120,14 +121,23 @@ class _Places:
 
     def move(self, source: int, target: int) -> None:
         for f in fields(self):
-            t = getattr(self, f.name)
-            t[..., target] = t[..., source]
+            if f.name != "number":
+                t = getattr(self, f.name)
+                t[..., target] = t[..., source]
 
     def take(self, other: "_Places") -> None:
         """What the seats of ``other``, no more than these, have."""
         for f in fields(self):
             old = getattr(other, f.name)
             getattr(self, f.name)[..., : old.shape[-1]] = old
+
+
+@dataclass
+class _Step:
+    """What runs a step, and the scorer's state, of which it has the tensors."""
+
+    run: Callable[[], Tensor]
+    state: Any
 
 
 @dataclass
@@ -158,6 +168,7 @@ class Seats:
         ahead: whether a step may be launched before the one before it is read; keeps_idle: whether a sequence may sit without
             being fed.
         unread: how many were launched and not read.
+        why_not_compiled: the error, where compiling was tried in vain.
 
     Raises:
         Unseatable: by ``learn`` and ``launch``.
@@ -183,7 +194,8 @@ class Seats:
         self._ruled: list[Sampling | None] = []  # whom the rules are of
         self._logits: Tensor | None = None  # [S, V] after what each was fed last
         self._compiled: Callable[..., Tensor] | None = None  # the forward
-        self._steps: dict[tuple, Callable[[], Tensor]] = {}
+        self._steps: dict[tuple, _Step] = {}
+        self.why_not_compiled: str | None = None
         self._launched: list[_Launched] = []
         self._count = 0
         self._pool: Any = None  # of the graphs' memory
@@ -199,15 +211,15 @@ class Seats:
     # -- who sits where ----------------------------------------------------------------------------------------------
 
     def learn(self, rows: Rows, logits: Tensor) -> None:
-        """What keys, values and logits [P, V] are like, from the first prompts'.
+        """What keys, values and logits are like, from rows of nobody and logits [0, V].
 
         Raises:
             Unseatable: a layer has none of its own.
         """
-        row = rows.take(0)
-        if not all(row.layers):
+        layers = rows.cache.layers
+        if any(layer.keys is None for layer in layers):
             raise Unseatable(f"layers of {type(self._model).__name__} share their keys")
-        self._shapes = [(k.shape[0], k.shape[2], v.shape[2], k.dtype) for k, v in row.layers]
+        self._shapes = [(x.keys.shape[1], x.keys.shape[3], x.values.shape[3], x.keys.dtype) for x in layers]
         self._logits = logits.new_zeros(0, logits.shape[1])
 
     def arrange(self, leave: Sequence[Continuation], join: Sequence[Continuation]) -> None:
@@ -267,7 +279,7 @@ class Seats:
             self.seated += [None] * (seats - have)
             self._logits = self._grown(self._logits, (seats, self._logits.shape[1]), self._logits.dtype)
         self._columns, self._rules = columns, None
-        self._steps.clear()  # what was captured is of other tensors
+        self._drop_steps()  # what was captured is of other tensors
 
     def _grown(self, old: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         new = torch.zeros(shape, dtype=dtype, device=self.device)
@@ -326,7 +338,12 @@ class Seats:
             sent[i] = s.uniform(), float(s.next()), 1.0
         sent = torch.tensor([*zip(*sent, strict=True)], dtype=torch.float64, pin_memory=self.captures)
         self._places.sent[:, :n].copy_(sent, non_blocking=True)
-        found, done = step(), None
+        try:
+            found, done = step(), None
+        except Unseatable:
+            for _, s in fed:
+                s.unused()
+            raise
         if self.captures:
             found = torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
             done = torch.cuda.Event()
@@ -383,7 +400,7 @@ class Seats:
         old, self._ruled = self._rules, samplings
         if old is None or [_shape(t) for t in vars(old).values()] != [_shape(t) for t in vars(rules).values()]:
             self._rules = rules
-            self._steps.clear()
+            self._drop_steps()
             return
         for name, new in vars(rules).items():
             if new is not None:
@@ -395,19 +412,40 @@ class Seats:
         wanted = self._count > COMPILE_AFTER and self.captures if self.compiled is None else self.compiled
         if wanted and not self._compiled:
             self._compiled = torch.compile(self._forward, fullgraph=True)
-            self._steps.clear()
+            self._drop_steps()
         state = self.scorer.stream.state
-        # States that grow are other tensors.
-        key = n, columns, uses, likely, steps, state.seq.data_ptr(), state.slots.data_ptr(), self.scorer.stream.batch
-        if (found := self._steps.get(key)) is None:
-            places = self._places.first(n)
-            layers = [SeatLayer(k[:n, :, :columns], v[:n, :, :columns], places.length) for k, v in self._layers]
-            cache, ids, positions = SeatCache(layers), places.token[:, None], places.length[:, None]
+        if any(step.state is not state for step in self._steps.values()):  # it grew: what was captured is of its old tensors
+            self._drop_steps()
+        key = n, columns, uses, likely, steps
+        if key not in self._steps:
+            run = self._of_shape(n, columns, uses, likely, steps)
+            self._steps[key] = _Step(run, state)
+        return self._steps[key].run
+
+    def _drop_steps(self) -> None:
+        if self.captures and self._launched:
+            torch.cuda.synchronize(self.device)  # one may be running
+        self._steps.clear()
+
+    def _of_shape(self, n: int, columns: int, uses: Uses, likely: int, steps: bool) -> Callable[[], Tensor]:
+        places = self._places.first(n)
+        layers = [
+            SeatLayer(k[:n, :, :columns], v[:n, :, :columns], places.number, places.length) for k, v in self._layers
+        ]
+        cache, ids, positions = SeatCache(layers), places.token[:, None], places.length[:, None]
+        run = functools.partial(self._run, places, cache, ids, positions, uses, likely, steps)
+        if not self.captures:
             if self._compiled:
                 vary(cache, ids, positions, places.heard)
-            found = functools.partial(self._run, places, cache, ids, positions, uses, likely, steps)
-            found = self._steps[key] = self._captured(found, places) if self.captures else found
-        return found
+            return run
+        if self._compiled:
+            vary(cache, ids, positions, places.heard)
+            try:
+                return self._captured(run, places)
+            except Exception as error:  # noqa: BLE001 - whatever the compiler raises, decoding goes on without it
+                self._compiled, self.compiled = None, False
+                self.why_not_compiled = f"{type(error).__name__}: {error}"
+        return self._captured(run, places)
 
     def _captured(self, run: Callable[[], Tensor], places: _Places) -> Callable[[], Tensor]:
         """``run`` as a CUDA graph. What runs before it is captured feeds nobody."""
@@ -423,7 +461,7 @@ class Seats:
             found = run()
         self._pool = graph.pool()
 
-        def replay() -> Tensor:
+        def replay(recorded: Callable[[], Tensor] = run) -> Tensor:  # whose tensors must not go before the graph does
             graph.replay()
             return found
 
