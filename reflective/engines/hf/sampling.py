@@ -279,8 +279,8 @@ def _of_head(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -> tupl
         clear &= ((mass - least).abs() > 2.0**-24 * 250 * mass + 1e-30) | greatest | (least == 0)
     # All that is kept must be in the head, and no token kept that equals one that isn't: which of them is, sort alone knows.
     n = kept.sum(1, keepdim=True)
-    last, next_ = (head.gather(1, i.clamp(0, _HEAD - 1)) for i in (n - 1, n))
-    sure = clear.all(1) & ((n < _HEAD) & (last > next_)).squeeze(1)
+    last, after = (head.gather(1, i.clamp(0, _HEAD - 1)) for i in (n - 1, n))
+    sure = clear.all(1) & ((n < _HEAD) & (last > after)).squeeze(1)
     ids, order = torch.where(kept, ids, logits.shape[1]).sort()
     cdf = torch.where(kept, mass, 0.0).gather(1, order).cumsum(1)
     # Both distribution functions are sums of fewer than _HEAD float64 numbers other than 0, off by 256 * 2**-53 = 3e-14 of the whole; so is
