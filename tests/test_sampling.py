@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_search import QUESTIONS, STEPS, Scripted, reflective_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -200,6 +201,128 @@ def test_ids_beyond_the_logits_are_left_out():
     assert rules.bias.nonzero().tolist() == [[0, 3]] and rules.ends.tolist() == [2]
     assert rules.seen.nonzero().tolist() == [[0, 4], [0, 5]] and rules.counts.nonzero().tolist() == [[0, 5]]
     picked(s, logits, [0.5], [([4, V + 1], [V, 5])])
+
+
+# -- the likeliest tokens first ----------------------------------------------------------------------------------------
+
+
+class SortedRows(TorchFunctionMode):
+    """Counts rows [..., vocabulary] that are sorted."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.sort and args[0].shape[-1] == self.vocabulary:
+            self.rows += len(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def zipf(g, rows, vocabulary, low, high):
+    """Logits whose chances fall with the rank's power, of an exponent between ``low`` and ``high``, as they do behind text."""
+    falling = -np.log1p(np.arange(vocabulary)) * g.uniform(low, high, (rows, 1)) + g.normal(0, 0.3, (rows, vocabulary))
+    return torch.from_numpy(g.permuted(falling, axis=1)).float()
+
+
+def both_ways(samplings, logits, uniforms, forced=None, texts=None):
+    """Tokens, the same whether the heads are looked at first or not, and how many rows were sorted where they were."""
+    n, vocabulary = logits.shape
+    rules = Rules.of(samplings, texts or [([1], [])] * n, ENDS, vocabulary, "cpu")
+    rows = logits, torch.as_tensor(uniforms, dtype=torch.float64), torch.tensor(forced or [-1] * n)
+    expected = pick(*rows, rules, Uses.of(samplings))
+    with SortedRows(vocabulary) as count:
+        found = pick(*rows, rules, Uses.of(samplings), head_first=True)
+    assert found.tolist() == expected.tolist()
+    return expected.tolist(), count.rows
+
+
+TOP_PS = (0.01, 0.1, 0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocabulary", "repeat"), [(257, 6), (3000, 6), (49152, 1)])
+def test_heads_first_gives_the_same_tokens(vocabulary, repeat, dtype):
+    """In bfloat16 many logits are equal. Settings of all kinds side by side, greedy and forced rows among them."""
+    g = np.random.default_rng(vocabulary)
+    ways = [{"temperature": t, "top_p": p} for t in (0.2, 0.6, 1.0, 1.7) for p in TOP_PS]
+    ways += [
+        {**WAYS[i], "top_p": p, "temperature": t}
+        for i in range(len(WAYS)) for p, t in ((1.0, 1.0), (0.9, 0.7), (0.4, 1.3), (0.9, 0.0))
+    ]  # fmt: skip
+    ways += [{"top_k": k, "top_p": p} for k in (1, 100, 255, 256, 257, 2999) for p in (0.5, 0.95, 1.0)]
+    samplings = [sampling(**way) for way in ways] * repeat
+    n = len(samplings)
+    texts = [([*map(int, g.integers(0, 200, 6))], [*map(int, g.integers(0, 40, i % 13))]) for i in range(n)]
+    for low, high in ((0.9, 4.0), (0.0, 0.2)):
+        logits = zipf(g, n, vocabulary, low, high)
+        logits[::11, ::2] = -torch.inf
+        uniforms = g.random(n)
+        uniforms[::9], uniforms[1::9] = 0.0, np.nextafter(1.0, 0.0)
+        both_ways(samplings, logits.to(dtype), uniforms, [5 if i % 17 == 0 else -1 for i in range(n)], texts)
+
+
+def test_peaked_rows_are_not_sorted_and_others_are():
+    g = np.random.default_rng(1)
+    n, vocabulary = 1000, 5000
+    peaked, flat, uniforms = zipf(g, n, vocabulary, 2.0, 6.0), zipf(g, n, vocabulary, 0.0, 0.5), g.random(n)
+    for way in ({"temperature": 0.6, "top_p": 0.95}, {"top_p": 0.5}, {"top_p": 0.95, "top_k": 20}, {"min_p": 0.05}):
+        tokens, rows = both_ways([sampling(**way)] * n, peaked, uniforms)
+        assert rows < n / 50 and len({*tokens}) > n / 10
+        _, rows = both_ways([sampling(temperature=0.0), sampling(**way)] * (n // 2), peaked, uniforms)
+        assert rows < n / 50, "greedy rows neither"
+    _, rows = both_ways([sampling(top_p=0.95)] * n, flat, uniforms)
+    assert rows == n
+    mixed = torch.stack([peaked[: n // 2], flat[: n // 2]], 1).flatten(0, 1)
+    _, rows = both_ways([sampling(top_p=0.9)] * n, mixed, uniforms)
+    assert n / 2 <= rows < n / 2 + n / 50
+    with SortedRows(vocabulary) as count:
+        draw(peaked, uniforms.tolist(), [-1] * n, [sampling(top_p=0.9)] * n, [([1], [])] * n, ENDS)
+    assert count.rows < n / 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_first_on_every_edge(dtype):
+    """What is kept ends exactly at a token, one rounding below it or above; uniforms are exactly where one token follows another, too."""
+    g = np.random.default_rng(2)
+    vocabulary, each = 4000, 8
+    logits = zipf(g, 30, vocabulary, 1.0, 4.0).to(dtype)
+    upto = logits.float().sort().values.softmax(-1).cumsum(-1)
+    for place in (2, 3, 5, 9, 30):
+        edge = upto[:, -place]
+        for most in (edge, edge.nextafter(torch.tensor(0.0)), edge.nextafter(torch.tensor(1.0))):
+            assert torch.equal((1 - (1 - most.double())).float(), most)
+            samplings = [sampling(top_p=p) for p in (1 - most.double()).tolist() for _ in range(each)]
+            both_ways(samplings, logits.repeat_interleave(each, 0), g.random(30 * each))
+    for way, warper in (
+        ({"top_p": 0.8}, TopPLogitsWarper(0.8)), ({"top_k": 40}, TopKLogitsWarper(40)), ({"min_p": 0.03}, MinPLogitsWarper(0.03)),
+    ):  # fmt: skip
+        for row in logits.float():
+            cdf = warper(None, row[None])[0].softmax(-1, dtype=torch.float64).cumsum(-1)
+            ends = (cdf / cdf[-1]).unique()
+            ends = torch.cat([ends, ends.nextafter(torch.zeros(1).double()), ends.nextafter(torch.ones(1).double())])
+            ends = ends[ends < 1]
+            both_ways([sampling(**way)] * len(ends), row.expand(len(ends), -1), ends)
+    likeliest = logits.float().topk(10).values
+    least = (likeliest - likeliest[:, :1]).exp()[:, [1, 2, 5, 9]].flatten()
+    both_ways(
+        [sampling(min_p=p) for p in least.tolist() for _ in range(each)],
+        logits.repeat_interleave(4 * each, 0), g.random(120 * each),
+    )  # fmt: skip
+
+
+def test_what_is_not_finite_is_drawn_as_ever():
+    logits = zipf(np.random.default_rng(4), 8, 1000, 2.0, 4.0)
+    logits[0, 7], logits[1, 7], logits[2], logits[3], logits[4, 30:] = (
+        torch.nan,
+        torch.inf,
+        torch.nan,
+        -torch.inf,
+        -torch.inf,
+    )
+    logits[5], logits[6] = torch.inf, 3e38
+    for way in ({"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"top_p": 0.9, "temperature": 1e-37}, {"top_p": 0.0}):
+        both_ways([sampling(**way)] * 8, logits, [0.5] * 8)
 
 
 # -- the tensors that go along -----------------------------------------------------------------------------------------

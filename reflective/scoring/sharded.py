@@ -74,13 +74,28 @@ class ShardedHead:
             dist.all_reduce(choice, dist.ReduceOp.MAX, group)
             self.backend = choose_backend(NAMES[int(choice)], self.device, dtype, like)
         self.weights: tuple[Tensor, ...] = ()
+        self._own: list[bool] = []  # which of them are copies, and not the head's parameters themselves
 
     def load(self) -> Self:
-        """Read the head's weights."""
+        """Read the head's weights. They stay where they are: a CUDA graph may have captured them."""
         mine = shard(self.head.weights(self.w1_dtype), self.rank, self.world)
         # A copy, or what belongs to other ranks would stay on the device as long as a view of it.
-        self.weights = tuple(w.to(self.device, copy=self.world > 1).contiguous() for w in mine)
+        read = tuple(w.to(self.device, copy=self.world > 1).contiguous() for w in mine)
+        if len(self.weights) == len(read) and all(map(self._takes, self.weights, self._own, read)):
+            return self
+        parameters = {p.data_ptr() for p in self.head.parameters()}
+        self.weights, self._own = read, [w.data_ptr() not in parameters for w in read]
         return self
+
+    @staticmethod
+    def _takes(old: Tensor, own: bool, new: Tensor) -> bool:
+        """Whether ``old`` is, or by now has, what ``new`` has."""
+        if old.data_ptr() == new.data_ptr() and old.shape == new.shape and old.dtype == new.dtype:
+            return True
+        alike = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+        if own and alike:
+            old.copy_(new)
+        return own and alike
 
     def score_rows(self, features: Tensor) -> Tensor:
         """The op of this name: log-scores [M] of ``features`` [M, H]."""

@@ -1,5 +1,6 @@
 """The per-sequence state of a decode stream. The kernels and this class know its fields; nothing else does."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -186,8 +187,13 @@ _COUNTED = torch.tensor(
 
 def _counted(seq: Tensor) -> Tensor:
     """[n, N_REGIONS]: which regions count for the tags that each of ``seq`` [n, SEQ_FIELDS] has seen."""
-    n_think, n_end = seq[:, [layout.N_THINK, layout.N_END]].clamp_max(2).unbind(1)
-    return _COUNTED.to(seq.device, non_blocking=True)[n_think, n_end]
+    return _counted_on(seq.device)[seq[:, layout.N_THINK].clamp_max(2), seq[:, layout.N_END].clamp_max(2)]
+
+
+@functools.cache
+def _counted_on(device: torch.device) -> Tensor:
+    """Copied once, as nothing may be while a CUDA graph is captured."""
+    return _COUNTED.to(device)
 
 
 def static(tensor: Tensor) -> Tensor:

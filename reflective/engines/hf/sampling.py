@@ -232,7 +232,7 @@ def _drawn_by_head(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -
     """What ``_drawn`` gives, which is asked only for rows that their heads do not settle."""
     if logits.shape[1] <= _HEAD or not (uses.top_k or uses.top_p or uses.min_p):
         return _drawn(logits, uniforms, rules, uses)
-    tokens, sure = _of_head(_tempered(logits, rules), uniforms, rules, uses)
+    tokens, sure = _of_head(logits, uniforms, rules, uses)
     rows = (~sure & (rules.temperature > 0)).nonzero().squeeze(1)
     if len(rows):
         some = replace(
@@ -243,12 +243,14 @@ def _drawn_by_head(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -
 
 
 def _of_head(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -> tuple[Tensor, Tensor]:
-    """Of tempered ``logits`` [R, V], by the ``_HEAD`` likeliest of each row: tokens [R], and whether ``_drawn`` is sure to give the same.
+    """Of ``logits`` [R, V], by the ``_HEAD`` likeliest of each row: tokens [R], and whether ``_drawn`` is sure to give the same.
 
     Sure is a row whose every comparison there comes out as here, however both round; NaN, which no comparison holds for, never is.
     Below, u = 2**-24 is the rounding of float32 and masses are exp(logit - greatest). In float32 these are off by 106 u of themselves:
-    |logit - greatest| < 104, else they are 0, rounds by 104 u, and exp by 2 u. Here, those of the head are in float64.
+    |logit - greatest| < 104, else they are 0, rounds by 104 u, and exp by 2 u. Subnormal ones, below 1e-37, count for nothing against
+    1 - top_p >= 1e-16. Here, those of the head are in float64.
     """
+    logits = _tempered(logits, rules)  # anew
     head, ids = logits.topk(_HEAD)  # descending
     mass = (head.double() - head[:, :1].double()).exp()
     kept = torch.ones_like(head, dtype=torch.bool)
@@ -265,12 +267,12 @@ def _of_head(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -> tupl
         # masses in units of their sum, `tail` what lies outside of the head, `upto` a token and all below it, _cut's sum over `upto` is off by
         #     upto * u * (2 * 106 for masses and sum, _HEAD + 64 + V * tail for the order of the sum, 3 for dividing and the last rounding)
         #     + u * (V * tail + _HEAD * upto) for the order of the cumulative sum, were it in float32 too (on CPUs it is in float64),
-        # ours by 106 u * upto: less than u * (1000 * upto + 2 * V * tail), here with room for products of errors.
-        tail = (logits - head[:, :1]).exp_().scatter_(1, ids, 0).sum(-1, keepdim=True, dtype=torch.float64)
+        # ours by u * (106 * upto + V * tail): less than u * (1000 * upto + 3 * V * tail), below with room for products of errors.
+        tail = logits.sub_(head[:, :1]).exp_().scatter_(1, ids, 0).sum(1, keepdim=True).double()
         upto = torch.where(kept, mass, 0.0).flip(1).cumsum(1).flip(1) + tail.where(~limited, 0.0)
         tail, upto = tail.where(~limited, 0.0) / upto[:, :1], upto / upto[:, :1]
         most = (1 - rules.top_p).float().double()[:, None]
-        off = 2.0**-24 * (2000 * upto + 3 * logits.shape[1] * tail)
+        off = 2.0**-24 * (2000 * upto + 4 * logits.shape[1] * tail)
         whole = (rules.top_p >= 1)[:, None]
         kept &= (upto > most) | whole
         clear &= ((upto - most).abs() > off) | whole
@@ -283,8 +285,8 @@ def _of_head(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -> tupl
         clear &= ((mass - least).abs() > 2.0**-24 * 250 * mass + 1e-30) | greatest | (least == 0)
     # All that is kept must be in the head, and no token kept that equals one that isn't: which of them is, sort alone knows.
     n = kept.sum(1, keepdim=True)
-    last, next_ = (head.gather(1, i.clamp(0, _HEAD - 1)) for i in (n - 1, n))
-    sure = clear.all(1) & ((n < _HEAD) & (last > next_)).squeeze(1)
+    last, after = (head.gather(1, i.clamp(0, _HEAD - 1)) for i in (n - 1, n))
+    sure = clear.all(1) & ((n < _HEAD) & (last > after)).squeeze(1)
     ids, order = torch.where(kept, ids, logits.shape[1]).sort()
     cdf = torch.where(kept, mass, 0.0).gather(1, order).cumsum(1)
     # Both distribution functions are sums of fewer than _HEAD float64 numbers other than 0, off by 256 * 2**-53 = 3e-14 of the whole; so is

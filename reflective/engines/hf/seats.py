@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...scoring.state import StreamState
 from ..base import Chance, Sampling
 from .batch import Drawn, forward_of
 from .internals import SeatCache, SeatLayer, can_exchange_attention, exchange_attention, register_attention, vary
@@ -134,10 +135,11 @@ class _Places:
 
 @dataclass
 class _Step:
-    """What runs a step, and the scorer's state, of which it has the tensors."""
+    """What runs a step, and the scorer's state and weights, of which it has the tensors."""
 
     run: Callable[[], Tensor]
-    state: Any
+    state: StreamState
+    weights: tuple[Tensor, ...]
 
 
 @dataclass
@@ -413,13 +415,13 @@ class Seats:
         if wanted and not self._compiled:
             self._compiled = torch.compile(self._forward, fullgraph=True)
             self._drop_steps()
-        state = self.scorer.stream.state
-        if any(step.state is not state for step in self._steps.values()):  # it grew: what was captured is of its old tensors
-            self._drop_steps()
+        state, weights = self.scorer.stream.state, self.scorer.stream.placed.weights
+        if any(step.state is not state or step.weights is not weights for step in self._steps.values()):
+            self._drop_steps()  # the state grew, or the head was read anew: what was captured is of their old tensors
         key = n, columns, uses, likely, steps
         if key not in self._steps:
             run = self._of_shape(n, columns, uses, likely, steps)
-            self._steps[key] = _Step(run, state)
+            self._steps[key] = _Step(run, state, weights)
         return self._steps[key].run
 
     def _drop_steps(self) -> None:
