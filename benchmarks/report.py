@@ -283,9 +283,8 @@ def gpu_decode(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
             f"second pass {theirs:.2f} s, {float(r['second_pass_MiB']):,.0f} MiB: {theirs / ours:,.0f} times less time",
         ))  # fmt: skip
     ways = {r["way"]: r for r in read("gpu_generate", folder)}
-    if "reflective" in ways:
-        first = ways["reflective"]
-        name = f"ReflectiveModel.generate, {first['n']} candidates, {first['model']} shape, {first['layers']} layers"
+    if first := ways.get("reflective", ways.get("reflective, batch")):
+        name = f"ReflectiveModel.generate ({first['way']}), {first['n']} candidates, {first['model']} shape, {first['layers']} layers"
         others = ", ".join(
             f"{way} generate {float(r['tokens_per_s']):,.0f}" for way, r in ways.items() if r is not first
         )
