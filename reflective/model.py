@@ -303,6 +303,7 @@ class ReflectiveModel:
         w1_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
         decoding: Decoding = "auto",
+        kv_tokens: int | None = None,
         on_step: Callable[[list[list[Live]]], None] | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> Generation | list[Generation]:
@@ -327,6 +328,8 @@ class ReflectiveModel:
             schedule: as for ``StreamScorer``; None: ``"immediate"`` where somebody looks at the scores while they come.
             backend, w1_dtype, process_group: as for ``StreamScorer``; in vLLM set when the model is loaded, as ``schedule`` is.
             decoding: as for ``TransformersEngine``: how the model is run a token. ``generation.engine`` tells how it was.
+            kv_tokens: as for ``TransformersEngine``: of how many tokens keys and values are kept while they decode; candidates for which
+                that is not enough wait. None: as many as fit into three quarters of the free memory.
             on_step: called after every forward with the candidates, ended ones too, of each question under way.
             **sampling: ``temperature`` (0.6) and ``top_p`` (0.95 as published), ``top_k``, ``min_p``, ``repetition_penalty``,
                 ``presence_penalty``, ``frequency_penalty``, ``logit_bias`` (from token ids to numbers) and ``min_tokens``, all of them off
@@ -371,7 +374,7 @@ class ReflectiveModel:
             scoring["schedule"] = schedule or ("immediate" if looked_at else "deferred")
             most = max((a.max_new_tokens for a in asks), default=1)
             scoring["max_steps"] = 1 << (most - 1).bit_length()  # so that few lengths need an engine of their own
-            scoring["decoding"] = decoding
+            scoring |= {"decoding": decoding, "kv_tokens": kv_tokens}
         with self._engine_kept(batch_rows, scoring) as engine:
             before = engine.scoring_seconds
             done = Search(engine, self.reader, on_step=on_step).run(asks)
@@ -398,12 +401,13 @@ class ReflectiveModel:
             self._kept = key, engine
 
     def engine(
-        self, *, batch_rows: int | None = None, pace: Pace | None = None, decoding: Decoding = "auto", **scoring: Any
-    ) -> Engine:
+        self, *, batch_rows: int | None = None, pace: Pace | None = None, decoding: Decoding = "auto",
+        kv_tokens: int | None = None, **scoring: Any,
+    ) -> Engine:  # fmt: skip
         """What decodes and scores for a search.
 
         Args:
-            batch_rows: as for ``generate``; pace, decoding: as for ``TransformersEngine``, and for it alone.
+            batch_rows: as for ``generate``; pace, decoding, kv_tokens: as for ``TransformersEngine``, and for it alone.
             scoring: settings of its ``StreamScorer``.
         """
         if self.host is not None:
@@ -411,7 +415,7 @@ class ReflectiveModel:
         scorer = StreamScorer(self.model, self.head, self.steps, at=self.config.at, **scoring)
         return TransformersEngine(
             self.model, scorer, ends=end_tokens(self.model, self.tokenizer), pad=pad_token(self.tokenizer) or 0,
-            batch_rows=batch_rows or 64, pace=pace, decoding=decoding,
+            batch_rows=batch_rows or 64, pace=pace, decoding=decoding, kv_tokens=kv_tokens,
         )  # fmt: skip
 
     @property

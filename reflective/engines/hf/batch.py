@@ -62,6 +62,11 @@ class Batch:
         self._logits: Tensor | None = None
         self._drawn: list[Drawn] = []
 
+    @staticmethod
+    def tokens(sequences: int, longest: int) -> int:
+        """For how many tokens there are places where so many sequences decode, the longest of so many tokens."""
+        return sequences * longest
+
     def learn(self, rows: Rows, logits: Tensor) -> None:
         """Rows of nobody, from which a batch is made, and logits [0, V]."""
         self._rows = rows

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from typing_extensions import Self
 
-from ...utils.arguments import one_of
+from ...utils.arguments import one_of, whole
 from ...utils.lengths import batches_by_length
 from ..base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
 from .batch import Batch, Drawn, forward_of
 from .finished import of_text
-from .kv import Rows, check_rows_apart, new_cache
+from .kv import Rows, check_rows_apart, free_bytes, new_cache
 from .pace import Pace
 from .sampling import chances, draw
 from .scorer import StreamScorer
@@ -50,6 +50,9 @@ class TransformersEngine:
         decoding: ``"batch"``: eager, in a cache that grows with its sequences; ``"seats"``: by a step of fixed shape, which is a CUDA
             graph on a GPU; ``"compiled"``: the same, its forward compiled at once; ``"auto"``: on a GPU seats where the model can have
             them, compiled when they have been in use for a while, else the batch.
+        kv_tokens: of so many tokens there are keys and values while they decode, padding and empty seats included; candidates for which
+            that is not enough wait, what they have kept in the host's memory. One always decodes. None: as many as fit into three
+            quarters of the memory that is free when the first prompt has been run.
 
     Attributes:
         did: what the last ``advance`` ran: ``"prompts"``, a ``"piece"`` of a long one, ``"tokens"``; None: nothing.
@@ -69,8 +72,11 @@ class TransformersEngine:
         batch_rows: int = 64,
         pace: Pace | None = None,
         decoding: Decoding = "auto",
+        kv_tokens: int | None = None,
     ) -> None:
         check_rows_apart(model)
+        if kv_tokens is not None:
+            whole("kv_tokens", kv_tokens, 1)
         one_of("decoding", decoding, get_args(Decoding))
         self.model, self.scorer, self.ends, self.pad, self.batch_rows, self.pace = (
             model, scorer, frozenset(ends), pad, batch_rows, pace,
@@ -79,7 +85,7 @@ class TransformersEngine:
         self.decode_seconds = 0.0
         self._call = forward_of(model)
         self.why_batch: str | None = None
-        self._decoding = decoding
+        self._decoding, self.kv_tokens = decoding, kv_tokens
         self._places = self._made(decoding)
         self._numbers = itertools.count()
         self._prefixes: dict[int, Prefix] = {}  # prefilled or not, in order of their prefill
@@ -269,6 +275,8 @@ class TransformersEngine:
         return [*(Opened(p.number, p.chances) for p in prefixes), *self._tell_untold()]
 
     def _learn(self, rows: Rows, logits: Tensor) -> None:
+        if self.kv_tokens is None and (free := free_bytes(self.model.device)) is not None:
+            self.kv_tokens = max(1, 3 * free // (4 * rows.take(0).token_bytes))
         rows.arrange([])
         self._learnt = rows, logits[:0]
         try:
@@ -326,6 +334,8 @@ class TransformersEngine:
         """Feed every seated sequence's newest token and draw its next. Where a step may be launched before the one before it is read,
         what is told is the latter's, and the device does not wait for whoever is told."""
         began = time.perf_counter()
+        if self._places.unread and len(self._seated) > self._most(self._longest(self._seated)):
+            return self._drawn(self._places.read())  # somebody must leave: nobody may be under way
         self._seat()
         steps = any(p.prompt.steps != "untold" for p in self._prefixes.values())
         if any(s.goes for s in self._seated):
@@ -430,20 +440,41 @@ class TransformersEngine:
         over = [s for s in seated if s.number not in self._sequences]
         # In a batch nobody can sit without decoding; a seat costs little.
         idle = [s for s in seated if s.number in self._sequences and not s.goes and not s.flying]
-        room = self.batch_rows - len(seated) + len(over)
+        room = self._most(self._longest(seated)) - len(seated) + len(over)
         leave = over + (idle if not places.keeps_idle or len(waiting) > room else [])
-        join = waiting[: self.batch_rows - len(seated) + len(leave)]
+        stay = [s for s in seated if s not in leave]
+        put_off = stay[max(1, self._most(self._longest(stay))) :] if not places.unread else []  # those that came last
+        stay, join = stay[: len(stay) - len(put_off)], []
+        for s in waiting:
+            if put_off or len(stay) + len(join) >= self._most(self._longest([*stay, *join, s])):
+                break
+            join.append(s)
+        leave += put_off
         if not leave and not join:
             return
         for s in leave:
             if s.number in self._sequences:
                 s.row = places.take(s)
+                if s in put_off:
+                    s.row = s.row.to(torch.device("cpu"))
         self._give_states(join)
         places.arrange(leave, join)
         for s in leave:
             s.seated = False
         for s in join:
             s.seated, s.row = True, None
+
+    @staticmethod
+    def _longest(sequences: Iterable[Continuation]) -> int:
+        """Tokens of the longest, with the next."""
+        return max((s.fed for s in sequences), default=0) + 1
+
+    def _most(self, longest: int) -> int:
+        """How many sequences may have places, the longest of which has so many tokens; one may always."""
+        most = self.batch_rows
+        while most > 1 and self.kv_tokens is not None and self._places.tokens(most, longest) > self.kv_tokens:
+            most -= 1
+        return most
 
     # -- what becomes of sequences -----------------------------------------------------------------------------------
 

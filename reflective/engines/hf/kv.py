@@ -77,6 +77,15 @@ class Row:
     layers: list[tuple[Tensor, Tensor] | None]
     length: int
 
+    def to(self, device: torch.device) -> "Row":
+        """The same there."""
+        return Row([layer and (layer[0].to(device), layer[1].to(device)) for layer in self.layers], self.length)
+
+    @property
+    def token_bytes(self) -> int:
+        """That a token takes."""
+        return sum(t.shape[0] * t.shape[2] * t.element_size() for layer in self.layers if layer for t in layer)
+
 
 def new_cache() -> DynamicCache:
     """An empty cache whose rows can be taken and joined."""
@@ -133,6 +142,19 @@ class Rows:
     def grown(self) -> None:
         """Each sequence has got a token."""
         self.lengths = [n + 1 for n in self.lengths]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of the device's memory; None where that is not known."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return None
 
 
 def _has(layer: Any) -> bool | None:

@@ -260,12 +260,20 @@ class Seats:
             self.seated[to] = s
             self._empty(i)
 
-    def _make_room(self, seats: int, columns: int) -> None:
-        """For so many sequences, of so many tokens each."""
+    @staticmethod
+    def tokens(sequences: int, longest: int) -> int:
+        """For how many tokens there are places where so many sequences sit, the longest of so many tokens."""
+        return _power(sequences) * max(_power(longest), LEAST_COLUMNS)
+
+    def _make_room(self, sequences: int, columns: int) -> None:
+        """For so many sequences, of so many tokens each. Where seats get longer, those that nobody needs go."""
         have = len(self.seated)
-        if seats <= have and columns <= self._columns:
+        if sequences <= have and columns <= self._columns:
             return
-        seats, columns = max(have, _power(seats)), max(self._columns, _power(columns), LEAST_COLUMNS)
+        if columns > self._columns:
+            self._close_up()
+        seats = _power(sequences) if columns > self._columns else max(have, _power(sequences))
+        columns = max(self._columns, _power(columns), LEAST_COLUMNS)
         layers, self._layers = self._layers or [(None, None)] * len(self._shapes), []
         for i, (heads, k_width, v_width, dtype) in enumerate(self._shapes):
             (keys, values), layers[i] = layers[i], None  # the old ones go layer by layer
@@ -273,12 +281,12 @@ class Seats:
                 self._grown(keys, (seats, heads, columns, k_width), dtype),
                 self._grown(values, (seats, heads, columns, v_width), dtype),
             ))  # fmt: skip
-        if seats > have:
+        if seats != have:
             self.scorer.hold(seats)  # a forward has as many sequences
             old, self._places = self._places, _Places.empty(seats, self.device)
             if old is not None:
-                self._places.take(old)
-            self.seated += [None] * (seats - have)
+                self._places.take(old.first(seats))
+            self.seated = (self.seated + [None] * seats)[:seats]
             self._logits = self._grown(self._logits, (seats, self._logits.shape[1]), self._logits.dtype)
         self._columns, self._rules = columns, None
         self._drop_steps()  # what was captured is of other tensors
@@ -286,7 +294,8 @@ class Seats:
     def _grown(self, old: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         new = torch.zeros(shape, dtype=dtype, device=self.device)
         if old is not None:
-            new[tuple(slice(0, n) for n in old.shape)] = old
+            both = tuple(slice(0, min(pair)) for pair in zip(old.shape, shape, strict=True))
+            new[both] = old[both]
         return new
 
     # -- what a sequence has -----------------------------------------------------------------------------------------
@@ -323,10 +332,10 @@ class Seats:
 
     def launch(self, steps: bool) -> None:
         """Feed all that go on, and draw the next token of each. ``steps``: whether somebody is told of them."""
+        columns = max(s.fed for s in self.seated if s is not None) + 1
+        self._make_room(sum(s is not None for s in self.seated), columns)
         fed = [(i, s) for i, s in enumerate(self.seated) if s is not None and s.goes]
         n = _power(1 + max(i for i, s in enumerate(self.seated) if s is not None))
-        columns = max(s.fed for s in self.seated[:n] if s is not None) + 1
-        self._make_room(0, columns)
         columns = max(LEAST_COLUMNS, _power(columns)) if self.captures else -(-columns // SLICE) * SLICE
         samplings = [None if s is None else s.sampling for s in self.seated]
         given = [s for s in samplings if s is not None]
