@@ -233,11 +233,13 @@ class ReflectiveModel:
             check_parts(Backbone.of(self.model), self.head, self.steps)
 
     def forget(self) -> None:
-        """Give back the memory that a GPU keeps for the next ``generate``. Have vLLM forget the beginnings of what it has run, so that the
-        last bits of what comes do not depend on them."""
-        self._kept = None
+        """Have vLLM forget the beginnings of what it has run, so that the last bits of what comes do not depend on them."""
         if self.host is not None:
             self.host.core.forget()
+
+    def free(self) -> None:
+        """Give back the memory in which a GPU keeps the seats of the last ``generate`` for the next one."""
+        self._kept = None
 
     def close(self) -> None:
         """Give back the memory of vLLM, where the weights are there; the model is of no use any more."""
@@ -369,7 +371,9 @@ class ReflectiveModel:
         for ask in asks[:1]:  # the others have the same settings
             self.check_sampling(ask)
         scoring = {"schedule": schedule, "backend": backend, "w1_dtype": w1_dtype, "process_group": process_group}
-        if self.host is None:
+        if self.host is not None:
+            self.host.refuse({"decoding": None if decoding == "auto" else decoding, "kv_tokens": kv_tokens})
+        else:
             looked_at = on_step is not None or observes(strategy)
             scoring["schedule"] = schedule or ("immediate" if looked_at else "deferred")
             most = max((a.max_new_tokens for a in asks), default=1)

@@ -230,7 +230,7 @@ def test_an_engine_is_kept_while_the_weights_stay(like_a_gpu):
         model.generate(QUESTIONS, decoding="seats", on_step=lambda _: 1 / 0, **RUN)
     assert model._kept is None
     model.generate(QUESTIONS, decoding="seats", **RUN)
-    model.forget()
+    model.free()
     assert model._kept is None
 
 

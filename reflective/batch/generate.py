@@ -38,6 +38,8 @@ def generate_file(
     replace: bool = False,
     report: Report = print,
     run: Run = here,
+    decoding: str = "auto",
+    kv_tokens: int | None = None,
     **sampling: Unpack[SamplingSettings],
 ) -> int:
     """Answer every question of a file of JSON or parquet, and write it with ``ANSWERED`` into another.
@@ -47,7 +49,7 @@ def generate_file(
 
     Args:
         load, source, output, replace, report, run: as for ``score_file``.
-        effort, strategy, n, max_new_tokens, thinking_budget, **sampling: as for ``ReflectiveModel.generate``.
+        effort, strategy, n, max_new_tokens, thinking_budget, decoding, kv_tokens, **sampling: as for ``ReflectiveModel.generate``.
         seed: row r is answered with ``seed_of(seed, r)``, which its ``seed`` says, as it would be alone. None draws one, with
             which the run goes on when it was killed.
         together: questions decoded in one batch, and kept together. A run that goes on may have another number.
@@ -63,12 +65,14 @@ def generate_file(
         if seed is None and (seed := journal.setting("seed")) is None:
             seed = secrets.randbits(32)
         journal.agree({"seed": seed, **settings})
-        return run(load, _Answering(strategy, effort, n, seed, together, settings), work, report)
+        how = {"decoding": decoding, "kv_tokens": kv_tokens}
+        return run(load, _Answering(strategy, effort, n, seed, together, settings, how), work, report)
 
 
 @dataclasses.dataclass
 class _Answering:
-    """A ``run.Job``; attributes: as the arguments of ``generate_file``, ``settings`` those that every question has."""
+    """A ``run.Job``; attributes: as the arguments of ``generate_file``, ``settings`` those that every question has, ``how`` those
+    that no answer depends on."""
 
     strategy: "Strategy | str | None"
     effort: str | None
@@ -76,6 +80,7 @@ class _Answering:
     seed: int
     together: int
     settings: dict[str, Any]
+    how: dict[str, Any]
 
     def windows(self, source: Json | Parquet) -> Iterator[list[Record]]:
         return pieces(source.records(TO_ANSWER), lambda record: record.size, self.together, PIECE_BYTES)
@@ -101,7 +106,9 @@ class _Answering:
         def answer(asked: list[tuple[int, str]]) -> "list[Generation]":
             model.forget()  # the windows before, which were perhaps answered by another process
             seeds = [seed_of(self.seed, number) for number, _ in asked]
-            found = model.generate([question for _, question in asked], strategy=strategy, seed=seeds, **self.settings)
+            found = model.generate(
+                [question for _, question in asked], strategy=strategy, seed=seeds, **self.settings, **self.how
+            )
             if any(generation.interrupted for generation in found):
                 raise KeyboardInterrupt
             return found

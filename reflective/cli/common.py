@@ -35,6 +35,20 @@ ModelOption = Annotated[
 HeadOption = Annotated[str | None, typer.Option(help="Head and reflective.json, where they lie apart from the model.")]
 FetchOption = Annotated[bool, typer.Option("--fetch", help="Download the default model's weights if they are missing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DecodingOption = Annotated[
+    str,
+    typer.Option(
+        help="How a model of transformers is run a token: batch, seats or compiled; auto: by captured seats on a GPU."
+    ),
+]
+KVOption = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-tokens",
+        min=1,
+        help="Tokens whose keys and values are kept while they decode; candidates wait for more. Default: by the free memory.",
+    ),
+]
 EngineOption = Annotated[
     str, typer.Option(help="Who decodes: hf, transformers in this process; vllm, a stock vLLM in this process.")
 ]

@@ -13,10 +13,12 @@ from rich.console import Console
 
 from ..search.strategies import NAMES as STRATEGIES
 from .common import (
+    DecodingOption,
     EngineOption,
     FetchOption,
     HeadOption,
     JsonOption,
+    KVOption,
     ModelOption,
     OverwriteOption,
     RayOption,
@@ -83,6 +85,8 @@ def generate(
     ] = 0,
     seed: SeedOption = None,
     together: Annotated[int, typer.Option(min=1, help="Questions decoded in one batch.")] = 8,
+    decoding: DecodingOption = "auto",
+    kv_tokens: KVOption = None,
     source: Annotated[
         Path | None,
         typer.Option(
@@ -129,7 +133,7 @@ def generate(
             broken = batch.generate_file(
                 functools.partial(load_model, everywhere(model), everywhere(head), fetch, engine=engine, vllm=vllm), source, output,
                 effort=effort, strategy=strategy, n=n,
-                max_new_tokens=max_new_tokens, thinking_budget=thinking_budget, **sampling,
+                max_new_tokens=max_new_tokens, thinking_budget=thinking_budget, decoding=decoding, kv_tokens=kv_tokens, **sampling,
                 seed=seed, together=together, replace=overwrite, report=complain,
                 run=run,
             )  # fmt: skip
@@ -145,7 +149,7 @@ def generate(
         with Board(screen) if screen.is_terminal else nullcontext() as board:
             results = reflective_model.generate(
                 part, effort, strategy=strategy, n=n, max_new_tokens=max_new_tokens, **sampling, seed=seed,
-                thinking_budget=thinking_budget, on_step=board and board.update,
+                thinking_budget=thinking_budget, on_step=board and board.update, decoding=decoding, kv_tokens=kv_tokens,
             )  # fmt: skip
         for question, result in zip(part, results, strict=True):
             if as_json:

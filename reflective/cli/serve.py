@@ -4,7 +4,16 @@ from typing import Annotated
 
 import typer
 
-from .common import EngineOption, FetchOption, HeadOption, ModelOption, VLLMOption, load_model
+from .common import (
+    DecodingOption,
+    EngineOption,
+    FetchOption,
+    HeadOption,
+    KVOption,
+    ModelOption,
+    VLLMOption,
+    load_model,
+)
 
 
 def serve(
@@ -19,6 +28,8 @@ def serve(
     batch_rows: Annotated[
         int | None, typer.Option(min=1, help="Candidates decoded together; default 32, in vLLM its max_num_seqs.")
     ] = None,
+    decoding: DecodingOption = "auto",
+    kv_tokens: KVOption = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are answered with 503.")] = 64,
     max_candidates: Annotated[int, typer.Option(min=1, help="Of a request.")] = 64,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 8 << 20,
@@ -41,5 +52,5 @@ def serve(
     limits = Limits(body_bytes=max_body, candidates=max_candidates, seconds=timeout)
     run(
         load_model(model, head, fetch, engine=engine, vllm=vllm), host, port, api_key=api_key, name=name, limits=limits,
-        batch_rows=batch_rows, max_queue=max_queue, grace=grace,
+        batch_rows=batch_rows, decoding=decoding, kv_tokens=kv_tokens, max_queue=max_queue, grace=grace,
     )  # fmt: skip

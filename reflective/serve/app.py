@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..engines.hf.engine import Decoding
 from ..model import ReflectiveModel
 from . import openai, pooling, published
 from .engine import Engine
@@ -35,6 +36,8 @@ def serve(
     name: str | None = None,
     limits: Limits | None = None,
     batch_rows: int | None = None,
+    decoding: Decoding = "auto",
+    kv_tokens: int | None = None,
     max_queue: int = 64,
     grace: float = 30.0,
     log_level: str = "info",
@@ -48,6 +51,7 @@ def serve(
         name: of the model, for clients; default the last part of its path.
         limits: of a request.
         batch_rows, max_queue: candidates decoded together, and requests that wait, at most; see ``Engine``.
+        decoding, kv_tokens: as for ``ReflectiveModel.generate``.
         grace: seconds to finish in; what is not finished then is cancelled, its client told so, and listed on stderr.
         log_level: of uvicorn.
 
@@ -56,7 +60,7 @@ def serve(
     """
     if api_key == "":
         raise ValueError("api_key: it is empty; give a key, or none")
-    engine = Engine(model, batch_rows=batch_rows, max_queue=max_queue)
+    engine = Engine(model, batch_rows=batch_rows, decoding=decoding, kv_tokens=kv_tokens, max_queue=max_queue)
     if host not in LOOPBACK and api_key is None:
         print(f"warning: {host} can be reached from other machines, and no api_key is asked for", file=sys.stderr)
     server = Server(create_app(engine, api_key=api_key, name=name, limits=limits), host, port, grace, log_level)

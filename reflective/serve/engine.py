@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from typing_extensions import Unpack
 
+from ..engines.hf.engine import Decoding
 from ..engines.hf.pace import Pace
 from ..engines.hf.scorer import Schedule
 from ..model import Candidate, Generation, ReflectiveModel
@@ -50,6 +51,7 @@ class Engine:
         batch_tokens: padded tokens that are scored between two forwards at most; fewer where these would take longer than a forward. In vLLM
             its ``max_num_batched_tokens``.
         schedule: as for ``StreamScorer``; vLLM's is immediate.
+        decoding, kv_tokens: as for ``ReflectiveModel.generate``; vLLM has its own.
 
     Raises:
         ValueError: a limit that lets nothing through; another ``schedule`` than vLLM's.
@@ -64,12 +66,14 @@ class Engine:
         max_steps: int = 4096,
         batch_tokens: int = 16_384,
         schedule: Schedule = "immediate",
+        decoding: Decoding = "auto",
+        kv_tokens: int | None = None,
     ) -> None:
         for name, value in (("batch_rows", batch_rows), ("max_queue", max_queue)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.model = model
-        self._scoring = {"schedule": schedule, "max_steps": max_steps}
+        self._settings = {"schedule": schedule, "max_steps": max_steps, "decoding": decoding, "kv_tokens": kv_tokens}
         self.queue = Queue(max_queue)
         self._tokens = 0
         self._tokenizing = threading.Lock()
@@ -81,7 +85,8 @@ class Engine:
             self._pace = Pace(batch_tokens, model.model.device, PIECE[1])
             self._turns = Pieces(model, self.queue, self._pace, batch_tokens)
         else:
-            model.host.refuse({"schedule": None if schedule == "immediate" else schedule})
+            given = {"schedule": (schedule, "immediate"), "decoding": (decoding, "auto"), "kv_tokens": (kv_tokens, None)}
+            model.host.refuse({name: None if value == usual else value for name, (value, usual) in given.items()})
             self._turns = Steps(model, self.queue)
         self._search = self._new_search(batch_rows)
         self.batch_rows: int = self._search.engine.batch_rows
@@ -335,7 +340,7 @@ class Engine:
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
     def _new_search(self, batch_rows: int | None) -> Search:
-        engine = self._turns.engine(batch_rows, **self._scoring)
+        engine = self._turns.engine(batch_rows, **self._settings)
         return Search(engine, self.model.reader, on_step=self._stepped, on_end=self._ended)
 
     def _run(self) -> None:

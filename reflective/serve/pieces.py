@@ -27,9 +27,9 @@ class Pieces(Asides):
         self.batch_tokens = batch_tokens
         self._pace, self._oldest_first = pace, True
 
-    def engine(self, batch_rows: int | None, **scoring: Any) -> Any:
-        """For a search; ``scoring``: of its scorer."""
-        return self.model.engine(batch_rows=batch_rows, pace=self._pace, **scoring)
+    def engine(self, batch_rows: int | None, **settings: Any) -> Any:
+        """For a search; ``settings``: of it and its scorer."""
+        return self.model.engine(batch_rows=batch_rows, pace=self._pace, **settings)
 
     def serve(self, search: Search, arrivals: Callable[[int], list[Question]]) -> None:
         """Turns of the search, and beside them pieces of whatever else there is to run, until there is nothing."""

@@ -24,8 +24,8 @@ class Steps(Asides):
         self._told: dict[Score, int] = {}  # how many of their texts are counted
         self._oldest_first = True
 
-    def engine(self, batch_rows: int | None, **scoring: Any) -> Any:
-        """For a search; ``scoring`` was said when vLLM was started."""
+    def engine(self, batch_rows: int | None, **settings: Any) -> Any:
+        """For a search; ``settings`` were said when vLLM was started."""
         return self.model.engine(batch_rows=batch_rows)
 
     def serve(self, search: Search, arrivals: Callable[[int], list[Question]]) -> None:
