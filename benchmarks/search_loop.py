@@ -5,12 +5,12 @@
 On CPU SmolLM2-135M-Instruct in float32; with ``--device cuda`` a Qwen2 of random weights and of the shape of 1.5B, in bfloat16. Temperature
 0.6, top-p 0.95, every candidate ``tokens`` long. ``reflective`` is ``ReflectiveModel.generate``, scorer, answer and likelihoods included; no
 other way scores anything. The ways share the weights, each has a model of its own around them, and they take turns in an order
-drawn anew for each round. Before that every way runs twice, untimed: once for all that it compiles and captures (``warm_up_s``), and
-once to see how much memory it takes at its highest beyond what was there (``MiB``: the resident set; on a GPU what is allocated).
+drawn anew for each round, after a few tokens of each for all that it compiles and captures (``warm_up_s``).
 
 ``seconds``, with ``q20`` and ``q80``, is the median of the rounds; ``of_reflective`` the median, over the rounds, of this way's seconds by
 those of ``reflective`` in the same round: below 1 it is the faster one. ``first_s`` is the median until every candidate has its first
-token. ``recompiled`` counts the graphs that were compiled after the warm-up. ``host_ms``, on a GPU, is how long a step has no kernel
+token; ``MiB`` the most memory that a round took beyond what was there: of the resident set, on a GPU of what is allocated.
+``recompiled`` counts the graphs that were compiled after the warm-up. ``host_ms``, on a GPU, is how long a step has no kernel
 running, as the host is not there yet: ``seconds`` less the kernels' own time in a further run under torch's profiler.
 
 A way that cannot run has a row that says why in ``check``; the exit code is 1 if one that can gave other than the tokens asked for.
@@ -51,6 +51,7 @@ from reflective.engines.hf.internals import compiled_everywhere
 SAMPLING = {"temperature": 0.6, "top_p": 0.95}
 PAGE = 256  # tokens of a page of continuous batching
 QUICK = 12  # tokens of a trial
+WARM_UP = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Decoded:
     first_s: float
 
 
-Run = Callable[[], Decoded]
+Run = Callable[[int], Decoded]  # of so many tokens a candidate
 
 
 @dataclass
@@ -108,9 +109,9 @@ def reflective(task: Task) -> Run:
     own.generation_config.eos_token_id = []
     model = rf.ReflectiveModel(own, task.model.tokenizer, task.model.head, config)
 
-    def run() -> Decoded:
-        found = model.generate(task.question, n=task.n, max_new_tokens=task.tokens, seed=0, **SAMPLING)
-        if task.tokens >= 4 * STEP_EVERY and not any(c.step_scores for c in found.candidates):
+    def run(tokens: int) -> Decoded:
+        found = model.generate(task.question, n=task.n, max_new_tokens=tokens, seed=0, **SAMPLING)
+        if tokens >= 4 * STEP_EVERY and not any(c.step_scores for c in found.candidates):
             raise RuntimeError("no candidate has a score")
         return Decoded(sum(len(c.token_ids) for c in found.candidates), found.alive[0][0])
 
@@ -120,11 +121,13 @@ def reflective(task: Task) -> Run:
 def generate(task: Task, **more: Any) -> Run:
     """transformers' ``generate``, with ``more`` arguments."""
     net, prompt = task.net(), task.prompt
-    given = fixed_length(prompt, task.tokens) | {"do_sample": True, "top_k": 0, "num_return_sequences": task.n}
+    given = SAMPLING | {"do_sample": True, "top_k": 0, "num_return_sequences": task.n} | more
 
-    def run() -> Decoded:
+    def run(tokens: int) -> Decoded:
         first, began = First(), time.perf_counter()
-        out = net.generate(prompt, **given, **SAMPLING, **more, stopping_criteria=StoppingCriteriaList([first]))
+        out = net.generate(
+            prompt, **fixed_length(prompt, tokens), **given, stopping_criteria=StoppingCriteriaList([first])
+        )
         return Decoded(out[:, prompt.shape[1] :].numel(), first.at - began)
 
     return run
@@ -132,14 +135,14 @@ def generate(task: Task, **more: Any) -> Run:
 
 def static(task: Task) -> Run:
     # By default generate compiles on GPUs alone, and so does on a CPU what it would do on one.
-    return generate(task, cache_implementation="static", compile_config=compiled_everywhere(CompileConfig()))
+    longest = task.prompt.shape[1] + task.tokens  # of the cache, in the warm-up too
+    compiled = compiled_everywhere(CompileConfig())
+    return generate(task, cache_implementation="static", max_cache_len=longest, compile_config=compiled)
 
 
 def generate_batch(task: Task) -> Run:
     net, prompt = task.net(), task.prompt
-    generation = GenerationConfig(
-        max_new_tokens=task.tokens, do_sample=True, top_k=0, num_return_sequences=task.n, eos_token_id=-1, pad_token_id=0, **SAMPLING
-    )  # fmt: skip
+    sampling = SAMPLING | {"do_sample": True, "top_k": 0, "num_return_sequences": task.n}
     here: dict[str, Any] = {}
     if task.device.type == "cpu":  # what it would find out on a GPU by itself
         pages = -(-(prompt.shape[1] + task.tokens) // PAGE) + 1
@@ -149,8 +152,9 @@ def generate_batch(task: Task) -> Run:
         }  # fmt: skip
     config = ContinuousBatchingConfig(**here)
 
-    def run() -> Decoded:
+    def run(tokens: int) -> Decoded:
         began = time.perf_counter()
+        generation = GenerationConfig(max_new_tokens=tokens, eos_token_id=-1, pad_token_id=0, **sampling)
         out = net.generate_batch(
             prompt.tolist(), generation_config=generation, continuous_batching_config=config, record_timestamps=True
         )
@@ -184,13 +188,21 @@ class Found:
     firsts: list[float] = field(default_factory=list)
 
 
-def timed(run: Run, device: torch.device) -> tuple[Decoded, float]:
+def timed(run: Run, tokens: int, device: torch.device) -> tuple[Decoded, float, float]:
+    """What ``run`` decoded, its seconds, and the MiB that it took at its highest."""
     gc.collect()
-    wait(device)
-    began = time.perf_counter()
-    decoded = run()
-    wait(device)
-    return decoded, time.perf_counter() - began
+
+    def all_of_it() -> Decoded:
+        decoded = run(tokens)
+        wait(device)
+        return decoded
+
+    if device.type == "cpu":
+        return measured(all_of_it)
+    with memory(device) as peak:
+        began = time.perf_counter()
+        decoded = all_of_it()
+        return decoded, time.perf_counter() - began, peak()
 
 
 def graphs() -> int:
@@ -199,29 +211,20 @@ def graphs() -> int:
 
 
 def prepared(way: str, task: Task) -> Found:
-    """``way`` after a run that warms it up and one that shows its memory."""
+    """``way``, warm."""
     found = Found()
     try:
         found.run = WAYS[way](task)
-        _, found.warm_up_s = timed(found.run, task.device)
-        before = graphs()
-        if task.device.type == "cuda":
-            with memory(task.device) as peak:
-                timed(found.run, task.device)
-                found.mib = peak()
-        else:
-            gc.collect()
-            _, _, found.mib = measured(found.run)
-        found.recompiled = graphs() - before
+        _, found.warm_up_s, _ = timed(found.run, min(WARM_UP, task.tokens), task.device)
     except Exception as error:  # noqa: BLE001 - whatever keeps it from running is what its row says
         found.run, found.why = None, f"cannot run: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return found
 
 
-def kernel_seconds(run: Run) -> float:
-    """That kernels run in one call."""
+def kernel_seconds(run: Run, tokens: int) -> float:
+    """That kernels run for ``tokens``."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        run()
+        run(tokens)
         torch.cuda.synchronize()
     return sum(e.time_range.elapsed_us() for e in seen.events() if e.device_type == DeviceType.CUDA) / 1e6
 
@@ -235,8 +238,10 @@ def measure(task: Task, ways: list[str], rounds: int) -> Iterator[dict[str, Any]
     for _ in range(rounds):
         for way in order.sample(running, len(running)):
             f, before = found[way], graphs()
-            decoded, seconds = timed(f.run, task.device)
+            decoded, seconds, mib = timed(f.run, task.tokens, task.device)
+            print(f"{way}, {task.n} x {task.tokens}: {seconds:.2f} s", flush=True)
             f.recompiled += graphs() - before
+            f.mib = max(f.mib, mib)
             f.seconds.append(seconds)
             f.firsts.append(decoded.first_s)
             if decoded.tokens != task.n * task.tokens:
@@ -262,7 +267,7 @@ def figures(f: Found, ours: Found | None, task: Task) -> dict[str, Any]:
     if ours and ours.run:
         row["of_reflective"] = round(median(a / b for a, b in zip(f.seconds, ours.seconds, strict=True)), 4)
     if task.device.type == "cuda":
-        row["host_ms"] = round(1e3 * (middle - kernel_seconds(f.run)) / task.tokens, 4)
+        row["host_ms"] = round(1e3 * (middle - kernel_seconds(f.run, task.tokens)) / task.tokens, 4)
     return row
 
 
