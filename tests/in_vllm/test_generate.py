@@ -144,7 +144,7 @@ def test_log_probabilities(model):
 
 
 def test_what_is_refused(model, tiny):
-    with pytest.raises(ValueError, match="backend='torch': vLLM's scorer is set up when the model is loaded"):
+    with pytest.raises(ValueError, match="backend='torch': vLLM is set up when the model is loaded"):
         model.generate(QUESTIONS[0], n=1, backend="torch")
     with pytest.raises(AttributeError, match="the weights of this model are in vLLM"):
         model.model.parameters()

@@ -20,7 +20,8 @@ NEUTRAL = (
 )  # fmt: skip
 FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer*")
 BIASES = 1024  # tokens of a logit_bias that Model Runner V2 has room for: more would end its worker
-NOT_HERE = ("schedule", "backend", "w1_dtype", "process_group")  # settings of a scorer that vLLM's worker has already
+# Settings of a scorer that vLLM's worker has already, and of decoding that vLLM does by its own.
+NOT_HERE = ("schedule", "backend", "w1_dtype", "process_group", "decoding", "kv_tokens")
 
 
 class VLLMHost:
@@ -99,9 +100,7 @@ class VLLMHost:
         """
         for name in NOT_HERE:
             if scoring.get(name) is not None:
-                raise ValueError(
-                    f"{name}={scoring[name]!r}: vLLM's scorer is set up when the model is loaded; see from_pretrained"
-                )
+                raise ValueError(f"{name}={scoring[name]!r}: vLLM is set up when the model is loaded; see from_pretrained")
 
     def identity(self) -> dict[str, Any]:
         """What results depend on beside the head: the files of the model, by their names, sizes and times; vLLM and its settings."""
