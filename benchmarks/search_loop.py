@@ -4,7 +4,7 @@
 
 On CPU SmolLM2-135M-Instruct in float32; with ``--device cuda`` a Qwen2 of random weights and of the shape of 1.5B, in bfloat16. Temperature
 0.6, top-p 0.95, every candidate ``tokens`` long. ``reflective`` is ``ReflectiveModel.generate``, scorer, answer and likelihoods included; no
-other way scores anything. The ways share the weights, each has a model of its own around them, and they take turns in an order
+other way scores anything. On a CPU that is ``reflective, batch``; with a ``whole sort`` it draws as it did before. The ways share the weights, each has a model of its own around them, and they take turns in an order
 drawn anew for each round, after a few tokens of each for all that it compiles and captures (``warm_up_s``).
 
 ``seconds``, with ``q20`` and ``q80``, is the median of the rounds; ``of_reflective`` the median, over the rounds, of this way's seconds by
@@ -18,6 +18,7 @@ A way that cannot run has a row that says why in ``check``; the exit code is 1 i
 
 import argparse
 import copy
+import functools
 import gc
 import random
 import time
@@ -46,6 +47,7 @@ from reflective.benchmarks.best_of_n import QUESTION, measured
 from reflective.benchmarks.decode_modes import STEP_EVERY, Subject, fixed_length, tiny, wait
 from reflective.benchmarks.decode_overhead_gpu import made, memory, word_tokenizer
 from reflective.benchmarks.record import RESULTS, write
+from reflective.engines.hf import sampling
 from reflective.engines.hf.internals import compiled_everywhere
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.95}
@@ -104,18 +106,27 @@ class First(StoppingCriteria):
         return self.going
 
 
-def reflective(task: Task) -> Run:
+def reflective(task: Task, decoding: str = "auto", whole_sort: bool = False) -> Run:
+    """``whole_sort``: tokens are drawn by a sort of the vocabulary, as they were before the likeliest alone were looked at."""
     own, config = task.net(), replace(task.model.config, stop=None, answer=None)
     own.generation_config.eos_token_id = []
     model = rf.ReflectiveModel(own, task.model.tokenizer, task.model.head, config)
 
     def run(tokens: int) -> Decoded:
-        found = model.generate(task.question, n=task.n, max_new_tokens=tokens, seed=0, **SAMPLING)
+        before, sampling.pick = sampling.pick, functools.partial(_sorting, sampling.pick) if whole_sort else sampling.pick
+        try:
+            found = model.generate(task.question, n=task.n, max_new_tokens=tokens, seed=0, decoding=decoding, **SAMPLING)
+        finally:
+            sampling.pick = before
         if tokens >= 4 * STEP_EVERY and not any(c.step_scores for c in found.candidates):
             raise RuntimeError("no candidate has a score")
         return Decoded(sum(len(c.token_ids) for c in found.candidates), found.alive[0][0])
 
     return run
+
+
+def _sorting(pick: Callable[..., Tensor], *arguments: Any, head_first: bool = False) -> Tensor:
+    return pick(*arguments)
 
 
 def generate(task: Task, **more: Any) -> Run:
@@ -142,7 +153,7 @@ def static(task: Task) -> Run:
 
 def generate_batch(task: Task) -> Run:
     net, prompt = task.net(), task.prompt
-    sampling = SAMPLING | {"do_sample": True, "top_k": 0, "num_return_sequences": task.n}
+    settings = SAMPLING | {"do_sample": True, "top_k": 0, "num_return_sequences": task.n}
     here: dict[str, Any] = {}
     if task.device.type == "cpu":  # what it would find out on a GPU by itself
         pages = -(-(prompt.shape[1] + task.tokens) // PAGE) + 1
@@ -154,7 +165,7 @@ def generate_batch(task: Task) -> Run:
 
     def run(tokens: int) -> Decoded:
         began = time.perf_counter()
-        generation = GenerationConfig(max_new_tokens=tokens, eos_token_id=-1, pad_token_id=0, **sampling)
+        generation = GenerationConfig(max_new_tokens=tokens, eos_token_id=-1, pad_token_id=0, **settings)
         out = net.generate_batch(
             prompt.tolist(), generation_config=generation, continuous_batching_config=config, record_timestamps=True
         )
@@ -169,6 +180,10 @@ def generate_batch(task: Task) -> Run:
 
 WAYS: dict[str, Callable[[Task], Run]] = {
     "reflective": reflective,
+    "reflective, whole sort": functools.partial(reflective, whole_sort=True),
+    "reflective, batch": functools.partial(reflective, decoding="batch"),
+    "reflective, seats": functools.partial(reflective, decoding="seats"),
+    "reflective, compiled": functools.partial(reflective, decoding="compiled"),
     "transformers dynamic": generate,
     "transformers static compiled": static,
     "transformers generate_batch": generate_batch,

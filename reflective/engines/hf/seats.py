@@ -490,7 +490,8 @@ class Seats:
             logits = (self._compiled or self._forward)(cache, ids, positions)
         kept = self._logits[: len(logits)]
         kept.copy_(torch.where(fed[:, None], logits, kept))
-        token = pick(logits, p.sent[0], p.sent[1].long(), self._rules.first(len(logits)), uses)
+        on_host = self.device.type == "cpu" and not self.captures  # where to look at what comes costs nothing
+        token = pick(logits, p.sent[0], p.sent[1].long(), self._rules.first(len(logits)), uses, head_first=on_host)
         chance = log_probs_of(logits, token, likely)
         p.length.add_(fed)
         p.left.sub_(fed.long())
