@@ -4,12 +4,14 @@
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from typing_extensions import Self
 
 from ..base import Chance
 from .internals import cache_argument
@@ -27,21 +29,26 @@ class Drawn(NamedTuple):
     steps: int | None
 
 
-Call = Callable[..., Tensor]
+@dataclass(frozen=True)
+class Forward:
+    """A model's forward as it is called here; ``cache_name`` is what it calls its cache, ``known`` which of our arguments it has."""
 
+    model: PreTrainedModel
+    cache_name: str
+    known: frozenset[str]
 
-def forward_of(model: PreTrainedModel) -> Call:
-    """``call(cache, ids [R, T], positions [R, T], mask, keep=1)``: logits [R, V] of ``model`` after the last of ``ids``; with ``keep`` 0
-    [R, T, V], after each of them."""
-    inputs, name = inspect.signature(model.forward).parameters, cache_argument(model)
-    known = [key for key in ("attention_mask", "position_ids", "logits_to_keep") if key in inputs]
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        inputs = inspect.signature(model.forward).parameters
+        known = ("attention_mask", "position_ids", "logits_to_keep")
+        return cls(model, cache_argument(model), frozenset(name for name in known if name in inputs))
 
-    def call(cache: Cache, ids: Tensor, positions: Tensor, mask: Tensor | None, keep: int = 1) -> Tensor:
+    def __call__(self, cache: Cache, ids: Tensor, positions: Tensor, mask: Tensor | None, keep: int = 1) -> Tensor:
+        """Logits [R, V] after the last of ``ids`` [R, T]; with ``keep`` 0 [R, T, V], after each of them."""
         given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
-        logits = model(input_ids=ids, **{name: cache}, use_cache=True, **{key: given[key] for key in known}).logits
+        given = {name: value for name, value in given.items() if name in self.known}
+        logits = self.model(input_ids=ids, **{self.cache_name: cache}, use_cache=True, **given).logits
         return logits[:, -1] if keep else logits
-
-    return call
 
 
 class Batch:
@@ -56,7 +63,7 @@ class Batch:
     ahead = keeps_idle = False
 
     def __init__(self, model: PreTrainedModel, scorer: StreamScorer, ends: frozenset[int]) -> None:
-        self.device, self.scorer, self.ends, self.call = model.device, scorer, ends, forward_of(model)
+        self.device, self.scorer, self.ends, self.call = model.device, scorer, ends, Forward.of(model)
         self.seated: list[Continuation] = []
         self._rows: Rows | None = None
         self._logits: Tensor | None = None

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from ...utils.arguments import one_of, whole
 from ...utils.lengths import batches_by_length
 from ..base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
-from .batch import Batch, Drawn, forward_of
+from .batch import Batch, Drawn, Forward
 from .finished import of_text
 from .kv import Rows, check_rows_apart, free_bytes, new_cache
 from .pace import Pace
@@ -83,7 +83,7 @@ class TransformersEngine:
         )  # fmt: skip
         self.did: Literal["prompts", "piece", "tokens"] | None = None
         self.decode_seconds = 0.0
-        self._call = forward_of(model)
+        self._call = Forward.of(model)
         self.why_batch: str | None = None
         self._decoding, self.kv_tokens = decoding, kv_tokens
         self._places = self._made(decoding)

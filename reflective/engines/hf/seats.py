@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ...scoring.state import StreamState
 from ..base import Chance, Sampling
-from .batch import Drawn, forward_of
+from .batch import Drawn, Forward
 from .internals import SeatCache, SeatLayer, can_exchange_attention, exchange_attention, register_attention, vary
 from .kv import Row, Rows
 from .sampling import Rules, Uses, log_probs_of, pick
@@ -80,6 +80,12 @@ def why_unseatable(model: PreTrainedModel, scorer: StreamScorer) -> str | None:
     if scorer.flushes_by_hand:
         return "its scorer keeps features, or has a part of the head alone"
     return None
+
+
+def _logits(call: Forward, cache: SeatCache, ids: Tensor, positions: Tensor) -> Tensor:
+    """[S, V] after ``ids`` [S, 1] at ``positions`` [S, 1]. No method: what is compiled for one object would be compiled for the next."""
+    mask = torch.arange(cache.columns, device=positions.device) <= positions
+    return call(cache, ids, positions, mask[:, None, None])
 
 
 def _power(n: int) -> int:
@@ -186,7 +192,7 @@ class Seats:
         self.device, self.scorer, self.ends, self.compiled = model.device, scorer, ends, compiled
         self.ahead = self.captures = self.device.type == "cuda"
         self.seated: list[Continuation | None] = []
-        self._model, self._call = model, forward_of(model)
+        self._model, self._call = model, Forward.of(model)
         self._ends = torch.tensor(sorted(ends) or [-1], device=self.device)
         self._shapes: list[tuple[int, int, int, torch.dtype]] = []  # of a layer: heads, widths of keys and of values
         self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values [S, heads, C, width] of each
@@ -422,7 +428,7 @@ class Seats:
         self._count += 1
         wanted = self._count > COMPILE_AFTER and self.captures if self.compiled is None else self.compiled
         if wanted and not self._compiled:
-            self._compiled = torch.compile(self._forward, fullgraph=True)
+            self._compiled = torch.compile(_logits, fullgraph=True)
             self._drop_steps()
         state, weights = self.scorer.stream.state, self.scorer.stream.placed.weights
         if any(step.state is not state or step.weights is not weights for step in self._steps.values()):
@@ -487,7 +493,7 @@ class Seats:
         p.heard.copy_(torch.where(fed, p.row, -1))
         before = stream.state.counted(p.row) if steps else 0
         with self._attending(p.heard):
-            logits = (self._compiled or self._forward)(cache, ids, positions)
+            logits = (self._compiled or _logits)(self._call, cache, ids, positions)
         kept = self._logits[: len(logits)]
         kept.copy_(torch.where(fed[:, None], logits, kept))
         on_host = self.device.type == "cpu" and not self.captures  # where to look at what comes costs nothing
@@ -506,10 +512,6 @@ class Seats:
         p.live.logical_and_(goes | ~fed)
         told = torch.stack([token.double(), chance.log_prob.double(), fed.double(), counts.double()], 1)
         return torch.cat([told, chance.top.double(), chance.log_probs.double()], 1)
-
-    def _forward(self, cache: SeatCache, ids: Tensor, positions: Tensor) -> Tensor:
-        mask = torch.arange(cache.columns, device=positions.device) <= positions
-        return self._call(cache, ids, positions, mask[:, None, None])
 
     @contextlib.contextmanager
     def _attending(self, heard: Tensor) -> Iterator[None]:
