@@ -377,7 +377,7 @@ class ReflectiveModel:
             looked_at = on_step is not None or observes(strategy)
             scoring["schedule"] = schedule or ("immediate" if looked_at else "deferred")
             most = max((a.max_new_tokens for a in asks), default=1)
-            scoring["max_steps"] = 1 << (most - 1).bit_length()  # so that few lengths need an engine of their own
+            scoring["max_steps"] = max(1024, 1 << (most - 1).bit_length())  # so that few lengths need an engine of their own
             scoring |= {"decoding": decoding, "kv_tokens": kv_tokens}
         with self._engine_kept(batch_rows, scoring) as engine:
             before = engine.scoring_seconds
