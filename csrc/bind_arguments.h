@@ -220,7 +220,8 @@ inline DecodeStep make_decode_step(const Tensor& ids, const Tensor& hidden, cons
                             const Tensor& b2, const Tensor& seq, const Tensor& tally, const Tensor& last_hidden,
                             const Tensor& step_column, const Tensor& step_region, const Tensor& step_score,
                             const Tensor& slots, const Tensor& slot_owner, const Tensor& n_slots,
-                            const Tensor& workspace, const Optional& rows, const Optional& cu_seqlens) {
+                            const Tensor& workspace, const Optional& rows, const Optional& cu_seqlens, int64_t quiet) {
+  if (quiet < 0) throw std::runtime_error("quiet is " + std::to_string(quiet) + "; expected columns, 0 or more");
   Ids tokens = make_ids(ids);
   const Head head = make_head(w1, b1, w2, &b2, hidden);
   const Argument states = features_of("hidden", hidden, head, {tokens.batch, tokens.length, head.width});
@@ -296,10 +297,10 @@ inline const float* make_logits(const Tensor& logits, const Stream& stream) {
       const Tensor &b1, const Tensor &w2, const Tensor &b2, const Tensor &seq, const Tensor &tally,               \
       const Tensor &last_hidden, const Tensor &step_column, const Tensor &step_region, const Tensor &step_score,  \
       const Tensor &slots, const Tensor &slot_owner, const Tensor &n_slots, const Tensor &workspace,              \
-      bool at_predict, bool immediate, const Optional &rows, const Optional &cu_seqlens
+      bool at_predict, bool immediate, const Optional &rows, const Optional &cu_seqlens, int64_t quiet
 #define DECODE_STEP_NAMES                                                                                        \
   token_class, transition, w1, b1, w2, b2, seq, tally, last_hidden, step_column, step_region, step_score, slots, \
-      slot_owner, n_slots, workspace, rows, cu_seqlens
+      slot_owner, n_slots, workspace, rows, cu_seqlens, quiet
 
 }  // namespace reflective
 

@@ -36,7 +36,8 @@ Tensor logit_rows_cpu(const Tensor& features, const Tensor& w1, const Tensor& b1
 
 void decode_step_cpu(DECODE_STEP_ARGUMENTS) {
   const DecodeStep call = make_decode_step(ids, hidden, DECODE_STEP_NAMES);
-  decode_step(call.ids, call.hidden, call.segments, call.automaton, call.head, call.stream, at_predict, immediate);
+  decode_step(call.ids, call.hidden, call.segments, call.automaton, call.head, call.stream, at_predict, immediate,
+              quiet);
 }
 
 void flush_cpu(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& tally,

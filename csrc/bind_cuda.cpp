@@ -101,7 +101,7 @@ void decode_step_cuda(DECODE_STEP_ARGUMENTS) {
                              std::to_string(call.ids.batch) + " sequences need at least as many");
   }
   gpu::decode_step(call.ids, call.hidden, call.segments, call.automaton, call.head, call.stream, at_predict, immediate,
-                   device.stream());
+                   quiet, device.stream());
 }
 
 void flush_cuda(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& tally,

@@ -28,7 +28,7 @@ void check(const Segments& segments, const Ids& ids, const Stream& stream) {
 }  // namespace
 
 void decode_step(const Ids& ids, const Hidden& hidden, const Segments& segments, const Automaton& automaton,
-                 const Head& head, const Stream& stream, bool at_predict, bool immediate) {
+                 const Head& head, const Stream& stream, bool at_predict, bool immediate, int64_t quiet) {
   const int64_t element = head.is_bfloat16() ? sizeof(bfloat16) : sizeof(float);
   const int64_t row_bytes = head.width * element;
   const bool packed = segments.cu_seqlens != nullptr;
@@ -63,7 +63,7 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Segments& segments,
 
     const int32_t entry = automaton.entry(id, s[AUTOMATON]);
     s[AUTOMATON] = automaton.check_state(entry & NEXT_STATE);
-    if (entry & STEP && column - s[PAD] >= 2 && column >= s[START]) {
+    if (entry & STEP && column - s[PAD] >= 2 && column >= s[START] && j >= quiet) {
       if (*stream.n_slots == stream.slot_capacity) flush(head, stream);
       const int64_t slot = (*stream.n_slots)++, step = s[N_STEPS]++;
       const int64_t region = (s[N_THINK] > 0 ? AFTER_THINK : 0) + (s[N_END] > 0 ? AFTER_END : 0);

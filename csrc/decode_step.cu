@@ -152,7 +152,8 @@ void launch_step(const Device& on, Step<H> step, cudaStream_t stream) {
 }  // namespace
 
 void decode_step(const Ids& ids, const Hidden& hidden, const Segments& segments, const Automaton& automaton,
-                 const Head& head, const Stream& state, bool at_predict, bool immediate, cudaStream_t stream) {
+                 const Head& head, const Stream& state, bool at_predict, bool immediate, int64_t quiet,
+                 cudaStream_t stream) {
   if (ids.batch == 0 || ids.length == 0) {
     if (immediate) flush(head, state, stream);
     return;
@@ -164,20 +165,23 @@ void decode_step(const Ids& ids, const Hidden& hidden, const Segments& segments,
     const T* const first = static_cast<const T*>(hidden.data);
     Step<H> step{typed, {}, ids, segments, first, hidden.batch_stride, automaton, state, at_predict, immediate};
     const bool packed = segments.cu_seqlens != nullptr;
-    if (ids.length == 1 && !packed) return launch_step(on, step, stream);
+    if (ids.length == 1 && !packed && quiet == 0) return launch_step(on, step, stream);
     const int64_t rows_a_column = packed ? 1 : ids.batch;
     const int64_t piece = std::max<int64_t>(1, state.slot_capacity / rows_a_column);
-    for (int64_t begin = 0; begin < ids.length; begin += piece) {
-      const int64_t end = std::min(begin + piece, ids.length);
-      Step<H> make_room = step;
-      make_room.ids.batch = 0;
-      make_room.immediate = false;
-      make_room.room = static_cast<int>(rows_a_column * (end - begin));
-      make_room.room_begin = static_cast<int>(begin);
-      make_room.room_end = packed ? segments.cu_seqlens + ids.batch : nullptr;
-      launch_step(on, make_room, stream);
+    for (int64_t begin = 0, end; begin < ids.length; begin = end) {
+      const int64_t counting = std::min(std::max(begin, quiet), ids.length);  // from here on a column may want slots
+      end = std::min(counting + piece, ids.length);
+      if (counting < end) {
+        Step<H> make_room = step;
+        make_room.ids.batch = 0;
+        make_room.immediate = false;
+        make_room.room = static_cast<int>(rows_a_column * (end - counting));
+        make_room.room_begin = static_cast<int>(counting);
+        make_room.room_end = packed ? segments.cu_seqlens + ids.batch : nullptr;
+        launch_step(on, make_room, stream);
+      }
       launch(detect_kernel<H>, dim3(static_cast<unsigned>(ids.batch)), WALK_THREADS, DETECT_SHARED_BYTES, stream, step,
-             hidden.stride, begin, end);
+             hidden.stride, begin, end, quiet);
     }
     if (immediate) flush(head, state, stream);
   });

@@ -32,10 +32,11 @@ struct Segments {
   const int32_t* cu_seqlens;  // [batch + 1], the packed form: all sequences share one row of ids; null: the dense form
 };
 
-// Consumes ids [batch, length], of batch stride 0 where packed, and the states they produced: see
-// kernels/decode_step.py. Throws std::out_of_range for a bad id, row or segment and then leaves the state unchanged.
+// Consumes ids [batch, length], of batch stride 0 where packed, and the states they produced; no step of the first
+// `quiet` columns counts: see kernels/decode_step.py. Throws std::out_of_range for a bad id, row or segment and then
+// leaves the state unchanged.
 void decode_step(const Ids& ids, const Hidden& hidden, const Segments& segments, const Automaton& automaton,
-                 const Head& head, const Stream& stream, bool at_predict, bool immediate);
+                 const Head& head, const Stream& stream, bool at_predict, bool immediate, int64_t quiet);
 
 // Scores slots[:n_slots] into their owners' tallies and step logs, in slot order; empties the buffer: see
 // kernels/flush.py.

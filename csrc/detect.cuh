@@ -10,10 +10,12 @@ namespace {
 constexpr int DETECT_SHARED_BYTES = WALK_SHARED_BYTES + 16;
 
 // Columns [begin, end) of one sequence a block, as far as they are its own; steps to the next free slots, of which
-// there are enough. Rows of one sequence come in step order, sequences in any; no result depends on which.
+// there are enough for those from column `quiet` on. No step before it counts. Rows of one sequence come in step order,
+// sequences in any; no result depends on which.
 template <class H>
 __global__ void __launch_bounds__(WALK_THREADS, 8)
-    detect_kernel(const __grid_constant__ Step<H> step, int64_t hidden_token_stride, int64_t begin, int64_t end) {
+    detect_kernel(const __grid_constant__ Step<H> step, int64_t hidden_token_stride, int64_t begin, int64_t end,
+                  int64_t quiet) {
   const Stream& state = step.state;
   int* const shared_slot = reinterpret_cast<int*>(shared_memory() + WALK_SHARED_BYTES);
   const int64_t b = blockIdx.x, row = step.state_row(b);
@@ -29,7 +31,7 @@ __global__ void __launch_bounds__(WALK_THREADS, 8)
 
   walk(step.ids, step.automaton, b, begin, end, [&](int64_t j, int64_t id, const int32_t* entries) {
     const int32_t entry = at.is_text() && entries ? entries[at.automaton] : 0;
-    if (at.is_step(entry)) {
+    if (j >= quiet && at.is_step(entry)) {
       if (threadIdx.x == 0) *shared_slot = atomicAdd(state.n_slots, 1);
       __syncthreads();
       const int slot = *shared_slot;

@@ -19,10 +19,12 @@ void score_rows(const Head& head, const Rows& rows, float* sums, float* out, cud
 
 void logit_rows(const Head& head, const Rows& rows, float* sums, float* out, cudaStream_t stream);
 
-// One launch where ids are [batch, 1]; else two for every slot_capacity / batch columns, or slot_capacity packed ones,
-// and one for `immediate`. A row outside the state is skipped. No allocation, no waiting.
+// One launch where ids are [batch, 1] and none is quiet; else two for every slot_capacity / batch columns, or
+// slot_capacity packed ones, and one for `immediate`. Quiet columns come with the first two; where there are no others,
+// that is one launch. A row outside the state is skipped. No allocation, no waiting.
 void decode_step(const Ids& ids, const Hidden& hidden, const Segments& segments, const Automaton& automaton,
-                 const Head& head, const Stream& state, bool at_predict, bool immediate, cudaStream_t stream);
+                 const Head& head, const Stream& state, bool at_predict, bool immediate, int64_t quiet,
+                 cudaStream_t stream);
 
 void flush(const Head& head, const Stream& state, cudaStream_t stream);
 

@@ -34,6 +34,7 @@ def decode_step(
     step_column: Tensor, step_region: Tensor, step_score: Tensor,
     slots: Tensor, slot_owner: Tensor, n_slots: Tensor, workspace: Tensor,
     at_predict: bool, immediate: bool, rows: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    quiet: int = 0,
 ) -> None:  # fmt: skip
     """Consume ``q`` tokens of each of ``B`` sequences, or of each as many as ``cu_seqlens`` says.
 
@@ -61,25 +62,33 @@ def decode_step(
             is sequence b's. States of which no row is named rest as they are.
         cu_seqlens: [B + 1] int32, the packed form: sequence b is columns ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``, which
             may be none. Columns outside are padding. None: the dense form.
+        quiet: so many columns of ``ids`` at the beginning hold no step that counts, of any sequence: kernels need no slots for
+            them and consume them in one piece. A step there does not count, even if it is in scope. 0, more than there are,
+            and all between are allowed.
+
+    Raises:
+        ValueError: ``quiet`` is negative; RuntimeError, where compiled.
     """
+    if quiet < 0:
+        raise ValueError(f"quiet={quiet}: expected columns, 0 or more")
     log_capacity = step_column.shape[1]
     B = len(ids) if cu_seqlens is None else len(cu_seqlens) - 1
     row = torch.arange(B, device=ids.device) if rows is None else rows.long()
     if cu_seqlens is not None:  # one sequence after the other
         bounds = pairwise(cu_seqlens.tolist())
-        parts = [(ids[:, i:k], hidden[:, i:k], row[b : b + 1]) for b, (i, k) in enumerate(bounds)]
+        parts = [(ids[:, i:k], hidden[:, i:k], row[b : b + 1], i) for b, (i, k) in enumerate(bounds)]
     else:
-        parts = [(ids, hidden, row)]
+        parts = [(ids, hidden, row, 0)]
     if rows is not None:
-        parts = [tuple(t[row >= 0] for t in (ids, hidden, row)) for ids, hidden, row in parts]
+        parts = [(*(t[row >= 0] for t in (ids, hidden, row)), i) for ids, hidden, row, i in parts]
 
-    for x, h, row in parts:
+    for x, h, row, first in parts:
         s = seq[row]
         for j in range(x.shape[1]):
             column = s[:, SEEN].clone()
             text = column >= s[:, PAD]  # not left padding
             entry = transition[token_class[x[:, j]].long(), s[:, AUTOMATON]].long() * text
-            is_step = ((entry & STEP) != 0) & (column - s[:, PAD] >= 2) & (column >= s[:, START])
+            is_step = ((entry & STEP) != 0) & (column - s[:, PAD] >= 2) & (column >= s[:, START]) & (first + j >= quiet)
             region = (s[:, N_THINK] > 0).long() + 2 * (s[:, N_END] > 0).long()  # AFTER_THINK | AFTER_END
             previous = last_hidden[row, column & 1] if j == 0 else h[:, j - 1]
             feature = previous if at_predict else h[:, j]

@@ -222,20 +222,20 @@ def _step(
 
 
 @triton.jit(
-    do_not_specialize=["begin", "end", "N", "V", "n_states", "C", "ids_b", "ids_q"],
+    do_not_specialize=["begin", "end", "quiet", "N", "V", "n_states", "C", "ids_b", "ids_q"],
     do_not_specialize_on_alignment=["ids"],
 )
 def _walk(
     ids, hidden, token_class, transition, seq, last_hidden, step_column, step_region, slots, slot_owner, n_slots,
-    rows, cu_seqlens, begin, end, N, V, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H: tl.constexpr,
+    rows, cu_seqlens, begin, end, quiet, N, V, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H: tl.constexpr,
     AT_PREDICT: tl.constexpr,
 ):  # fmt: skip
     """For one sequence a program and those of ``j = begin, .. end - 1`` that are its own: ``entry = transition[token_class[ids[j]], state]``; if it is
     a step in scope, ``slots[n_slots++] = h[j - 1]`` (``AT_PREDICT``; before the call it is ``last_hidden``) or ``h[j]``, with
     its owner and its step log; then ``state = entry & NEXT_STATE``, tags counted, ``hash = hash factor + id + 1``.
 
-    The slots must have room for as many rows as there may be steps: see ``flush_for``. Rows of one sequence come in step
-    order, sequences in any; no result depends on which.
+    No step of a column before ``quiet`` counts. The slots must have room for as many rows as there may be steps from there on:
+    see ``flush_for``. Rows of one sequence come in step order, sequences in any; no result depends on which.
 
     ids: [B, q] int64 and hidden: [B, q, H], with their strides, packed of 0 from sequence to sequence; transition:
     [n_classes, n_states] int32; step_column: [N, C] int32; step_region: [N, C] int8; rows: [B], cu_seqlens: [B + 1] int32,
@@ -264,7 +264,7 @@ def _walk(
         known = (token >= 0) & (token < V)
         token_row = transition + tl.load(token_class + token, mask=known, other=0).to(tl.int64) * n_states
         entry = tl.load(token_row + state, mask=text & known, other=0)
-        if ((entry & STEP) != 0) & (column >= scope):
+        if ((entry & STEP) != 0) & (column >= scope) & (j >= quiet):
             slot = tl.atomic_add(n_slots, 1, sem="relaxed").to(tl.int64)
             source = hidden_ptr + j * hidden_q
             if AT_PREDICT:
@@ -303,17 +303,21 @@ def decode_step(
     step_column: Tensor, step_region: Tensor, step_score: Tensor,
     slots: Tensor, slot_owner: Tensor, n_slots: Tensor, workspace: Tensor,
     at_predict: bool, immediate: bool, rows: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    quiet: int = 0,
 ) -> None:  # fmt: skip
     """Consume ``q`` tokens of each of ``B`` sequences, or those that ``cu_seqlens`` gives it; semantics and arguments as in
     the definition.
 
     A dense call of one token is one launch. Other calls are cut into pieces whose steps fit the slot buffer even if every
-    token were one, of three launches each, of which two mostly return at once. Nothing is allocated or read back, unless
+    token were one, of three launches each, of which two mostly return at once; ``quiet`` columns come with the first piece, and
+    are one launch where there are no others. Nothing is allocated or read back, unless
     ``hidden`` is not contiguous in its last dimension: then it is copied.
 
     Raises:
-        ValueError: the slot buffer has fewer rows than a dense call has sequences.
+        ValueError: the slot buffer has fewer rows than a dense call has sequences; ``quiet`` is negative.
     """
+    if quiet < 0:
+        raise ValueError(f"quiet={quiet}: expected columns, 0 or more")
     B, q = ids.shape
     R, H = slots.shape
     N, C, V, n_states = *step_column.shape, len(token_class), transition.shape[1]
@@ -322,7 +326,7 @@ def decode_step(
     if hidden.stride(2) != 1:
         hidden = hidden.contiguous()
     with torch.cuda.device_of(ids):
-        if q == 1 and cu_seqlens is None:
+        if q == 1 and cu_seqlens is None and not quiet:
             tile = head_tile(w1, 16 if immediate else R)
             # Left to itself the assembler spills some scalars in order to fit more programs on a multiprocessor.
             tile["maxnreg"] = 168 if tile["num_warps"] == 4 else 248
@@ -342,12 +346,16 @@ def decode_step(
         sequences, (ids_b, ids_q), (hidden_b, hidden_q) = B, ids.stride(), hidden.stride()[:2]
         if cu_seqlens is not None:
             sequences, ids_b, hidden_b = len(cu_seqlens) - 1, 0, 0
-        for begin in range(0, q if sequences else 0, piece):
-            end = min(begin + piece, q)
-            flush_for(B * (end - begin), *head_and_slots)
+        begin, quiet = 0, min(quiet, q)
+        while begin < q and sequences:
+            counting = max(begin, quiet)  # from here on a column may want slots
+            end = min(counting + piece, q)
+            if counting < end:
+                flush_for(B * (end - counting), *head_and_slots)
             _walk[(sequences,)](
                 ids, hidden, token_class, transition, seq, last_hidden, step_column, step_region, slots, slot_owner, n_slots,
-                rows, cu_seqlens, begin, end, N, V, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H, at_predict, **OPTIONS,
+                rows, cu_seqlens, begin, end, quiet, N, V, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H, at_predict, **OPTIONS,
             )  # fmt: skip
+            begin = end
         if immediate:
             flush(*head_and_slots)

@@ -6,6 +6,7 @@ Whatever has yet to be written is poisoned, and behind the last weight and behin
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -337,6 +338,78 @@ def check_resting(decode_step: Callable, q: int, device: torch.device | str = "c
         assert state["seq"][:, layout.SEEN].tolist() == [0, 0, q if bounds is None else 0, 0, q, 0]
 
 
+def check_quiet(decode_step: Callable, flush: Callable, device: torch.device | str = "cpu") -> None:
+    """Whatever part of the columns before the scope is said to be quiet, all bits are those of a call that says nothing (of the
+    definition's scores, nearly); a step in scope of a column said to be quiet does not count, and takes no slot: dense and packed,
+    of one column and many.
+    """
+    T, start = 16, 10
+    defined = decode_step is kernels.decode_step
+    sizes = {"slots": 7, "log": T, "pad": [0, 4, 0], "start": [start, start + 2, NEVER]}
+    case = Stream(3, T, 16, torch.float32, step=1.1, device=device, sizes=sizes)
+    head, bounds = case.head, torch.tensor([0, 5, 5, T], dtype=torch.int32, device=device)
+
+    def run(
+        op: Callable, quiet: Sequence[int], lengths: Sequence[int], immediate: bool, starts: Sequence[int]
+    ) -> State:
+        state, begin = case.state(), 0
+        state["seq"][:, layout.START] = torch.tensor(starts, device=device)
+        for n, q in zip(quiet, lengths, strict=True):
+            part = case.ids[:, begin : begin + q], case.hidden[:, begin : begin + q]
+            op(*part, *case.automaton, *head, *state.values(), True, immediate, None, None, n)
+            begin += q
+        (kernels.flush if op is kernels.decode_step else flush)(*head, *flush_arguments(state))
+        return state
+
+    def same(a: State, b: State) -> None:
+        for state in (a, b):
+            state["seq"][:, layout.START] = 0
+        for name in ("seq", "step_column", "step_region"):
+            assert_identical(a[name], b[name])
+        for name in ("tally", "step_score"):
+            (assert_close if defined else assert_identical)(a[name].float(), b[name].float())
+        assert_identical(newest_hidden(a), newest_hidden(b))
+
+    for immediate in (True, False):
+        for lengths, most in (
+            ([T], [start]),
+            ([start, T - start], [start, 0]),
+            ([1] * T, [1] * start + [0] * (T - start)),
+        ):
+            expected = run(decode_step, [0] * len(lengths), lengths, immediate, sizes["start"])
+            assert expected["seq"][:, layout.N_STEPS].tolist() == [T - start, T - start - 2, 0]
+            same(run(decode_step, most, lengths, immediate, sizes["start"]), expected)
+            same(run(decode_step, [n // 2 for n in most], lengths, immediate, sizes["start"]), expected)
+        # Beyond what is true, and beyond the columns there are: as if the scope began there. Nothing overflows.
+        for said, counting in ((13, 13), (T, T), (T + 100, T), (2**40, T)):
+            for op in (decode_step, kernels.decode_step):
+                state = run(op, [said], [T], immediate, [0] * 3)
+                assert state["seq"][:, layout.N_STEPS].tolist() == [T - counting] * 3
+                assert (state["step_column"][:, : T - counting] >= counting).all()
+            same(
+                run(decode_step, [said], [T], immediate, [0] * 3), run(decode_step, [0], [T], immediate, [counting] * 3)
+            )
+        last = run(decode_step, [0] * (T - 1) + [9], [1] * T, immediate, [0] * 3)
+        assert last["seq"][:, layout.N_STEPS].tolist() == [T - 3, T - 7, T - 3]
+
+        states = []
+        for quiet in (0, 7, 9, 12, 2**40):  # packed, columns are those of the buffer
+            state = case.state()
+            state["seq"][:, layout.PAD] = 0
+            state["seq"][:, layout.START] = torch.tensor([2, 0, 7], device=device)
+            packed = case.ids[:1], case.hidden[:1], *case.automaton, *head, *state.values(), True, immediate
+            decode_step(*packed, None, bounds, quiet)
+            flush(*head, *flush_arguments(state))
+            states.append(state)
+        found = [state["seq"][:, layout.N_STEPS].tolist() for state in states]
+        assert found == [[3, 0, T - 12], [0, 0, T - 12], [0, 0, T - 12], [0, 0, T - 12], [0, 0, 0]]
+        for state in states[1:4]:
+            same(*({name: t[1:] for name, t in s.items()} for s in (state, states[0])))
+
+    with pytest.raises((ValueError, RuntimeError), match="quiet.*-1.*0 or more"):
+        run(decode_step, [-1], [T], True, [0] * 3)
+
+
 def opcheck_arguments(device: torch.device | str = "cpu", fp8: bool = False) -> dict[str, tuple]:
     """Arguments for every op by its name."""
     dtype = torch.bfloat16 if fp8 else torch.float32
@@ -363,3 +436,8 @@ def packed_arguments(device: torch.device | str = "cpu") -> tuple:
     bounds = torch.tensor([0, 4, 4, 7, 9], dtype=torch.int32, device=device)
     state = case.state().values()
     return case.ids[:1], case.hidden[:1], *case.automaton, *case.head, *state, True, True, rows, bounds
+
+
+def quiet_arguments(device: torch.device | str = "cpu") -> tuple:
+    """Arguments of a dense ``decode_step`` that begins with four quiet columns."""
+    return *opcheck_arguments(device)["decode_step"], None, None, 4

@@ -30,7 +30,8 @@ def missing() -> str | None:
 
 @functools.cache
 def kernels() -> SimpleNamespace:
-    """The ops by name, and ``emulate(seed, resident_blocks, multiprocessors, shared_memory_limit)``; compiles in seconds."""
+    """The ops by name, ``emulate(seed, resident_blocks, multiprocessors, shared_memory_limit)``, and ``launches()`` until now;
+    compiles in seconds."""
     out = Path(tempfile.mkdtemp()) / "reflective_emulation.so"
     sources = [ROOT / "csrc" / "bind_cuda.cpp", *sorted((ROOT / "csrc").glob("*.cu"))]
     libraries = cpp_extension.library_paths()
@@ -44,8 +45,10 @@ def kernels() -> SimpleNamespace:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     torch.ops.load_library(out)
-    emulate = ctypes.CDLL(str(out)).emulate
+    library = ctypes.CDLL(str(out))
+    emulate, launches = library.emulate, library.launches
+    launches.restype = ctypes.c_uint64
     emulate.argtypes = ctypes.c_uint64, ctypes.c_uint, ctypes.c_int, ctypes.c_int
     emulate(0, 64, MULTIPROCESSORS, 227 * 1024)
     found = getattr(torch.ops, NAMESPACE)
-    return SimpleNamespace(emulate=emulate, **{name: getattr(found, name) for name in OPS})
+    return SimpleNamespace(emulate=emulate, launches=launches, **{name: getattr(found, name) for name in OPS})

@@ -14,11 +14,13 @@ from cases import (
     V,
     assert_2x,
     assert_identical,
+    check_quiet,
     check_resting,
     check_step_mask,
     flush_arguments,
     opcheck_arguments,
     packed_arguments,
+    quiet_arguments,
     random_head,
     random_rows,
 )
@@ -139,6 +141,11 @@ def test_states_that_no_row_names_rest(q: int) -> None:
     check_resting(cpu.decode_step, q)
 
 
+@pytest.mark.parametrize("ops", [cpu, kernels], ids=["cpu", "definition"])
+def test_quiet_columns(ops) -> None:
+    check_quiet(ops.decode_step, ops.flush)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_ops_give_a_row_the_same_bits(capability: str, dtype: torch.dtype) -> None:
     ids, hidden, *rest = stream_case(100, dtype, T=40, slots=40, log=40)
@@ -187,7 +194,7 @@ def test_an_id_outside_the_vocabulary_changes_nothing(token: int) -> None:
 
 def test_bad_arguments_are_named() -> None:
     names = [a.name for a in cpu.decode_step.default._schema.arguments]
-    case = dict(zip(names, (*stream_case(16, torch.float32, slots=3), True, True, None, None), strict=True))
+    case = dict(zip(names, (*stream_case(16, torch.float32, slots=3), True, True, None, None, 0), strict=True))
     wrong = {
         "hidden": [case["hidden"].bfloat16(), case["hidden"].mT.contiguous().mT, case["hidden"][:, :4]],
         "ids": [case["ids"].int(), case["ids"].repeat(2, 1)],
@@ -201,6 +208,7 @@ def test_bad_arguments_are_named() -> None:
         "n_slots": [torch.tensor([4], dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)],
         "transition": [case["transition"][:1], case["transition"].long()],
         "rows": [torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)],
+        "quiet": [-1],
         "cu_seqlens": [torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)],  # ids have three rows
     }
     for name, values in wrong.items():
@@ -246,6 +254,10 @@ def test_columns_behind_the_last_sequence_are_not_looked_at() -> None:
     arguments[0][0, 8] = -100
     with pytest.raises(IndexError, match=r"ids\[0, 8\] is -100"):
         cpu.decode_step(*arguments)
+
+
+def test_opcheck_of_quiet_columns() -> None:
+    torch.library.opcheck(cpu.decode_step.default, quiet_arguments())
 
 
 def test_opcheck_of_a_packed_call() -> None:

@@ -13,6 +13,7 @@ from cases import (
     Stream,
     assert_2x,
     assert_identical,
+    check_quiet,
     check_resting,
     check_step_mask,
     flush_arguments,
@@ -187,6 +188,27 @@ def test_states_that_no_row_names_rest(cuda, q):
     check_resting(cuda.decode_step, q, DEVICE, beyond=True)
 
 
+def test_quiet_columns(cuda, schedule):
+    for seed in SEEDS:
+        schedule(seed)
+        check_quiet(cuda.decode_step, cuda.flush, DEVICE)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the emulator counts launches")
+@pytest.mark.parametrize(("B", "before"), [(1, 64), (32, 2048)])
+def test_a_prompt_before_the_scope_is_one_launch(cuda, B, before):
+    q = 8192
+    case = Stream(B, 1, 8, torch.float32, sizes={"slots": 256, "pad": [0] * B, "start": [q] * B})
+    case.ids, case.hidden = case.ids.expand(-1, q), case.hidden.expand(-1, q, -1)
+    for quiet, expected in ((0, before), (q - 8, 2), (q, 1)):
+        launched, state = cuda.launches(), case.state()
+        cuda.decode_step(
+            case.ids, case.hidden, *case.automaton, *case.head, *state.values(), True, False, None, None, quiet
+        )
+        assert cuda.launches() - launched == expected
+        assert state["seq"][:, layout.SEEN].tolist() == [q] * B
+
+
 def test_many_sequences(cuda, schedule):
     """More than one look of the block's threads; many rows at once, or hardly one."""
     for B, step, T in ((600, 0.3, 3), (270, 0.004, 3), (4096, 0.1, 2)):
@@ -318,6 +340,11 @@ def test_a_model_s_generation_is_scored(cuda, schedule_of_scores, dtype):
         scorer.stream.placed.backend = Backend("cuda", **ours)
     out = test_scorer.decode(scorer, net, ids, mask, num_return_sequences=2)
     test_scorer.assert_agrees(scorer.result(out), net, head, out, mask, "predict")
+
+
+@needs_gpu
+def test_opcheck_of_quiet_columns():
+    torch.library.opcheck(torch.ops.reflective.decode_step, cases.quiet_arguments(DEVICE))
 
 
 @needs_gpu

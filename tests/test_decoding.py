@@ -396,7 +396,7 @@ def test_states_by_hand():
     scorer = scorer_of(net, schedule="immediate", max_steps=20)
 
     def run(state, text, begin, end, cache):
-        scorer.assign([state])
+        scorer.assign([state], prompts=not begin)
         return cache_of(net(text[None, begin:end], **with_cache(net, cache)))
 
     with torch.no_grad(), scorer:

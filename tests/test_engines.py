@@ -1,5 +1,6 @@
 """What ``engines/base.py`` asks of every engine, tried on each that there is here; another one needs a line in ``ENGINES``."""
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -342,3 +343,29 @@ def test_a_transformers_model_is_left_as_it_was_found():
     assert type(model.model) is type(tiny.model()) and torch.is_grad_enabled()
     with pytest.raises(RuntimeError, match="within `with engine:`"):
         engine.advance()
+
+
+@pytest.mark.parametrize("decoding", ["batch", "seats"])
+def test_prompts_are_fed_as_columns_before_the_scope(decoding, monkeypatch):
+    """Also those in pieces, here of two tokens, and beside those that decode: none of the latter's columns is one."""
+    from reflective.engines.hf import engine as hf
+
+    monkeypatch.setattr(hf, "LOGITS", 2 * tiny.VOCAB)
+    engine = reflective_model().engine(batch_rows=4, decoding=decoding)
+    placed, calls = engine.scorer.stream.placed, []
+    backend = placed.backend
+
+    def decode_step(*args):
+        calls.append((args[0].shape[1], args[22]))
+        backend.decode_step(*args)
+
+    placed.backend = dataclasses.replace(backend, decode_step=decode_step)
+    with engine:
+        prefixes = engine.open([Prompt([5, 6, 7, 8, 9]), Prompt([7, 5, 6], logprobs=0)])
+        for prefix in prefixes:
+            engine.start(prefix, [sampling(7, 1)])
+        Log(engine).run()
+        engine.close(prefixes)
+    prompts = [call for call in calls if call[0] > 1]
+    assert sorted(prompts) == [(2, 2), (5, 5)] and calls.count((1, 1)) == 1, "3 tokens are pieces of 2 and 1"
+    assert calls.count((1, 0)) > 5

@@ -1,6 +1,7 @@
 """StreamScorer against rf.score, the definition, and an independent second pass over the same trajectories."""
 
 import copy
+import dataclasses
 import inspect
 import itertools
 
@@ -227,6 +228,23 @@ def test_the_last_token_counts_though_it_is_never_fed_back():
         assert scorer.result().n_steps.tolist() == [0]
         assert scorer.result(out).n_steps.tolist() == [n]
         assert scorer.result().n_steps.tolist() == [0], "asking for a result must not change the stream"
+
+
+@pytest.mark.parametrize(("scope", "quiet"), [("response", 9), ("text", 0)])
+@pytest.mark.parametrize("record_features", [False, True])
+def test_the_op_is_told_of_the_columns_before_the_scope(record_features, scope, quiet):
+    net, head = tiny.model(), tiny.head()
+    ids, mask = prompts()
+    scorer = rf.StreamScorer(net, head, tiny.steps(), scope=scope, record_features=record_features, buffer_rows=64)
+    calls, backend = [], scorer.backend
+
+    def decode_step(*args):
+        calls.append((args[0].shape[1], args[22]))
+        backend.decode_step(*args)
+
+    scorer.stream.placed.backend = dataclasses.replace(backend, decode_step=decode_step)
+    scorer.result(decode(scorer, net, ids, mask, max_new_tokens=4))
+    assert calls[:4] == [(9, quiet), (1, 0), (1, 0), (1, 0)]
 
 
 def test_one_scorer_serves_several_generations():

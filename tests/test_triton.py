@@ -11,6 +11,7 @@ from cases import (
     assert_2x,
     assert_identical,
     assert_same_state,
+    check_quiet,
     check_resting,
     check_step_mask,
     flush_arguments,
@@ -247,6 +248,10 @@ def test_states_that_no_row_names_rest(device, q):
     check_resting(decode_step, q, device, beyond=True)
 
 
+def test_quiet_columns(device, fixed_order_dot):
+    check_quiet(decode_step, flush, device)
+
+
 def outside_the_vocabulary(case):
     """Some of ``case``'s ids become none; beside the table of classes lie such as end a step. Returns the ids and the automaton
     of the definition for which they are no step, and where they are.
@@ -387,8 +392,9 @@ def test_hash_wraps(device):
     assert state["seq"][0, layout.HASH].item() % 2**64 == expected
 
 
-@pytest.mark.parametrize("immediate", [False, True])
-def test_a_token_is_one_launch(device, immediate, monkeypatch):
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels as they are launched."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -398,12 +404,25 @@ def test_a_token_is_one_launch(device, immediate, monkeypatch):
         monkeypatch.setattr(
             cls, "run", lambda self, *args, run=run, **kw: (launches.append(self), run(self, *args, **kw))
         )
+    return launches
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+def test_a_token_is_one_launch(device, immediate, launches):
     case = Stream(3, 1, 16, torch.bfloat16, device=device)
     case.feed(decode_step, case.state(), [1], True, immediate)
     assert len(launches) == 1
     rows = torch.tensor([2, -1, 0], dtype=torch.int32, device=device)
     decode_step(case.ids, case.hidden, *case.automaton, *case.head, *case.state().values(), True, immediate, rows)
     assert len(launches) == 2
+
+
+@pytest.mark.parametrize(("q", "quiet", "expected"), [(12, 0, 9), (12, 8, 3), (12, 12, 1), (1, 1, 1)])
+def test_quiet_columns_are_one_launch(device, launches, q, quiet, expected):
+    """Five columns a piece, each of two launches that make room and one that looks for steps."""
+    case = Stream(1, q, 16, torch.float32, device=device, sizes={"slots": 5})
+    decode_step(*case.arguments(), True, False, None, None, quiet)
+    assert len(launches) == expected
 
 
 def test_too_few_slots(device):

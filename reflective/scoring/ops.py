@@ -38,7 +38,7 @@ SCHEMAS = {
         "Tensor(a!) seq, Tensor(b!) tally, Tensor(c!) last_hidden, "
         "Tensor(d!) step_column, Tensor(e!) step_region, Tensor(f!) step_score, "
         "Tensor(g!) slots, Tensor(h!) slot_owner, Tensor(i!) n_slots, Tensor(j!) workspace, "
-        "bool at_predict, bool immediate, Tensor? rows=None, Tensor? cu_seqlens=None) -> ()"
+        "bool at_predict, bool immediate, Tensor? rows=None, Tensor? cu_seqlens=None, int quiet=0) -> ()"
     ),
     "flush": (
         f"({_HEAD}, Tensor(a!) tally, Tensor(b!) step_score, Tensor slots, Tensor slot_owner, Tensor(c!) n_slots, "

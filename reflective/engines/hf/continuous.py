@@ -64,7 +64,7 @@ class Batching:
         if past:
             hidden = self._stream.no_hidden(1, past)
             rows = torch.tensor([row], dtype=torch.int32, device=hidden.device)
-            self._stream.run(self._stream.state, ids[:, :past].to(hidden.device), hidden, rows)
+            self._stream.run(self._stream.state, ids[:, :past].to(hidden.device), hidden, rows, quiet=past)
 
     def features(self, ids: Tensor, hidden: Tensor) -> None:
         """Score the states [1, T, H] of that forward."""

@@ -226,7 +226,7 @@ class TransformersEngine:
     def _prefill(self, prefixes: list[Prefix]) -> list[Event]:
         ids, positions, mask = self._admit(prefixes)
         cache = new_cache()
-        self.scorer.assign([p.state for p in prefixes])
+        self.scorer.assign([p.state for p in prefixes], prompts=True)
         logits = self._call(cache, ids, positions, mask)
         self._places.assign()
         return self._prefilled(prefixes, cache, logits)
@@ -238,7 +238,7 @@ class TransformersEngine:
         if asked:
             most = min(most, max(1, LOGITS // self.model.get_input_embeddings().num_embeddings))
         piece = slice(prefix.done, min(prefix.done + most, prefix.ids.shape[1]))
-        self.scorer.assign([prefix.state])
+        self.scorer.assign([prefix.state], prompts=True)
         with self.pace.timed(piece.stop - piece.start) if self.pace else nullcontext():
             logits = self._call(
                 prefix.cache, prefix.ids[:, piece], prefix.positions[:, piece], None, keep=0 if asked else 1

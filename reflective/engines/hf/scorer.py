@@ -239,7 +239,7 @@ class StreamScorer:
             self._batching.features(ids, hidden)
         elif self._states.assigned is not None:
             self._follower.forget_draft()
-            self.stream.consume(ids, hidden, self._states.assigned)
+            self.stream.consume(ids, hidden, self._states.assigned, self._states.prompts)
         else:
             self._follower.features(ids, hidden)
         self.host_seconds += time.perf_counter() - began
@@ -297,15 +297,19 @@ class StreamScorer:
         """States [n, q, H] for tokens whose own are not known."""
         return self.stream.no_hidden(n, q)
 
-    def assign(self, rows: Sequence[int]) -> None:
+    def assign(self, rows: Sequence[int], *, prompts: bool = False) -> None:
         """From now on sequence i of a forward is that of state ``rows[i]``. Other states rest.
 
         The scorer then no longer looks at the cache: its rows are the caller's business.
 
+        Args:
+            prompts: whether all tokens of these forwards, until the next ``assign``, are of the prompts that were admitted. With
+                ``scope="response"`` none of their steps counts, and eager forwards are consumed in one piece.
+
         Raises:
             ValueError: the scorer records features, or a row that is no state.
         """
-        self._states.assign(rows)
+        self._states.assign(rows, prompts)
 
     def hold(self, n: int) -> None:
         """Have room for so many states at least."""
@@ -316,7 +320,7 @@ class StreamScorer:
     def assign_as(self, rows: Tensor) -> None:
         """The same by a tensor [B] int32 on the model's device, which is read in every forward and may change between them; a sequence
         whose row is -1 is not heard."""
-        self._states.assigned = rows
+        self._states.assign_as(rows)
 
     def release(self, rows: Sequence[int]) -> None:
         """Leave these states to later forks."""

@@ -16,22 +16,24 @@ class States:
 
     Attributes:
         assigned: states [B] int32 of the sequences of a forward; None where they were not assigned.
+        prompts: whether the next forwards are of nothing but the prompts of those assigned, by what the caller said.
         n: how many states there are.
     """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self.assigned: Tensor | None = None
+        self.prompts = False
         self.n = 0
         self._free: list[int] = []  # which of them may be used again
 
     def begin(self, n: int) -> None:
         """A generation of ``n`` sequences begins, which are states 0 to n-1."""
-        self.assigned, self.n, self._free = None, n, []
+        self.assigned, self.prompts, self.n, self._free = None, False, n, []
 
     def unassign(self) -> None:
         """Sequences are those of one batch again."""
-        self.assigned = None
+        self.assigned, self.prompts = None, False
 
     def check(self, n: int) -> None:
         """Raise RuntimeError unless a forward of ``n`` sequences is one of the states assigned."""
@@ -62,13 +64,17 @@ class States:
             stream.allocate(max(self.n, 2 * room))
         return rows
 
-    def assign(self, rows: Sequence[int]) -> None:
+    def assign(self, rows: Sequence[int], prompts: bool) -> None:
         if self._stream.record_features:
             raise ValueError("record_features=True records the sequences of a plain generation; leave assign out")
         if not all(0 <= row < self.n for row in rows) or len(set(rows)) < len(rows):
             raise ValueError(f"rows={list(rows)}: expected different states, each below {self.n}")
         rows = torch.tensor(list(rows), dtype=torch.int32)
         self.assigned = rows.to(self._stream.backbone.device, non_blocking=True)
+        self.prompts = prompts
+
+    def assign_as(self, rows: Tensor) -> None:
+        self.assigned, self.prompts = rows, False
 
     def release(self, rows: Sequence[int]) -> None:
         self._free += rows

@@ -91,23 +91,26 @@ class Stream:
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 
-    def consume(self, ids: Tensor, hidden: Tensor, rows: Tensor | None = None) -> None:
-        """Tokens [n, q] and their states [n, q, H]: of sequences 0 to n-1, or of ``rows`` [n] int32."""
+    def consume(self, ids: Tensor, hidden: Tensor, rows: Tensor | None = None, prompt: bool = False) -> None:
+        """Tokens [n, q] and their states [n, q, H]: of sequences 0 to n-1, or of ``rows`` [n] int32, of whose prompts they all
+        are (``prompt``)."""
+        n, q = ids.shape
+        # Columns before the scope: whatever they hold, no step of it counts. Of assigned states the host knows no column.
+        quiet = self._start - self.seen if rows is None else self._first_in_scope(q) if prompt else 0
+        quiet = min(max(quiet, 0), q)
         if not self.flushes_by_hand:
-            self.run(self.state, ids, hidden, rows)
-            self.seen += ids.shape[1]
+            self.run(self.state, ids, hidden, rows, quiet=quiet)
+            self.seen += q
             return
-        room, begin, (n, q) = len(self.state.slots), 0, ids.shape
+        room, begin = len(self.state.slots), 0
         # GPU kernels give the steps of several columns their slots in any order; ranks must agree on it.
         piece = 1 if self.placed.group else max(1, room // n)
         while begin < q:
-            # Columns before the scope: whatever they hold, no step of it counts. Of assigned states the host does not know.
-            quiet = self._start - self.seen if rows is None else 0
-            end = min(begin + (quiet if quiet > 0 else piece), q)
-            most = 0 if quiet > 0 else (end - begin) * n
+            end = quiet if begin < quiet else min(begin + piece, q)
+            most = 0 if begin < quiet else (end - begin) * n
             if self._waiting + most > room:
                 self.settle()
-            self.run(self.state, ids[:, begin:end], hidden[:, begin:end], rows)
+            self.run(self.state, ids[:, begin:end], hidden[:, begin:end], rows, quiet=max(quiet - begin, 0))
             self.seen += end - begin
             self._waiting += most
             begin = end
@@ -115,12 +118,13 @@ class Stream:
             self.settle()
 
     def run(
-        self, state: StreamState, ids: Tensor, hidden: Tensor, rows: Tensor | None = None, bounds: Tensor | None = None
-    ) -> None:
-        """The op, on ``state``; the host's count is not moved on."""
+        self, state: StreamState, ids: Tensor, hidden: Tensor, rows: Tensor | None = None, bounds: Tensor | None = None,
+        quiet: int = 0,
+    ) -> None:  # fmt: skip
+        """The op, on ``state``; the host's count is not moved on. No step of the first ``quiet`` columns counts."""
         self.placed.backend.decode_step(
             ids, hidden, self.steps.token_class, self.steps.transition, *self.placed.weights, *state.tensors(),
-            self.at == "predict", self.schedule == "immediate" and not self.flushes_by_hand, rows, bounds,
+            self.at == "predict", self.schedule == "immediate" and not self.flushes_by_hand, rows, bounds, quiet,
         )  # fmt: skip
 
     def no_hidden(self, n: int, q: int = 1) -> Tensor:

@@ -252,7 +252,7 @@ class Requests:
         if total := int(lengths.sum()):
             ids = self._sent([t for s in staged for t in s.ids])
             bounds = self._sent([0, *lengths.cumsum(0).tolist()], torch.int32)
-            self._run(ids[None], self._no_hidden.expand(1, total, -1), rows.int(), bounds)
+            self._run(ids[None], self._no_hidden.expand(1, total, -1), rows.int(), bounds, quiet=total)
         for s in staged:
             if s.steps:
                 self._put(s.row, s.steps)
@@ -302,11 +302,7 @@ class Requests:
         if hidden is not None:
             self._run(tokens, hidden[None], row)
             return
-        at = row.long()
-        start = self.state.seq[at, layout.START].clone()
-        self.state.seq[at, layout.START] = torch.iinfo(torch.int64).max
-        self._run(tokens, self._no_hidden.expand(1, len(ids), -1), row)
-        self.state.seq[at, layout.START] = start
+        self._run(tokens, self._no_hidden.expand(1, len(ids), -1), row, quiet=len(ids))
 
     def force(self, sampled: Tensor, rows: Tensor) -> None:
         """Overwrite ``sampled`` [B] of those of ``rows`` [B] that are to end, by a token that ends a response."""
@@ -366,10 +362,10 @@ class Requests:
         """Places [B] int64 of ``rows`` [B] in what has a row more than the state, for none."""
         return torch.where(rows >= 0, rows, len(self._pending) - 1).long()
 
-    def _run(self, ids: Tensor, hidden: Tensor, rows: Tensor, bounds: Tensor | None = None) -> None:
+    def _run(self, ids: Tensor, hidden: Tensor, rows: Tensor, bounds: Tensor | None = None, quiet: int = 0) -> None:
         self.placed.backend.decode_step(
             ids, hidden, self.steps.token_class, self.steps.transition, *self.placed.weights, *self.state.tensors(),
-            False, self.pruning is not None, rows, bounds,
+            False, self.pruning is not None, rows, bounds, quiet,
         )  # fmt: skip
 
     def _flush(self) -> None:
