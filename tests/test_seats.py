@@ -1,5 +1,6 @@
 """The step of fixed shape: what comes of it is what comes of the batch, whoever sits where, ahead or not, captured or not."""
 
+import copy
 import gc
 import json
 
@@ -34,8 +35,8 @@ class Done:
 def like_a_gpu(monkeypatch):
     """Steps are launched ahead, in the shapes that would be captured; what would be captured is run each time."""
 
-    def captured(self, run, places):
-        places.sent.zero_()
+    def captured(self, run):
+        places = run.args[0]
         before = {name: t.clone() for name, t in vars(places).items() if name != "heard"}
         heard = self.scorer.stream.state.snapshot()
         for _ in range(2):
@@ -190,6 +191,15 @@ def test_a_model_that_turns_out_to_attend_otherwise_goes_on_in_a_batch(monkeypat
     finally:
         register_attention(module._ATTENTION, module._attention, module._mask_as_it_is)
     assert told(found) == expected and found[0].engine == "batch" and made[0].why_batch == "it looks elsewhere"
+
+
+def test_a_model_of_which_a_layer_attends_elsewhere_is_refused():
+    model = reflective_model()
+    attention = model.model.model.layers[0].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="decoding='seats': 3 of the 4 layers of LlamaForCausalLM attend by .* take 'batch'"):
+        model.generate(QUESTIONS, decoding="seats", **RUN)
 
 
 def test_seats_get_fewer_as_sequences_end(like_a_gpu, monkeypatch):

@@ -48,8 +48,8 @@ class TransformersEngine:
         pace: how many tokens of prompts may be prefilled between two forwards of those that decode; a longer prompt is prefilled in
             pieces. None: all that were opened.
         decoding: ``"batch"``: eager, in a cache that grows with its sequences; ``"seats"``: by a step of fixed shape, which is a CUDA
-            graph on a GPU; ``"compiled"``: the same, its forward compiled at once; ``"auto"``: on a GPU seats where the model can have
-            them, compiled when they have been in use for a while, else the batch.
+            graph on a GPU; ``"compiled"``: the same, its forward compiled; ``"auto"``: on a GPU seats where the model can have them,
+            else the batch.
         kv_tokens: of so many tokens there are keys and values while they decode, padding and empty seats included; candidates for which
             that is not enough wait, what they have kept in the host's memory. One always decodes. None: as many as fit into three
             quarters of the memory that is free when the first prompt has been run.
@@ -139,8 +139,7 @@ class TransformersEngine:
         if decoding == "batch" or decoding == "auto" and self.model.device.type != "cuda":
             return batch
         try:
-            compiled = {"auto": None, "seats": False, "compiled": True}[decoding]
-            return Seats(self.model, self.scorer, self.ends, compiled=compiled)
+            return Seats(self.model, self.scorer, self.ends, compiled=decoding == "compiled")
         except Unseatable as why:
             if decoding != "auto":
                 raise ValueError(f"decoding={decoding!r}: {why}; take 'batch'") from why

@@ -11,6 +11,7 @@ change while somebody awaits them; whoever reads the step learns of it afterward
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -30,10 +31,12 @@ from .sequences import Continuation
 
 LEAST_COLUMNS = 256  # of a captured step: with fewer a short answer would be captured several times
 SLICE = 64  # columns by which what attention reads widens where nothing is captured
-COMPILE_AFTER = 4096  # captured steps: compiling takes about a minute, and saves some ms a step
 _ATTENTION = "reflective_seats"
 # What attention may be told besides.
 _HARMLESS = ("position_ids", "position_embeddings", "cache_position", "use_cache", "dropout", "is_causal")
+
+
+_HERE = threading.local()  # ``attended``: how often this thread has
 
 
 class Unseatable(Exception):
@@ -54,6 +57,8 @@ def _attention(
     seats, heads, q, width = query.shape
     if q != 1 or attention_mask is None or attention_mask.dim() != 4:
         raise Unseatable(f"{type(module).__name__} attends to {q} tokens at once, or without the mask that it was given")
+    if not torch.compiler.is_compiling():
+        _HERE.attended = getattr(_HERE, "attended", 0) + 1
     groups = key.shape[1]
     grouped = query.reshape(seats, groups, heads // groups, width)
     out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
@@ -168,7 +173,7 @@ class Seats:
     """Args:
         model: on one device; scorer: of it, attached.
         ends: tokens that end a sequence.
-        compiled: whether the forward is compiled: from the first step on, never, or (None) on a GPU after COMPILE_AFTER steps.
+        compiled: whether the forward is compiled, which takes a minute for a model of some billions of weights.
 
     Attributes:
         how: ``"seats"``, ``"captured"`` or ``"compiled"``.
@@ -185,14 +190,14 @@ class Seats:
     keeps_idle = True
 
     def __init__(
-        self, model: PreTrainedModel, scorer: StreamScorer, ends: frozenset[int], *, compiled: bool | None = None
+        self, model: PreTrainedModel, scorer: StreamScorer, ends: frozenset[int], *, compiled: bool = False
     ) -> None:
         if (why := why_unseatable(model, scorer)) is not None:
             raise Unseatable(why)
         self.device, self.scorer, self.ends, self.compiled = model.device, scorer, ends, compiled
         self.ahead = self.captures = self.device.type == "cuda"
         self.seated: list[Continuation | None] = []
-        self._model, self._call = model, Forward.of(model)
+        self._call = Forward.of(model)
         self._ends = torch.tensor(sorted(ends) or [-1], device=self.device)
         self._shapes: list[tuple[int, int, int, torch.dtype]] = []  # of a layer: heads, widths of keys and of values
         self._layers: list[tuple[Tensor, Tensor]] = []  # keys and values [S, heads, C, width] of each
@@ -202,10 +207,10 @@ class Seats:
         self._ruled: list[Sampling | None] = []  # whom the rules are of
         self._logits: Tensor | None = None  # [S, V] after what each was fed last
         self._compiled: Callable[..., Tensor] | None = None  # the forward
+        self._tried = False  # whether the model attends as seats need it
         self._steps: dict[tuple, _Step] = {}
         self.why_not_compiled: str | None = None
         self._launched: list[_Launched] = []
-        self._count = 0
         self._pool: Any = None  # of the graphs' memory
 
     @property
@@ -226,7 +231,7 @@ class Seats:
         """
         layers = rows.cache.layers
         if any(layer.keys is None for layer in layers):
-            raise Unseatable(f"layers of {type(self._model).__name__} share their keys")
+            raise Unseatable(f"layers of {type(self._call.model).__name__} share their keys")
         self._shapes = [(x.keys.shape[1], x.keys.shape[3], x.values.shape[3], x.keys.dtype) for x in layers]
         self._logits = logits.new_zeros(0, logits.shape[1])
 
@@ -355,12 +360,7 @@ class Seats:
             sent[i] = s.uniform(), float(s.next()), 1.0
         sent = torch.tensor([*zip(*sent, strict=True)], dtype=torch.float64, pin_memory=self.captures)
         self._places.sent[:, :n].copy_(sent, non_blocking=True)
-        try:
-            found, done = step(), None
-        except Unseatable:
-            for _, s in fed:
-                s.unused()
-            raise
+        found, done = step(), None
         if self.captures:
             found = torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
             done = torch.cuda.Event()
@@ -425,11 +425,6 @@ class Seats:
 
     def _step(self, n: int, columns: int, uses: Uses, likely: int, steps: bool) -> Callable[[], Tensor]:
         """What runs a step of this shape."""
-        self._count += 1
-        wanted = self._count > COMPILE_AFTER and self.captures if self.compiled is None else self.compiled
-        if wanted and not self._compiled:
-            self._compiled = torch.compile(_logits, fullgraph=True)
-            self._drop_steps()
         state, weights = self.scorer.stream.state, self.scorer.stream.placed.weights
         if any(step.state is not state or step.weights is not weights for step in self._steps.values()):
             self._drop_steps()  # the state grew, or the head was read anew: what was captured is of their old tensors
@@ -451,26 +446,37 @@ class Seats:
         ]
         cache, ids, positions = SeatCache(layers), places.token[:, None], places.length[:, None]
         run = functools.partial(self._run, places, cache, ids, positions, uses, likely, steps)
-        if not self.captures:
-            if self._compiled:
-                vary(cache, ids, positions, places.heard)
-            return run
-        if self._compiled:
+        places.sent.zero_()  # what is run here feeds nobody
+        if not self._tried:
+            self._try(run)
+        if self.compiled:
             vary(cache, ids, positions, places.heard)
+            self._compiled = self._compiled or torch.compile(_logits, fullgraph=True)
             try:
-                return self._captured(run, places)
+                run()
             except Exception as error:  # noqa: BLE001 - whatever the compiler raises, decoding goes on without it
                 self._compiled, self.compiled = None, False
                 self.why_not_compiled = f"{type(error).__name__}: {error}"
-        return self._captured(run, places)
+        return self._captured(run) if self.captures else run
 
-    def _captured(self, run: Callable[[], Tensor], places: _Places) -> Callable[[], Tensor]:
-        """``run`` as a CUDA graph. What runs before it is captured feeds nobody."""
-        places.sent.zero_()
+    def _try(self, run: Callable[[], Tensor]) -> None:
+        """Whether every layer attends by ``_attention``, and so from the seats.
+
+        Raises:
+            Unseatable: not.
+        """
+        before, layers = getattr(_HERE, "attended", 0), len(self._layers)
+        run()
+        if (n := getattr(_HERE, "attended", 0) - before) != layers:
+            raise Unseatable(f"{n} of the {layers} layers of {type(self._call.model).__name__} attend by transformers' interface")
+        self._tried = True
+
+    def _captured(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """``run`` as a CUDA graph."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles, and has cuBLAS and the allocator settle
+            for _ in range(2):  # has cuBLAS and the allocator settle
                 run()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
