@@ -193,6 +193,35 @@ def test_a_model_that_turns_out_to_attend_otherwise_goes_on_in_a_batch(monkeypat
     assert told(found) == expected and found[0].engine == "batch" and made[0].why_batch == "it looks elsewhere"
 
 
+@pytest.mark.parametrize("captured", [0, 1, 2])
+@pytest.mark.parametrize("strategy", ["best_of_n", "particles"])
+def test_a_step_that_cannot_be_captured_goes_on_in_a_batch(captured, strategy, like_a_gpu, monkeypatch):
+    """The first, or one of another shape, when there is something under way."""
+    made, left = Seats._captured, [captured]
+
+    def fails(self, run):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return made(self, run)
+
+    monkeypatch.setattr(Seats, "_captured", fails)
+    monkeypatch.setattr("reflective.engines.hf.engine.TransformersEngine._made", lambda e, _: module.Seats(e.model, e.scorer, e.ends))
+    monkeypatch.setattr(module, "LEAST_COLUMNS", 16)
+    model = reflective_model()
+    ahead = Seats.__init__
+
+    def init(self, *args, **how):
+        ahead(self, *args, **how)
+        self.ahead = self.captures = True
+
+    monkeypatch.setattr(Seats, "__init__", init)
+    found = model.generate(QUESTIONS, strategy=strategy, **RUN)
+    monkeypatch.undo()
+    expected = told(reflective_model().generate(QUESTIONS, decoding="batch", strategy=strategy, **RUN))
+    assert found[0].engine == "batch" and told(found) == expected
+
+
 def test_a_model_of_which_a_layer_attends_elsewhere_is_refused():
     model = reflective_model()
     attention = model.model.model.layers[0].self_attn

@@ -341,8 +341,9 @@ class TransformersEngine:
             try:
                 self._places.launch(steps)
             except Unseatable as why:
+                events = self._drawn(self._places.read()) if self._places.unread else []
                 self._batch_instead(why)
-                self._places.launch(steps)
+                return events
         events = self._drawn(self._places.read()) if self._places.unread > self._behind else []
         self.decode_seconds = time.perf_counter() - began
         return events

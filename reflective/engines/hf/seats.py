@@ -457,7 +457,13 @@ class Seats:
             except Exception as error:  # noqa: BLE001 - whatever the compiler raises, decoding goes on without it
                 self._compiled, self.compiled = None, False
                 self.why_not_compiled = f"{type(error).__name__}: {error}"
-        return self._captured(run) if self.captures else run
+        if not self.captures:
+            return run
+        try:
+            return self._captured(run)
+        except RuntimeError as error:  # experts, for instance, that are chosen on the host
+            torch.cuda.synchronize(self.device)
+            raise Unseatable(f"a step of {type(self._call.model).__name__} cannot be captured: {error}") from error
 
     def _try(self, run: Callable[[], Tensor]) -> None:
         """Whether every layer attends by ``_attention``, and so from the seats.
