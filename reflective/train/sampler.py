@@ -7,6 +7,10 @@ Three things make it faster than ``generate`` with ``num_return_sequences``:
 * What all prompts begin with (worked examples, a system prompt) is prefilled once and kept once: attention reads it as one
   matrix product for all rows.
 * A row that ends makes room at once, for a fork or for the next question; nothing is padded to the longest answer.
+
+That is why it does not share the decoding of ``engines.hf``, where every draw is a row: for 16 draws of each of 16 sums behind worked
+examples (temperature 0.8, the embedded model in float32) that engine was fed 10,911 to 10,933 tokens and this sampler 1,331 to 1,422, for
+the same 256 answers to the token, in a ninth to a tenth of its time, on one thread of a CPU that others used too.
 """
 
 import inspect
