@@ -298,9 +298,12 @@ def generate(subject: Subject, n: int, tokens: int, device: torch.device) -> Ite
         "reflective, batch": lambda length: ours(length, "batch"),
         "eager": theirs,
         "compiled": lambda length: theirs(length, cache_implementation="static", compile_config=compiled),
-        "reflective, compiled": lambda length: ours(length, "compiled"),
-        "reflective, compiled, prune": lambda length: ours(length, "compiled", prune()),
     }
+    if device.type == "cuda":
+        ways |= {
+            "reflective, compiled": lambda length: ours(length, "compiled"),
+            "reflective, compiled, prune": lambda length: ours(length, "compiled", prune()),
+        }
     for way, run in ways.items():
         began = time.perf_counter()
         # A static cache is as long as the text, and forwards are compiled for it.

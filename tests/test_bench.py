@@ -550,7 +550,7 @@ def test_scoring_alone_and_the_second_pass(small_subject):
 
 def test_ways_of_generating_decode_as_many_tokens(small_subject):
     rows = {row["way"]: row for row in decode_overhead_gpu.generate(small_subject, 2, 6, CPU)}
-    assert list(rows) == ["reflective", "eager", "compiled"]
+    assert list(rows) == ["reflective", "reflective, prune", "reflective, batch", "eager", "compiled"]
     assert all(row["check"] == "" and row["tokens_per_s"] > 0 and row["layers"] == 3 for row in rows.values())
 
 

@@ -12,7 +12,7 @@ from test_search import QUESTIONS, reflective_model
 
 from reflective.engines.base import Appended, Ended, Prompt, Sampling
 from reflective.engines.hf import seats as module
-from reflective.engines.hf.internals import register_attention
+from reflective.engines.hf.internals import exchange_attention, register_attention
 from reflective.engines.hf.seats import Seats
 
 RUN = {"n": 4, "max_new_tokens": 40, "seed": 1, "temperature": 1.0, "top_p": 0.9}
@@ -226,7 +226,7 @@ def test_a_model_of_which_a_layer_attends_elsewhere_is_refused():
     model = reflective_model()
     attention = model.model.model.layers[0].self_attn
     attention.config = copy.deepcopy(attention.config)
-    attention.config._attn_implementation = "sdpa"
+    exchange_attention(attention, "sdpa")
     with pytest.raises(ValueError, match="decoding='seats': 3 of the 4 layers of LlamaForCausalLM attend by .* take 'batch'"):
         model.generate(QUESTIONS, decoding="seats", **RUN)
 

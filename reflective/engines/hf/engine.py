@@ -277,7 +277,7 @@ class TransformersEngine:
         if self.kv_tokens is None and (free := free_bytes(self.model.device)) is not None:
             self.kv_tokens = max(1, 3 * free // (4 * rows.take(0).token_bytes))
         rows.arrange([])
-        self._learnt = rows, logits[:0]
+        self._learnt = rows, logits.new_empty(0, logits.shape[1])  # no view, which would keep them all
         try:
             self._places.learn(rows, logits)
         except Unseatable as why:
