@@ -4,8 +4,9 @@
 
 On CPU SmolLM2-135M-Instruct in float32; with ``--device cuda`` a Qwen2 of random weights and of the shape of 1.5B, in bfloat16. Temperature
 0.6, top-p 0.95, every candidate ``tokens`` long. ``reflective`` is ``ReflectiveModel.generate``, scorer, answer and likelihoods included; no
-other way scores anything. On a CPU that is ``reflective, batch``; with a ``whole sort`` it draws as it did before. The ways share the weights, each has a model of its own around them, and they take turns in an order
-drawn anew for each round, after a few tokens of each for all that it compiles and captures (``warm_up_s``).
+other way scores anything. On a CPU that is ``reflective, batch``; with a ``whole sort`` it draws as it did before. The ways share the
+weights, each has a model of its own around them, and they take turns in an order drawn anew for each round, after a few tokens of each
+for all that it compiles and captures (``warm_up_s``).
 
 ``seconds``, with ``q20`` and ``q80``, is the median of the rounds; ``of_reflective`` the median, over the rounds, of this way's seconds by
 those of ``reflective`` in the same round: below 1 it is the faster one. ``first_s`` is the median until every candidate has its first

@@ -135,16 +135,15 @@ class TransformersEngine:
         Raises:
             ValueError: the model cannot have the seats asked for.
         """
-        batch = Batch(self.model, self.scorer, self.ends)
         if decoding == "batch" or decoding == "auto" and self.model.device.type != "cuda":
-            return batch
+            return Batch(self.model, self.scorer, self.ends)
         try:
             return Seats(self.model, self.scorer, self.ends, compiled=decoding == "compiled")
         except Unseatable as why:
             if decoding != "auto":
                 raise ValueError(f"decoding={decoding!r}: {why}; take 'batch'") from why
             self.why_batch = str(why)
-            return batch
+            return Batch(self.model, self.scorer, self.ends)
 
     @property
     def _seated(self) -> list[Continuation]:
