@@ -371,13 +371,12 @@ class ReflectiveModel:
         for ask in asks[:1]:  # the others have the same settings
             self.check_sampling(ask)
         scoring = {"schedule": schedule, "backend": backend, "w1_dtype": w1_dtype, "process_group": process_group}
-        scoring |= {"decoding": None if decoding == "auto" else decoding, "kv_tokens": kv_tokens}
+        scoring |= {"decoding": decoding, "kv_tokens": kv_tokens}
         if self.host is None:
             looked_at = on_step is not None or observes(strategy)
             scoring["schedule"] = schedule or ("immediate" if looked_at else "deferred")
             most = max((a.max_new_tokens for a in asks), default=1)
             scoring["max_steps"] = max(1024, 1 << (most - 1).bit_length())  # so that few lengths need an engine of their own
-            scoring["decoding"] = decoding
         with self._engine_kept(batch_rows, scoring) as engine:
             before = engine.scoring_seconds
             done = Search(engine, self.reader, on_step=on_step).run(asks)

@@ -85,8 +85,8 @@ class Engine:
             self._pace = Pace(batch_tokens, model.model.device, PIECE[1])
             self._turns = Pieces(model, self.queue, self._pace, batch_tokens)
         else:
-            given = {"schedule": (schedule, "immediate"), "decoding": (decoding, "auto"), "kv_tokens": (kv_tokens, None)}
-            model.host.refuse({name: None if value == usual else value for name, (value, usual) in given.items()})
+            mine = None if schedule == "immediate" else schedule
+            model.host.refuse({"schedule": mine, "decoding": decoding, "kv_tokens": kv_tokens})
             self._turns = Steps(model, self.queue)
         self._search = self._new_search(batch_rows)
         self.batch_rows: int = self._search.engine.batch_rows

@@ -20,8 +20,10 @@ NEUTRAL = (
 )  # fmt: skip
 FILES = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer*")
 BIASES = 1024  # tokens of a logit_bias that Model Runner V2 has room for: more would end its worker
-# Settings of a scorer that vLLM's worker has already, and of decoding that vLLM does by its own.
-NOT_HERE = ("schedule", "backend", "w1_dtype", "process_group", "decoding", "kv_tokens")
+# Settings of a scorer that vLLM's worker has already, and of decoding that vLLM does by its own; with what they are where nobody says.
+NOT_HERE = {
+    "schedule": None, "backend": None, "w1_dtype": None, "process_group": None, "decoding": "auto", "kv_tokens": None,
+}  # fmt: skip
 
 
 class VLLMHost:
@@ -98,8 +100,8 @@ class VLLMHost:
         Raises:
             ValueError: one of these settings is given.
         """
-        for name in NOT_HERE:
-            if scoring.get(name) is not None:
+        for name, usual in NOT_HERE.items():
+            if scoring.get(name, usual) not in (None, usual):
                 raise ValueError(f"{name}={scoring[name]!r}: vLLM is set up when the model is loaded; see from_pretrained")
 
     def identity(self) -> dict[str, Any]:
