@@ -1,12 +1,14 @@
 """Candidates for one prompt: this package's own loop, and transformers' ways to decode as many.
 
-    python benchmarks/search_loop.py [--n 8 32] [--tokens 256] [--rounds 3] [--device cuda] [--way NAME] [--quick] [--out benchmarks/results]
+    python benchmarks/search_loop.py [--n 8 32] [--tokens 256] [--prompt P] [--rounds 3] [--device cuda] [--way NAME] [--quick]
+                                     [--out benchmarks/results]
 
 On CPU SmolLM2-135M-Instruct in float32; with ``--device cuda`` a Qwen2 of random weights and of the shape of 1.5B, in bfloat16. Temperature
 0.6, top-p 0.95, every candidate ``tokens`` long. ``reflective`` is ``ReflectiveModel.generate``, scorer, answer and likelihoods included; no
 other way scores anything. On a CPU that is ``reflective, batch``; with a ``whole sort`` it draws as it did before. The ways share the
 weights, each has a model of its own around them, and they take turns in an order drawn anew for each round, after a few tokens of each
-for all that it compiles and captures (``warm_up_s``).
+for all that it compiles and captures (``warm_up_s``). With ``--prompt`` the prompt has about so many tokens; our own loop keeps a long
+one once for all candidates, all others a copy for each. That goes into ``search_loop_prompt.csv``.
 
 ``seconds``, with ``q20`` and ``q80``, is the median of the rounds; ``of_reflective`` the median, over the rounds, of this way's seconds by
 those of ``reflective`` in the same round: below 1 it is the faster one. ``first_s`` is the median until every candidate has its first
@@ -263,7 +265,7 @@ def measure(task: Task, ways: list[str], rounds: int) -> Iterator[dict[str, Any]
             if decoded.tokens != task.n * task.tokens:
                 f.why = f"{decoded.tokens} tokens instead of {task.n * task.tokens}"
     for way, f in found.items():
-        yield {"way": way, "n": task.n, "tokens": task.tokens} | figures(f, found.get("reflective"), task)
+        yield {"way": way, "n": task.n, "prompt": task.prompt.shape[1], "tokens": task.tokens} | figures(f, found.get("reflective"), task)
 
 
 def figures(f: Found, ours: Found | None, task: Task) -> dict[str, Any]:
@@ -300,6 +302,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--n", type=int, nargs="+", default=[8, 32], help="candidates")
     parser.add_argument("--tokens", type=int, default=256, help="of each")
+    parser.add_argument("--prompt", type=int, help="tokens of it; by default those of a short question")
     parser.add_argument("--rounds", type=int, default=3, help="timed, of all ways")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--layers", type=int, help="of the random model; by default all of its shape")
@@ -322,10 +325,12 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for n in args.n:
         task = random_task(subject, n, args.tokens) if subject else Task(model, QUESTION, n, args.tokens)
+        if args.prompt:
+            task.question = "\n".join([task.question] * max(1, args.prompt // len(task.model.encode(task.question)[0])))
         for row in measure(task, ways, args.rounds):
             rows.append({"model": "random" if subject else "SmolLM2", "device": device.type} | row)
             print(rows[-1], flush=True)
-            path = write("search_loop", rows, args.out, device)
+            path = write("search_loop_prompt" if args.prompt else "search_loop", rows, args.out, device)
     print(path)
     return int(any(row["check"] and row["seconds"] for row in rows))
 

@@ -157,7 +157,7 @@ def test_generate_with_a_strategy(checkpoint, tmp_path):
     done = run(*args, "--strategy", "step_beam", "--json", "--plot", tmp_path / "plot.png")
     for record in map(json.loads, done.stdout.splitlines()):
         assert record["chosen_by"] == "score"
-        assert record["strategy"] == "step_beam" and record["seed"] == 1 and not record["interrupted"]
+        assert record["strategy"] == "step_beam" and record["engine"] == "batch" and record["seed"] == 1 and not record["interrupted"]
         assert record["tokens"] == sum(c["tokens"] for c in record["candidates"]) > 30
         assert record["alive"][-1][1] == 0 and record["seconds"] > record["scoring_seconds"] > 0
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG" and done.stderr == ""

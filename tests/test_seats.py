@@ -11,6 +11,7 @@ import torch
 from test_search import QUESTIONS, reflective_model
 
 from reflective.engines.base import Appended, Ended, Prompt, Sampling
+from reflective.engines.hf import attention
 from reflective.engines.hf import seats as module
 from reflective.engines.hf.internals import exchange_attention, register_attention
 from reflective.engines.hf.seats import Seats
@@ -185,11 +186,11 @@ def test_a_model_that_turns_out_to_attend_otherwise_goes_on_in_a_batch(monkeypat
         return Seats(self.model, self.scorer, self.ends)
 
     monkeypatch.setattr("reflective.engines.hf.engine.TransformersEngine._made", seats)
-    register_attention(module._ATTENTION, refuses, module._mask_as_it_is)
+    register_attention(attention.NAME, refuses, attention._mask_as_it_is)
     try:
         found = model.generate(QUESTIONS, **RUN)
     finally:
-        register_attention(module._ATTENTION, module._attention, module._mask_as_it_is)
+        attention.register()
     assert told(found) == expected and found[0].engine == "batch" and made[0].why_batch == "it looks elsewhere"
 
 
@@ -224,9 +225,9 @@ def test_a_step_that_cannot_be_captured_goes_on_in_a_batch(captured, strategy, l
 
 def test_a_model_of_which_a_layer_attends_elsewhere_is_refused():
     model = reflective_model()
-    attention = model.model.model.layers[0].self_attn
-    attention.config = copy.deepcopy(attention.config)
-    exchange_attention(attention, "sdpa")
+    layer = model.model.model.layers[0].self_attn
+    layer.config = copy.deepcopy(layer.config)
+    exchange_attention(layer, "sdpa")
     with pytest.raises(ValueError, match="decoding='seats': 3 of the 4 layers of LlamaForCausalLM attend by .* take 'batch'"):
         model.generate(QUESTIONS, decoding="seats", **RUN)
 
@@ -326,3 +327,91 @@ def test_candidates_wait_for_memory(decoding, room, monkeypatch, request):
     assert held <= room
     freely = run(10**9)
     assert tokens == freely[0] and scores == pytest.approx(freely[1]) and freely[2] > 200
+
+
+# -- prompts that are kept once -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shares(monkeypatch):
+    """Every prompt of two sequences is shared; tells how many were, at most, at a time."""
+    most = [0]
+    share = Seats._share
+
+    def watched(self):
+        share(self)
+        most[0] = max(most[0], len(self._prompts))
+
+    monkeypatch.setattr(module, "SHARED", 1)
+    monkeypatch.setattr(Seats, "_share", watched)
+    return most
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "phi", "gpt2", "mixtral", "qwen2_vl"])
+def test_a_shared_prompt_gives_the_same(kind, shares):
+    model = reflective_model(kind)
+    batch = model.generate(QUESTIONS, decoding="batch", **RUN)
+    assert told(model.generate(QUESTIONS, decoding="seats", **RUN)) == told(batch)
+    assert shares == [len(QUESTIONS)], "each question's is"
+
+
+@pytest.mark.parametrize("settings", [
+    {"n": 9, "batch_rows": 4}, {"strategy": "step_beam"}, {"strategy": "particles"}, {"strategy": "astar"}, {"schedule": "immediate"},
+    {"thinking_budget": 9}, {"repetition_penalty": 1.2}, {"kv_tokens": 160},
+])  # fmt: skip
+def test_who_shares_a_prompt_forks_waits_and_ends_as_others(settings, shares, like_a_gpu, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_COLUMNS", 16)
+    model = reflective_model()
+    batch = told(model.generate(QUESTIONS, decoding="batch", **RUN | settings))
+    for _ in range(2):
+        assert told(model.generate(QUESTIONS, decoding="seats", **RUN | settings)) == batch and shares[0] > 0
+
+
+def test_shared_prompts_are_in_the_compiled_graph(shares, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile_(f, backend="eager", **how))
+    model = reflective_model()
+    batch = told(model.generate(QUESTIONS, decoding="batch", **RUN))
+    found = model.generate(QUESTIONS, decoding="compiled", **RUN)
+    assert told(found) == batch and found[0].engine == "compiled" and shares[0] > 0
+
+
+def test_a_model_that_hands_no_shared_prompt_to_its_layers_has_copies(shares, monkeypatch):
+    model = reflective_model()
+    batch = told(model.generate(QUESTIONS, decoding="batch", **RUN))
+    monkeypatch.setattr(module, "takes_shared", lambda _: False)
+    assert told(model.generate(QUESTIONS, decoding="seats", **RUN)) == batch and shares == [0]
+    monkeypatch.undo()
+
+    attend = attention.attend
+    register_attention(attention.NAME, lambda *a, shared_prompts=None, **k: attend(*a, **k), attention._mask_as_it_is)
+    try:
+        assert told(model.generate(QUESTIONS, decoding="seats", **RUN)) == batch and shares == [0]
+    finally:
+        attention.register()
+
+
+def test_a_long_prompt_is_kept_once():
+    """As the batch would keep it for each of its sequences, ``auto`` takes seats on a CPU too."""
+    model = reflective_model()
+    question = " ".join(["what is 2 + 2?"] * 100)
+    n = module.SHARED // len(model.encode(question)[0]) + 2
+    engine = model.engine(batch_rows=n + 1)
+    with engine:
+        prefixes = engine.open([Prompt(model.encode(text)[0].tolist()) for text in (QUESTIONS[0], question)])
+        engine.start(prefixes[0], [Sampling(seed=(0, 0), temperature=0.0, max_tokens=30)])
+        while not any(isinstance(e, Appended) for e in engine.advance()):
+            pass
+        assert engine.how == "batch"
+        engine.start(prefixes[1], [Sampling(seed=(1, c), temperature=1.0, max_tokens=3) for c in range(n)])
+        while engine.how == "batch" and engine.advance() is not None:
+            pass
+        own, long = engine._places._columns, engine._prefixes[prefixes[1]].row.length
+        assert len(engine._seated) == n + 1 and own < long
+        assert engine._places._prompts == [engine._prefixes[prefixes[1]]]
+        held = engine._prefixes[prefixes[1]].row.layers[0][0].data_ptr()
+        assert engine._places._shared(engine._places._places).prompts[0][0][0].data_ptr() == held, "it was not copied"
+        while engine.advance() is not None:
+            pass
+        engine.close(prefixes)
+    assert not engine._places._prompts

@@ -28,7 +28,7 @@ _OURS = {
     "model", "head", "fetch", "path", "engine", "untrained", "device_map", "revision", "cache_dir", "local_files_only", "hf_overrides",
     "worker_extension_cls", "additional_config",
 }  # fmt: skip
-_COSTS = ("strategy", "chosen_by", "seed", "tokens", "seconds", "scoring_seconds", "alive", "interrupted")
+_COSTS = ("strategy", "engine", "chosen_by", "seed", "tokens", "seconds", "scoring_seconds", "alive", "interrupted")
 ModelOption = Annotated[
     str, typer.Option(help="Directory, or ORG/NAME on the Hub, of model, tokenizer and head; 'default': SmolLM2-135M.")
 ]
@@ -38,7 +38,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DecodingOption = Annotated[
     str,
     typer.Option(
-        help="How a model of transformers is run a token: batch, seats or compiled; auto: by captured seats on a GPU."
+        help="How a model of transformers is run a token: batch, seats or compiled; auto: seats on a GPU, and for long prompts."
     ),
 ]
 KVOption = Annotated[

@@ -6,7 +6,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,11 +43,13 @@ class Forward:
         known = ("attention_mask", "position_ids", "logits_to_keep")
         return cls(model, cache_argument(model), frozenset(name for name in known if name in inputs))
 
-    def __call__(self, cache: Cache, ids: Tensor, positions: Tensor, mask: Tensor | None, keep: int = 1) -> Tensor:
-        """Logits [R, V] after the last of ``ids`` [R, T]; with ``keep`` 0 [R, T, V], after each of them."""
+    def __call__(
+        self, cache: Cache, ids: Tensor, positions: Tensor, mask: Tensor | None, keep: int = 1, **others: Any
+    ) -> Tensor:
+        """Logits [R, V] after the last of ``ids`` [R, T]; with ``keep`` 0 [R, T, V], after each of them. ``others``: as they are."""
         given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         given = {name: value for name, value in given.items() if name in self.known}
-        logits = self.model(input_ids=ids, **{self.cache_name: cache}, use_cache=True, **given).logits
+        logits = self.model(input_ids=ids, **{self.cache_name: cache}, use_cache=True, **given, **others).logits
         return logits[:, -1] if keep else logits
 
 
@@ -74,6 +76,11 @@ class Batch:
         """For how many tokens there are places where so many sequences decode, the longest of so many tokens."""
         return sequences * longest
 
+    @staticmethod
+    def own(s: Continuation) -> int:
+        """How many of the tokens of ``s`` have a place here."""
+        return s.fed
+
     def learn(self, rows: Rows, logits: Tensor) -> None:
         """Rows of nobody, from which a batch is made, and logits [0, V]."""
         self._rows = rows
@@ -82,7 +89,7 @@ class Batch:
         """Take ``leave`` out of the batch, and ``join``, whose rows are there, into it."""
         gone = set(leave)
         stay = [i for i, s in enumerate(self.seated) if s not in gone]
-        self._rows.arrange(stay, [s.row for s in join])
+        self._rows.arrange(stay, [s.row.whole() for s in join])
         self.seated = [self.seated[i] for i in stay] + list(join)
         self.assign()
 

@@ -20,13 +20,14 @@ from typing_extensions import Self
 from ...utils.arguments import one_of, whole
 from ...utils.lengths import batches_by_length
 from ..base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
+from .attention import Unseatable
 from .batch import Batch, Drawn, Forward
 from .finished import of_text
 from .kv import Rows, check_rows_apart, free_bytes, new_cache
 from .pace import Pace
 from .sampling import chances, draw
 from .scorer import StreamScorer
-from .seats import Seats, Unseatable
+from .seats import Seats, worth_sharing
 from .sequences import Continuation, Prefix
 
 Decoding = Literal["auto", "batch", "seats", "compiled"]
@@ -48,9 +49,10 @@ class TransformersEngine:
         pace: how many tokens of prompts may be prefilled between two forwards of those that decode; a longer prompt is prefilled in
             pieces. None: all that were opened.
         decoding: ``"batch"``: eager, in a cache that grows with its sequences; ``"seats"``: by a step of fixed shape, which is a CUDA
-            graph on a GPU; ``"compiled"``: the same, its forward compiled; ``"auto"``: on a GPU seats where the model can have them,
-            else the batch.
-        kv_tokens: of so many tokens there are keys and values while they decode, padding and empty seats included; candidates for which
+            graph on a GPU; ``"compiled"``: the same, its forward compiled; ``"auto"``: seats where the model can have them, on a GPU
+            from the beginning, on a CPU as soon as it pays to keep a long prompt once for all of its sequences; else the batch.
+        kv_tokens: of so many tokens there are keys and values while they decode, padding and empty seats included, prompts that are
+            shared not; candidates for which
             that is not enough wait, what they have kept in the host's memory. One always decodes. None: as many as fit into three
             quarters of the memory that is free when the first prompt has been run.
 
@@ -127,7 +129,8 @@ class TransformersEngine:
     @property
     def reusable(self) -> bool:
         """Whether it may be entered once more, and had better be."""
-        return self._places.keeps_idle and not self._sequences and not self._prefixes
+        wanted = self._decoding != "auto" or self.model.device.type == "cuda"
+        return wanted and self._places.keeps_idle and not self._sequences and not self._prefixes
 
     def _made(self, decoding: Decoding) -> Batch | Seats:
         """Places for those that decode.
@@ -290,13 +293,29 @@ class TransformersEngine:
         """
         if self._decoding != "auto":
             raise ValueError(f"decoding={self._decoding!r}: {why}; take 'batch'") from why
-        seats, self.why_batch = self._places, str(why)
-        self._places = Batch(self.model, self.scorer, self.ends)
-        self._places.learn(*self._learnt)
-        for s in seats.seated:
-            if s is not None:
-                s.seated, s.row = False, seats.take(s)
+        self.why_batch = str(why)
+        self._move(Batch(self.model, self.scorer, self.ends))
         self._seat()
+
+    def _move(self, places: Batch | Seats) -> None:
+        """All that decode are to have ``places`` instead.
+
+        Raises:
+            Unseatable: nobody has moved.
+        """
+        places.learn(*self._learnt)
+        for s in self._seated:
+            s.row, s.seated = self._places.take(s), False
+        self._places = places
+
+    def _to_share(self) -> None:
+        """In a batch everybody has a prompt of their own: where that takes too much, seats instead, unless it was asked for."""
+        if self._decoding != "auto":
+            return
+        try:
+            self._move(Seats(self.model, self.scorer, self.ends))
+        except Unseatable as why:
+            self.why_batch = str(why)
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 
@@ -434,8 +453,11 @@ class TransformersEngine:
 
     def _seat(self) -> None:
         """Empty the places of those that do not go on, if others want them or they are over, and fill what is free."""
-        seated, places = self._seated, self._places
         waiting = [s for p in self._prefixes.values() for s in p.sequences if s.ready and not s.seated]
+        if any(worth_sharing(s.prefix) for s in waiting) and self.how == "batch" and not self.why_batch:
+            self._to_share()
+            waiting = [s for p in self._prefixes.values() for s in p.sequences if s.ready and not s.seated]
+        seated, places = self._seated, self._places
         over = [s for s in seated if s.number not in self._sequences]
         # In a batch nobody can sit without decoding; a seat costs little.
         idle = [s for s in seated if s.number in self._sequences and not s.goes and not s.flying]
@@ -463,10 +485,9 @@ class TransformersEngine:
         for s in join:
             s.seated, s.row = True, None
 
-    @staticmethod
-    def _longest(sequences: Iterable[Continuation]) -> int:
-        """Tokens of the longest, with the next."""
-        return max((s.fed for s in sequences), default=0) + 1
+    def _longest(self, sequences: Iterable[Continuation]) -> int:
+        """Tokens that have a place of their own, of the longest, with the next."""
+        return max(map(self._places.own, sequences), default=0) + 1
 
     def _most(self, longest: int) -> int:
         """How many sequences may have places, the longest of which has so many tokens; one may always."""

@@ -1,7 +1,7 @@
 """Rows of a key-value cache: taken out of the batch that decodes, kept aside, joined to it again."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,15 +71,32 @@ class Row:
 
     Attributes:
         layers: per layer keys and values, [heads, length, width] each, without padding; None for a layer that has none.
-        length: tokens.
+        length: tokens, with those of ``begin``.
+        begin: another row, behind which these are; None: they are all.
     """
 
     layers: list[tuple[Tensor, Tensor] | None]
     length: int
+    begin: "Row | None" = None
 
     def to(self, device: torch.device) -> "Row":
-        """The same there."""
-        return Row([layer and (layer[0].to(device), layer[1].to(device)) for layer in self.layers], self.length)
+        """The same there, but for its ``begin``, which is somebody else's."""
+        return replace(self, layers=[layer and (layer[0].to(device), layer[1].to(device)) for layer in self.layers])
+
+    def whole(self) -> "Row":
+        """The same in one piece."""
+        if self.begin is None:
+            return self
+        pairs = zip(self.begin.whole().layers, self.layers, strict=True)
+        layers = [a and tuple(torch.cat([x.to(y.device), y], 1) for x, y in zip(a, b, strict=True)) for a, b in pairs]
+        return Row(layers, self.length)
+
+    def behind(self, begin: "Row") -> "Row":
+        """The same behind ``begin``, whose tokens are its first; nothing is copied."""
+        if self.begin is begin:
+            return self
+        layers = [layer and (layer[0][:, begin.length :], layer[1][:, begin.length :]) for layer in self.whole().layers]
+        return Row(layers, self.length, begin)
 
     @property
     def token_bytes(self) -> int:

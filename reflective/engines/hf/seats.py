@@ -11,65 +11,28 @@ change while somebody awaits them; whoever reads the step learns of it afterward
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...scoring.state import StreamState
 from ..base import Chance, Sampling
+from .attention import NAME, Shared, Unseatable, calls, takes_shared
 from .batch import Drawn, Forward
-from .internals import SeatCache, SeatLayer, can_exchange_attention, exchange_attention, register_attention, vary
+from .internals import SeatCache, SeatLayer, can_exchange_attention, exchange_attention, vary
 from .kv import Row, Rows
 from .sampling import Rules, Uses, log_probs_of, pick
 from .scorer import StreamScorer
-from .sequences import Continuation
+from .sequences import Continuation, Prefix
 
 LEAST_COLUMNS = 256  # of a captured step: with fewer a short answer would be captured several times
 SLICE = 64  # columns by which what attention reads widens where nothing is captured
-_ATTENTION = "reflective_seats"
-# What attention may be told besides.
-_HARMLESS = ("position_ids", "position_embeddings", "cache_position", "use_cache", "dropout", "is_causal")
-
-
-_HERE = threading.local()  # ``attended``: how often this thread has
-
-
-class Unseatable(Exception):
-    """Why a model's sequences cannot have seats."""
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Of a token a seat, query [S, heads, 1, D], on keys [S, groups, C, D], of which a mask [S, 1, 1, C] says which there are.
-
-    The heads of a group are rows of one product, so that keys and values are read where they lie, not copied for each head.
-    """
-    for name, given in kwargs.items():
-        if name not in _HARMLESS and (isinstance(given, Tensor) or given):
-            raise Unseatable(f"{type(module).__name__} attends with {name}")
-    seats, heads, q, width = query.shape
-    if q != 1 or attention_mask is None or attention_mask.dim() != 4:
-        raise Unseatable(f"{type(module).__name__} attends to {q} tokens at once, or without the mask that it was given")
-    if not torch.compiler.is_compiling():
-        _HERE.attended = getattr(_HERE, "attended", 0) + 1
-    groups = key.shape[1]
-    grouped = query.reshape(seats, groups, heads // groups, width)
-    out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(seats, 1, heads, value.shape[-1]), None
-
-
-def _mask_as_it_is(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    return attention_mask
-
-
-register_attention(_ATTENTION, _attention, _mask_as_it_is)
+# Of tokens: prompts are read by all of their sequences where copies would take so many more. A step has to be captured anew for them.
+SHARED = 32_768
 
 
 def why_unseatable(model: PreTrainedModel, scorer: StreamScorer) -> str | None:
@@ -87,10 +50,19 @@ def why_unseatable(model: PreTrainedModel, scorer: StreamScorer) -> str | None:
     return None
 
 
-def _logits(call: Forward, cache: SeatCache, ids: Tensor, positions: Tensor) -> Tensor:
-    """[S, V] after ``ids`` [S, 1] at ``positions`` [S, 1]. No method: what is compiled for one object would be compiled for the next."""
-    mask = torch.arange(cache.columns, device=positions.device) <= positions
-    return call(cache, ids, positions, mask[:, None, None])
+def _logits(
+    call: Forward, cache: SeatCache, ids: Tensor, lengths: Tensor, begins: Tensor, shared: Shared | None
+) -> Tensor:
+    """[S, V] after ``ids`` [S, 1], each behind ``lengths`` tokens of its seat and ``begins`` of a prompt. No method: what is compiled
+    for one object would be compiled for the next."""
+    mask = torch.arange(cache.columns, device=lengths.device) <= lengths
+    others = {} if shared is None else {"shared_prompts": shared}
+    return call(cache, ids, begins + lengths, mask[:, None, None], **others)
+
+
+def worth_sharing(prefix: Prefix) -> bool:
+    """Whether a copy of the prompt for each of its sequences would take too much."""
+    return (len(prefix.sequences) - 1) * len(prefix.prompt.ids) >= SHARED
 
 
 def _power(n: int) -> int:
@@ -104,6 +76,7 @@ class _Places:
 
     Attributes:
         token: [S] int64, drawn last; length: [S] int64, tokens of the seat in the cache; left: [S] int64, how many it may still draw.
+        begin: [S] int64, tokens of a shared prompt before these; reads: [S] int64, which of the shared prompts it is, or -1.
         live: [S] bool, whether it goes on; awaited: [S] bool, whether it halts when steps that count change.
         number: [S] int64, which seat it is; row: [S] int32, its state in the scorer; heard: [S] int32, the same where it is being fed, else -1.
         sent: [3, S] float64, of each step: a uniform, the token that it is forced to or -1, whether it may be fed.
@@ -111,6 +84,8 @@ class _Places:
 
     token: Tensor
     length: Tensor
+    begin: Tensor
+    reads: Tensor
     left: Tensor
     live: Tensor
     awaited: Tensor
@@ -125,7 +100,8 @@ class _Places:
         flag = lambda: torch.zeros(seats, dtype=torch.bool, device=device)
         row = lambda: torch.full((seats,), -1, dtype=torch.int32, device=device)
         sent = torch.zeros(3, seats, dtype=torch.float64, device=device)
-        return cls(whole(), whole(), whole(), flag(), flag(), torch.arange(seats, device=device), row(), row(), sent)
+        number = torch.arange(seats, device=device)
+        return cls(whole(), whole(), whole(), whole() - 1, whole(), flag(), flag(), number, row(), row(), sent)
 
     def first(self, n: int) -> "_Places":
         """Of the first ``n`` seats, not copied."""
@@ -207,7 +183,8 @@ class Seats:
         self._ruled: list[Sampling | None] = []  # whom the rules are of
         self._logits: Tensor | None = None  # [S, V] after what each was fed last
         self._compiled: Callable[..., Tensor] | None = None  # the forward
-        self._tried = False  # whether the model attends as seats need it
+        self._can_share = takes_shared(model)  # as far as it is known before ``learn``
+        self._prompts: list[Prefix] = []  # that are shared
         self._steps: dict[tuple, _Step] = {}
         self.why_not_compiled: str | None = None
         self._launched: list[_Launched] = []
@@ -224,16 +201,31 @@ class Seats:
     # -- who sits where ----------------------------------------------------------------------------------------------
 
     def learn(self, rows: Rows, logits: Tensor) -> None:
-        """What keys, values and logits are like, from rows of nobody and logits [0, V].
+        """What keys, values and logits are like, from rows of nobody and logits [0, V]; and how the model attends, from a token of nobody.
 
         Raises:
-            Unseatable: a layer has none of its own.
+            Unseatable: a layer has no keys of its own, or does not attend by ``attention.attend``.
         """
-        layers = rows.cache.layers
+        layers, name = rows.cache.layers, type(self._call.model).__name__
         if any(layer.keys is None for layer in layers):
-            raise Unseatable(f"layers of {type(self._call.model).__name__} share their keys")
+            raise Unseatable(f"layers of {name} share their keys")
         self._shapes = [(x.keys.shape[1], x.keys.shape[3], x.values.shape[3], x.keys.dtype) for x in layers]
         self._logits = logits.new_zeros(0, logits.shape[1])
+        there, tokens = calls(), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        before = sum(there), there[True]
+        places = _Places.empty(1, self.device)
+        cache = SeatCache([
+            SeatLayer(
+                torch.zeros(1, heads, 1, k, dtype=dtype, device=self.device),
+                torch.zeros(1, heads, 1, v, dtype=dtype, device=self.device), places.number, places.length,
+            )
+            for heads, k, v, dtype in self._shapes
+        ])  # fmt: skip
+        with self._attending(places.heard):
+            _logits(self._call, cache, tokens, tokens, tokens, self._shared(places))
+        if (n := sum(there) - before[0]) != len(layers):
+            raise Unseatable(f"{n} of the {len(layers)} layers of {name} attend by transformers' interface")
+        self._can_share &= there[True] - before[1] == len(layers)
 
     def arrange(self, leave: Sequence[Continuation], join: Sequence[Continuation]) -> None:
         """Empty the seats of ``leave``, and seat ``join``, whose rows are there."""
@@ -241,14 +233,42 @@ class Seats:
             self._empty(self.seated.index(s))
         if join:
             n = len(join) + sum(s is not None for s in self.seated)
-            self._make_room(n, max(s.row.length for s in join) + 1)
             for s in join:
-                i = self.seated.index(None)
+                s.shares = self._would_share(s.prefix)
+            self._make_room(n, max(map(self.own, join)) + 1)
+            for s in join:
+                i, own = self.seated.index(None), s.row.behind(s.prefix.row) if s.shares else s.row.whole()
                 self.seated[i] = s
-                for (keys, values), (k, v) in zip(self._layers, s.row.layers, strict=True):
-                    keys[i, :, : s.row.length], values[i, :, : s.row.length] = k, v
+                for (keys, values), (k, v) in zip(self._layers, own.layers, strict=True):
+                    keys[i, :, : k.shape[1]], values[i, :, : k.shape[1]] = k, v
                 s.halted = True
         self._close_up()
+        self._share()
+
+    def own(self, s: Continuation) -> int:
+        """How many of the tokens of ``s`` have, or will have, a place of their own."""
+        shares = s.shares if s.seated or s in self.seated else self._would_share(s.prefix)
+        return s.fed - s.prefix.row.length if shares else s.fed
+
+    def _would_share(self, prefix: Prefix) -> bool:
+        """Whether who sits down behind ``prefix`` now reads it where the others do."""
+        return self._can_share and (prefix in self._prompts or worth_sharing(prefix))
+
+    def _share(self) -> None:
+        """The prompts that are read, and by whom."""
+        sharing = [(i, s) for i, s in enumerate(self.seated) if s is not None and s.shares]
+        prompts = list(dict.fromkeys(s.prefix for _, s in sharing))
+        if prompts != self._prompts:
+            self._prompts = prompts
+            self._drop_steps()  # what was captured reads others
+            for i, s in sharing:
+                self._places.reads[i] = prompts.index(s.prefix)
+
+    def _shared(self, places: _Places) -> Shared | None:
+        """What the model is given of the prompts that ``places`` share; None: it takes nothing of the kind."""
+        if not self._can_share:
+            return None
+        return Shared([[p.row.layers[i] for p in self._prompts] for i in range(len(self._shapes))], places.reads)
 
     def assign(self) -> None:
         """Each step says itself whose the forward is."""
@@ -263,9 +283,9 @@ class Seats:
         for i in range(_power(n), len(self.seated)):
             if (s := self.seated[i]) is None:
                 continue
-            to = self.seated.index(None)
+            to, own = self.seated.index(None), self.own(s)
             for keys, values in self._layers:
-                keys[to, :, : s.fed], values[to, :, : s.fed] = keys[i, :, : s.fed], values[i, :, : s.fed]
+                keys[to, :, :own], values[to, :, :own] = keys[i, :, :own], values[i, :, :own]
             self._places.move(i, to)
             self._logits[to] = self._logits[i]
             self.seated[to] = s
@@ -313,8 +333,9 @@ class Seats:
 
     def take(self, s: Continuation) -> Row:
         """A copy of the keys and values of what it was fed, or is being fed."""
-        i = self.seated.index(s)
-        return Row([(k[i, :, : s.fed].clone(), v[i, :, : s.fed].clone()) for k, v in self._layers], s.fed)
+        i, own = self.seated.index(s), self.own(s)
+        layers = [(k[i, :, :own].clone(), v[i, :, :own].clone()) for k, v in self._layers]
+        return Row(layers, s.fed, s.prefix.row if s.shares else None)
 
     def logits_of(self, s: Continuation) -> Tensor:
         """[V] after what it was, or is being, fed last; a copy."""
@@ -343,7 +364,7 @@ class Seats:
 
     def launch(self, steps: bool) -> None:
         """Feed all that go on, and draw the next token of each. ``steps``: whether somebody is told of them."""
-        columns = max(s.fed for s in self.seated if s is not None) + 1
+        columns = max(self.own(s) for s in self.seated if s is not None) + 1
         self._make_room(sum(s is not None for s in self.seated), columns)
         fed = [(i, s) for i, s in enumerate(self.seated) if s is not None and s.goes]
         n = _power(1 + max(i for i, s in enumerate(self.seated) if s is not None))
@@ -397,13 +418,17 @@ class Seats:
             return
         told = torch.tensor(
             [
-                (i, s.tokens[-1], s.fed, s.sampling.max_tokens - len(s.tokens), s.state, s.prefix.prompt.steps == "awaited")
+                (
+                    i, s.tokens[-1], own := self.own(s), s.fed - own, self._prompts.index(s.prefix) if s.shares else -1,
+                    s.sampling.max_tokens - len(s.tokens), s.state, s.prefix.prompt.steps == "awaited",
+                )
                 for i, s in halted
             ]
         ).to(self.device, non_blocking=True)  # fmt: skip
-        at, token, fed, left, state, awaited = told.unbind(1)
+        at, token, own, begin, reads, left, state, awaited = told.unbind(1)
         p = self._places
-        p.token[at], p.length[at], p.left[at], p.row[at], p.awaited[at] = token, fed, left, state.int(), awaited.bool()
+        p.token[at], p.length[at], p.begin[at], p.reads[at], p.left[at] = token, own, begin, reads, left
+        p.row[at], p.awaited[at] = state.int(), awaited.bool()
         p.live[at] = True
         for _, s in halted:
             s.halted = False
@@ -444,13 +469,11 @@ class Seats:
         layers = [
             SeatLayer(k[:n, :, :columns], v[:n, :, :columns], places.number, places.length) for k, v in self._layers
         ]
-        cache, ids, positions = SeatCache(layers), places.token[:, None], places.length[:, None]
-        run = functools.partial(self._run, places, cache, ids, positions, uses, likely, steps)
+        inputs = SeatCache(layers), places.token[:, None], places.length[:, None], places.begin[:, None], self._shared(places)
+        run = functools.partial(self._run, places, inputs, uses, likely, steps)
         places.sent.zero_()  # what is run here feeds nobody
-        if not self._tried:
-            self._try(run)
         if self.compiled:
-            vary(cache, ids, positions, places.heard)
+            vary(*inputs[:-1], places.heard, places.reads)
             self._compiled = self._compiled or torch.compile(_logits, fullgraph=True)
             try:
                 run()
@@ -464,18 +487,6 @@ class Seats:
         except RuntimeError as error:  # experts, for instance, that are chosen on the host
             torch.cuda.synchronize(self.device)
             raise Unseatable(f"a step of {type(self._call.model).__name__} cannot be captured: {error}") from error
-
-    def _try(self, run: Callable[[], Tensor]) -> None:
-        """Whether every layer attends by ``_attention``, and so from the seats.
-
-        Raises:
-            Unseatable: not.
-        """
-        before, layers = getattr(_HERE, "attended", 0), len(self._layers)
-        run()
-        if (n := getattr(_HERE, "attended", 0) - before) != layers:
-            raise Unseatable(f"{n} of the {layers} layers of {type(self._call.model).__name__} attend by transformers' interface")
-        self._tried = True
 
     def _captured(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """``run`` as a CUDA graph."""
@@ -496,16 +507,14 @@ class Seats:
 
         return replay
 
-    def _run(
-        self, p: _Places, cache: SeatCache, ids: Tensor, positions: Tensor, uses: Uses, likely: int, steps: bool
-    ) -> Tensor:
+    def _run(self, p: _Places, inputs: tuple[Any, ...], uses: Uses, likely: int, steps: bool) -> Tensor:
         """One step of the seats ``p``, on tensors that stay where they are. Returns ``_Launched.found``, on the device."""
         stream = self.scorer.stream
         fed = p.live & (p.sent[2] > 0)
         p.heard.copy_(torch.where(fed, p.row, -1))
         before = stream.state.counted(p.row) if steps else 0
         with self._attending(p.heard):
-            logits = (self._compiled or _logits)(self._call, cache, ids, positions)
+            logits = (self._compiled or _logits)(self._call, *inputs)
         kept = self._logits[: len(logits)]
         kept.copy_(torch.where(fed[:, None], logits, kept))
         on_host = self.device.type == "cpu" and not self.captures  # where to look at what comes costs nothing
@@ -530,7 +539,7 @@ class Seats:
         """Within, the model attends from seats, and the scorer hears the states ``heard``."""
         decoder = self.scorer.backbone.decoder
         self.scorer.assign_as(heard)
-        before = exchange_attention(decoder, _ATTENTION)
+        before = exchange_attention(decoder, NAME)
         try:
             yield
         finally:

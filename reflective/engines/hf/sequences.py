@@ -43,6 +43,7 @@ class Continuation:
     row: Row | None = None  # keys and values, outside of its place
     fed: int = 0  # tokens, the prompt's included, that were fed or are being fed
     seated: bool = False
+    shares: bool = False  # whether its place reads the prompt where others do
     halted: bool = False  # whether its seat stands still until it is told of the token to feed
     flying: int = 0  # tokens that are being drawn, of which nothing was read yet
     resting: bool = False
