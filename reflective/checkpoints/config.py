@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..scoring.steps import At
+from ..scoring.taps import At
 from .files import CONFIG_NAME
 
 

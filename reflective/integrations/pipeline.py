@@ -17,7 +17,8 @@ from ..checkpoints.loading import load_head
 from ..engines.hf.scorer import Schedule, StreamScorer
 from ..scoring.scores import aggregate
 from ..scoring.sprm import SPRM
-from ..scoring.steps import At, StepTokens
+from ..scoring.steps import StepTokens
+from ..scoring.taps import At
 from ..search.strategies import SCORED, WITHOUT_SCORE, WITHOUT_STEP
 from ..utils.arguments import check_text, whole
 

@@ -8,15 +8,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..kernels.layout import LOG_FLOOR
+
 FLOOR = 1e-10  # of a step score under a logarithm
 
 AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "geometric_mean": lambda scores: math.exp(math.fsum(math.log(max(s, FLOOR)) for s in scores) / len(scores)),
     "mean": lambda scores: math.fsum(scores) / len(scores),
     "min": min,
+    "max": max,
     "last": lambda scores: scores[-1],
     "product": lambda scores: math.prod(max(s, FLOOR) for s in scores),
 }
+
+
+FROM_LOGARITHMS = ("geometric_mean", "product")  # of probabilities alone
 
 
 def aggregate(step_scores: Sequence[float], how: str = "geometric_mean") -> float:
@@ -26,6 +32,7 @@ def aggregate(step_scores: Sequence[float], how: str = "geometric_mean") -> floa
     ``geometric_mean``  ``(prod_i max(s_i, 1e-10)) ^ (1/n)``, as published
     ``mean``            ``sum_i s_i / n``
     ``min``             ``min_i s_i``
+    ``max``             ``max_i s_i``
     ``last``            ``s_n``
     ``product``         ``prod_i max(s_i, 1e-10)``
     ==================  ==================================================
@@ -51,14 +58,15 @@ class TrajectoryScores:
     """Scores of B trajectories.
 
     Attributes:
-        score: [B] float32, the geometric mean of each trajectory's step scores; 0 without a step; NaN where a hidden
-            state was not finite.
+        score: [B] float32, each trajectory's step scores in one number: their geometric mean, or what the head says (``aggregation``); 0
+            without a step; NaN where a hidden state was not finite.
         n_steps: [B] int64, how many steps count.
-        step_scores: B tensors [n_steps] float32 in (0, 1).
+        step_scores: B tensors [n_steps] float32 in (0, 1); of a head without a final sigmoid, its values.
         step_positions: B tensors [n_steps] int64: columns of the step-tokens in the ids that were scored, padding
             included. (The feature of ``at="predict"`` lies one column earlier, which is what the published server calls a
             position.)
         errors: sequence -> what is wrong with it, for sequences without a valid score.
+        aggregation: how ``score`` came of the step scores.
     """
 
     score: Tensor
@@ -66,13 +74,14 @@ class TrajectoryScores:
     step_scores: list[Tensor]
     step_positions: list[Tensor]
     errors: dict[int, str] = field(default_factory=dict)
+    aggregation: str = "geometric_mean"
 
     def __len__(self) -> int:
         return len(self.score)
 
     def best(self) -> int:
         """Index of the highest score; sequences with an error come last, and of equals the first wins."""
-        return int(self.score.nan_to_num(nan=-1.0).argmax())
+        return int(self.score.nan_to_num(nan=-torch.inf).argmax())
 
     def aggregate(self, how: str = "geometric_mean") -> Tensor:
         """[B] float32: every trajectory's step scores in one number, see ``reflective.scoring.scores.aggregate``.
@@ -82,7 +91,7 @@ class TrajectoryScores:
         Raises:
             ValueError: unknown ``how``; a trajectory with more steps than were recorded one by one.
         """
-        if how == "geometric_mean":
+        if how == self.aggregation:
             return self.score.clone()
         for i, (scores, n) in enumerate(zip(self.step_scores, self.n_steps.tolist(), strict=True)):
             if len(scores) < n:
@@ -93,9 +102,17 @@ class TrajectoryScores:
 
     @classmethod
     def collect(
-        cls, log_sums: list[float], n_steps: list[int], log_scores: list[Tensor], columns: list[Tensor], at: str
-    ) -> "TrajectoryScores":
-        """From per-sequence sums and step logs (natural log); warns of steps whose features were not finite."""
+        cls, log_sums: list[float], n_steps: list[int], log_scores: list[Tensor], columns: list[Tensor], at: str,
+        aggregation: str = "geometric_mean", sigmoid: bool = True,
+    ) -> "TrajectoryScores":  # fmt: skip
+        """From per-sequence sums and step logs (natural log); warns of steps whose features were not finite.
+
+        Args:
+            aggregation, sigmoid: of the head.
+
+        Raises:
+            ValueError: see ``aggregate``.
+        """
         count = torch.tensor(n_steps, dtype=torch.int64)
         mean = torch.tensor(log_sums, dtype=torch.float64) / count.clamp_min(1)
         score = torch.where(count > 0, mean.exp(), 0.0).float()
@@ -107,4 +124,21 @@ class TrajectoryScores:
         if errors:
             told = "; ".join(f"sequence {i}: {error}" for i, error in errors.items())
             warnings.warn(told, NonFiniteWarning, stacklevel=3)
-        return cls(score, count, [s.exp() for s in log_scores], columns, errors)
+        found = cls(score, count, [step_scores(s, sigmoid) for s in log_scores], columns, errors)
+        if aggregation != "geometric_mean":
+            found.score = torch.where(score.isnan(), score, found.aggregate(aggregation))
+            found.aggregation = aggregation
+        return found
+
+
+def step_scores(log_scores: Tensor, sigmoid: bool) -> Tensor:
+    """Scores [n] of steps, float32, of a head with a final ``sigmoid`` or without, from what the step log holds."""
+    return log_scores.exp() if sigmoid else logit_of(log_scores)
+
+
+def logit_of(log_score: Tensor) -> Tensor:
+    """The logit of which ``log_score`` is the log-sigmoid, float32: exact to its rounding between -23 (the floor of log-scores) and 87
+    (beyond which log-sigmoid is 0 in float32); what was outside is at that limit."""
+    s = log_score.double()
+    logit = s - torch.log(-torch.expm1(s))
+    return logit.clamp(LOG_FLOOR, 87.0).where(~s.isnan(), s).float()

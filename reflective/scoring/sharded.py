@@ -2,16 +2,25 @@
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
 from ..kernels.score_rows import log_score
 from .backend import NAMES, Backend, choose_backend
-from .sprm import SPRM
+from .heads import Head
 from .state import StreamState
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+ALIGN = 8  # rows of features have a multiple of so many values: on a GPU, of 16 bytes
+
+
+def aligned(width: int) -> int:
+    """The width of features [M, width] as the ops take them, with zeros at the end."""
+    return -(-width // ALIGN) * ALIGN
 
 
 def units(width: int, rank: int, world: int) -> slice:
@@ -48,7 +57,7 @@ class ShardedHead:
         head: read by ``load``.
         device, dtype: of the hidden states.
         backend: its name, or None for the first that runs. Ranks that do not choose alike take the most portable of their choices.
-        w1_dtype: see ``SPRM.weights``.
+        w1_dtype: see ``Head.weights``.
         group: the ranks that the model's work is split over; each must hold the whole hidden states.
 
     Attributes:
@@ -59,14 +68,14 @@ class ShardedHead:
     """
 
     def __init__(
-        self, head: SPRM, device: torch.device, dtype: torch.dtype, backend: str | None, w1_dtype: torch.dtype | None,
+        self, head: Head, device: torch.device, dtype: torch.dtype, backend: str | None, w1_dtype: torch.dtype | None,
         group: ProcessGroup | None,
     ) -> None:  # fmt: skip
         self.head, self.device, self.w1_dtype, self.group = head, device, w1_dtype, group
         self.rank, self.world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         mine = units(head.width, self.rank, self.world)
         # The choice depends on shape and dtype alone; the weights themselves are read when they are needed.
-        shape = mine.stop - mine.start, head.hidden_size
+        shape = mine.stop - mine.start, aligned(head.hidden_size)
         like = torch.empty(shape, dtype=head.w1_dtype(w1_dtype), device=self.device)
         self.backend: Backend = choose_backend(backend, self.device, dtype, like)
         if group is not None:
@@ -78,7 +87,10 @@ class ShardedHead:
 
     def load(self) -> Self:
         """Read the head's weights. They stay where they are: a CUDA graph may have captured them."""
-        mine = shard(self.head.weights(self.w1_dtype), self.rank, self.world)
+        w1, *rest = self.head.weights(self.w1_dtype)
+        if missing := aligned(w1.shape[1]) - w1.shape[1]:  # what is read has zeros there
+            w1 = F.pad(w1.float(), (0, missing)).to(w1.dtype)
+        mine = shard((w1, *rest), self.rank, self.world)
         # A copy, or what belongs to other ranks would stay on the device as long as a view of it.
         read = tuple(w.to(self.device, copy=self.world > 1).contiguous() for w in mine)
         if len(self.weights) == len(read) and all(map(self._takes, self.weights, self._own, read)):

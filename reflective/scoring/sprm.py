@@ -3,7 +3,6 @@
 import math
 import pickle
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -13,20 +12,22 @@ from torch import Tensor, nn
 
 from ..utils.outputs import folder, replacing
 from ..utils.repository import directory
+from .heads import FLOATS, Head, check_dtype
 
 NAMES = ("score_module.safetensors", "score_module.pt")
 KEYS = ("0.weight", "0.bias", "3.weight", "3.bias")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in files; widened when they are read
 _QUANTISED = re.compile("scale|zero|absmax|quant|qweight|packed|SCB")  # in what quantisers call their tensors
 
 
-class SPRM(nn.Sequential):
+class SPRM(nn.Sequential, Head):
     """``Linear(H, 2H) -> ReLU -> Dropout(0.5) -> Linear(2H, 1)``; ``score = sigmoid(logit)``.
 
     The state dict is that of the published ``score_module.pt`` (keys ``0.weight 0.bias 3.weight 3.bias``), so published
     checkpoints load and ours load there. Source: arXiv 2507.01951, section 3.1.
     """
+
+    form = "sprm"
 
     def __init__(self, hidden_size: int, width: int | None = None, *, dtype: torch.dtype | None = None) -> None:
         width = width or 2 * hidden_size
@@ -100,9 +101,9 @@ class SPRM(nn.Sequential):
                 others that are no floats, NaN or infinite ones; a ``dtype`` that no head computes in, or that has no room
                 for a weight.
         """
-        if dtype is not None and dtype not in _FLOATS:
+        if dtype is not None and dtype not in FLOATS:
             raise ValueError(
-                f"dtype={dtype!r}: a head computes in one of {', '.join(map(str, _FLOATS))}; for first weights of 8 bits give "
+                f"dtype={dtype!r}: a head computes in one of {', '.join(map(str, FLOATS))}; for first weights of 8 bits give "
                 "what scores w1_dtype=torch.float8_e4m3fn"
             )
         where = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -133,7 +134,7 @@ class SPRM(nn.Sequential):
                 message += "; it looks quantised, so give the head as it was trained"
             raise ValueError(message)
         for key in KEYS:
-            check_dtype(state[key], f"{file}: {key}", (*_FLOATS, *_FLOAT8))
+            check_dtype(state[key], f"{file}: {key}", (*FLOATS, *_FLOAT8))
         w1 = state["0.weight"]
         expected = [tuple(w1.shape), w1.shape[:1], (1, w1.shape[0]), (1,)] if w1.dim() == 2 else None
         if expected is None or [tuple(state[k].shape) for k in KEYS] != [tuple(s) for s in expected]:
@@ -153,12 +154,6 @@ class SPRM(nn.Sequential):
                 )
         head.check_finite(str(file))
         return head.requires_grad_(False).eval()
-
-    def check_finite(self, name: str = "head") -> None:
-        """Raise ValueError if a weight is too large for its dtype: every score would be NaN, and hidden states blamed."""
-        for key, value in self.state_dict().items():
-            if not value.isfinite().all():
-                raise ValueError(f"{name}: {key} has no room in {self.dtype}; use torch.bfloat16 or torch.float32")
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write the head: to a ``.pt`` or ``.safetensors`` file, or as ``score_module.safetensors`` into a directory.
@@ -180,35 +175,6 @@ class SPRM(nn.Sequential):
             else:
                 content.write(safetensors.torch.save(state))
         return file
-
-    def check_model(self, hidden_size: int, dtype: torch.dtype, name: str = "model") -> None:
-        """Raise ValueError unless this head fits a backbone of ``hidden_size`` and ``dtype``."""
-        for key, value in self.state_dict().items():
-            check_dtype(value, f"head: {key}", _FLOATS)
-            if value.dtype != self.dtype:
-                raise ValueError(f"head: {key} is {value.dtype} and 0.weight {self.dtype}; use head.to({dtype})")
-        if self.hidden_size != hidden_size:
-            raise ValueError(
-                f"head: hidden size {self.hidden_size} differs from the {hidden_size} of {name}; "
-                "a head works only on the backbone it was trained with"
-            )
-        if self.dtype != dtype:
-            raise ValueError(f"head: dtype {self.dtype} differs from the {dtype} of {name}; use head.to({dtype})")
-
-
-def check_dtype(weight: Tensor, name: str, expected: Sequence[torch.dtype]) -> None:
-    """Raise ValueError unless ``weight`` is a plain tensor of one of the ``expected`` dtypes."""
-    kind = type(weight).__name__
-    if hasattr(type(weight), "__tensor_flatten__"):  # torchao's, DTensor: what their memory holds is their own affair
-        raise ValueError(
-            f"{name} is a {kind}, no plain tensor; leave the head out of what quantises or shards the model"
-        )
-    if weight.dtype not in expected or weight.layout != torch.strided:
-        odd = weight.dtype if weight.dtype not in expected else weight.layout
-        raise ValueError(
-            f"{name} is {odd}, no plain float: the head was quantised or cast, and its scales are not known here; give the "
-            "head as it was trained, and leave it out when the model is quantised"
-        )
 
 
 def quantize(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

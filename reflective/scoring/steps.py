@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.layout import END, NEXT_STATE, STEP, THINK
+from ..utils.arguments import one_of
 from .ops import op
 from .vocabulary import read_vocabulary, token_bytes  # noqa: F401
 
 RULES = ("exact", "contains", "text", "zh")
 _ZH_MARKS = ("\n", "。")
 
-At = Literal["predict", "token"]  # which state is a step's feature
+Consecutive = Literal["first", "all"]
+
 
 
 class StepTokens:
@@ -31,6 +33,8 @@ class StepTokens:
         think_start_id: id of ``<think>``, not a step-token; None if there is none.
         think_end_id: id of ``</think>``, possibly a step-token too; None if there is none.
         vocab_size: V. By default the largest of these ids plus one; see ``resized``.
+        consecutive: ``"first"``: of a run of step-tokens the first counts, as published; ``"all"``: each does, also directly after
+            think-start.
 
     Attributes:
         rule: the rule of ``from_tokenizer``; None for tokens given by hand.
@@ -48,7 +52,9 @@ class StepTokens:
         think_end_id: int | None = None,
         *,
         vocab_size: int | None = None,
+        consecutive: Consecutive = "first",
     ) -> None:
+        one_of("consecutive", consecutive, ("first", "all"))
         ids = sorted({int(i) for i in step_ids})
         if not ids:
             raise ValueError("step_ids is empty: give at least one token id")
@@ -57,9 +63,13 @@ class StepTokens:
         if vocab_size is None:
             vocab_size = 1 + max(i for i in (*ids, think_start_id, think_end_id) if i is not None)
         _check_ids("step_ids", ids, vocab_size)
-        entries = np.zeros((vocab_size, 2), np.int32)  # state 1: the token before was a step-token or think-start
-        entries[ids] = STEP | 1, 1
-        self._compile(entries, 1, think_start_id, think_end_id)
+        if consecutive == "all":
+            entries = np.zeros((vocab_size, 1), np.int32)
+            entries[ids] = STEP
+        else:
+            entries = np.zeros((vocab_size, 2), np.int32)  # state 1: the token before was a step-token or think-start
+            entries[ids] = STEP | 1, 1
+        self._compile(entries, entries.shape[1] - 1, think_start_id, think_end_id)
         self.rule: str | None = None
         self.delimiters: tuple[str, ...] = ()
         self.step_ids: tuple[int, ...] | None = tuple(ids)
@@ -73,6 +83,7 @@ class StepTokens:
         *,
         think_start_id: int | str | None = "auto",
         think_end_id: int | str | None = "auto",
+        consecutive: Consecutive = "first",
     ) -> "StepTokens":
         r"""The step-tokens of a Hugging Face tokenizer.
 
@@ -86,6 +97,7 @@ class StepTokens:
             delimiter: one text or several; ``"zh"`` has its own.
             think_start_id, think_end_id: ``"auto"`` takes ``<think>`` and ``</think>`` where each is a vocabulary
                 entry; None for no such tag.
+            consecutive: as for the constructor; rule ``"text"`` knows runs only by their first.
 
         Raises:
             ValueError: unknown rule, empty delimiter, ``"exact"`` with a delimiter that is not one token,
@@ -110,6 +122,8 @@ class StepTokens:
                 'in ASCII, or rule="contains"'
             )
         if rule == "text":
+            if consecutive != "first":
+                raise ValueError(f'consecutive={consecutive!r}: rule="text" knows runs only by their first; take another rule')
             steps = cls.__new__(cls)
             entries, after_think = _text_entries(tokens, [d.encode() for d in delimiters])
             if not (entries & STEP).any():
@@ -117,9 +131,20 @@ class StepTokens:
             steps._compile(entries, after_think, start, end)
             steps.step_ids = None
         else:
-            steps = cls(_ids_of_rule(tokenizer, tokens, rule, delimiters), start, end, vocab_size=len(tokens))
+            ids = _ids_of_rule(tokenizer, tokens, rule, delimiters)
+            steps = cls(ids, start, end, vocab_size=len(tokens), consecutive=consecutive)
         steps.rule, steps.delimiters = rule, delimiters
         return steps
+
+    @classmethod
+    def every(cls, vocab_size: int, but: Iterable[int] = ()) -> "StepTokens":
+        """Every token of [0, ``vocab_size``) is a step-token that counts, wherever it lies, but for the ids ``but``.
+
+        Raises:
+            ValueError: no other is left.
+        """
+        out = set(but)
+        return cls((i for i in range(vocab_size) if i not in out), vocab_size=vocab_size, consecutive="all")
 
     def _compile(
         self, entries: np.ndarray, after_think: int, think_start_id: int | None, think_end_id: int | None

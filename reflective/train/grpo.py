@@ -19,7 +19,8 @@ from ..engines.hf.backbone import Backbone
 from ..engines.hf.finished import read_positions
 from ..engines.hf.internals import with_cache
 from ..scoring.sprm import NAMES, SPRM
-from ..scoring.steps import At, StepTokens
+from ..scoring.steps import StepTokens
+from ..scoring.taps import At
 from ..utils.arguments import one_of
 from .data import question_weights
 from .objective import sprm_objective

@@ -7,7 +7,8 @@ from torch import Tensor
 from ..engines.hf.finished import read_positions
 from ..scoring.loss import sprm_loss_rows
 from ..scoring.sprm import SPRM
-from ..scoring.steps import At, StepTokens
+from ..scoring.steps import StepTokens
+from ..scoring.taps import At
 
 
 def sprm_objective(

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..engines.hf.ends import end_tokens
 from ..engines.hf.finished import read_positions
 from ..model import ReflectiveModel
-from ..scoring.steps import At, StepTokens
+from ..scoring.steps import StepTokens
+from ..scoring.taps import At
 from ..search.strategies.votes import answer_numbers
 from ..search.verify import Verifier, verifier
 from ..tasks import Question

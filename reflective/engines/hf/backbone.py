@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PretrainedConfig
 
+from ...scoring.taps import Tap
 from .internals import DynamicLayer, cache_layers, checkpoints, unknown, with_cache
-from .listening import LastLayer
+from .listening import DecoderOutput, LayerInput, Point
 from .pieces import narrow_mlps
+from .places import Places
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,10 @@ class Backbone:
     Attributes:
         model: the model as the user runs it.
         decoder: the stack of layers with its embedding, without the LM head.
-        layers: all ``n`` of them. What enters the last is ``hidden_states[-2]``, the state that the SPRM reads.
+        layers: all ``n`` of them. What enters the last is ``hidden_states[-2]``, the state that the paper's SPRM reads.
         hidden_size, vocab_size: of the text decoder.
-        dtype, device: of the hidden states that enter the last layer.
+        dtype, device: of the hidden states that are read.
+        tap: which these are.
     """
 
     model: nn.Module
@@ -36,17 +39,20 @@ class Backbone:
     vocab_size: int
     dtype: torch.dtype
     device: torch.device
+    tap: Tap
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Backbone":
-        """Find the parts of ``model``.
+    def of(cls, model: nn.Module, tap: Tap | None = None) -> "Backbone":
+        """Find the parts of ``model``, for who reads it at ``tap``, by default where the paper's SPRM does.
 
         Its decoder is the innermost module that holds both the token embedding and ``config.num_hidden_layers`` layers; a
         vision tower may have as many, but embeds no tokens.
 
         Raises:
-            ValueError: an encoder-decoder, fewer than two layers, no such module, or weights that were never loaded.
+            ValueError: an encoder-decoder, fewer than two layers, no such module, or weights that were never loaded; a tap that it
+                does not have, or whose states lie on several devices.
         """
+        tap = tap or Tap()
         name, config = type(model).__name__, getattr(model, "config", None)
         if config is None or not hasattr(model, "get_input_embeddings"):
             raise ValueError(f"model: {name} is not a transformers model")
@@ -68,25 +74,63 @@ class Backbone:
         while inner := next((m for m in decoder.children() if embedding in m.modules() and _stack(m, n)), None):
             decoder, layers = inner, _stack(inner, n)
         # Not a layer's dtype: quantised layers hold their weights, and scales, in others than they compute in.
-        dtype, device = next(embedding.parameters()).dtype, _device_of(layers[-2])
+        dtype = next(embedding.parameters()).dtype
+        devices = {i: _device_of(layers[i - 1] if i else embedding) for i in tap.indices(n, name)}
+        device = next(iter(devices.values()))
+        if len(set(devices.values())) > 1:
+            told = ", ".join(f"hidden_states[{i}] on {device}" for i, device in devices.items())
+            raise ValueError(
+                f"layers={tap.layers}: {name} has {told}; place it so that all that the head reads is on one device (device_map)"
+            )
         if device.type == "meta":
             raise ValueError(f"model: the weights of {name} are on the meta device; load them first")
-        return cls(model, decoder, layers, text.hidden_size, text.vocab_size, dtype, device)
+        return cls(model, decoder, layers, text.hidden_size, text.vocab_size, dtype, device, tap)
 
     @functools.cached_property
-    def last(self) -> LastLayer:
-        """Whose input the SPRM reads."""
-        return LastLayer(self.layers[-1], self.hidden_size, self.model)
+    def last(self) -> LayerInput:
+        """The last layer, which every forward calls."""
+        return LayerInput(self.layers[-1], self.hidden_size, self.model)
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """Where what is read comes by."""
+        n, name = len(self.layers), type(self.model).__name__
+        indices = self.tap.indices(n, name)
+        norm = (self._final_norm(), n) if self.tap.norm and indices != (n,) else None
+        return Places({i: self._point(i) for i in indices}, norm, self.hidden_size)
+
+    @property
+    def width(self) -> int:
+        """Values of what is read of a token, K."""
+        return self.places.width
+
+    def _point(self, i: int) -> Point:
+        """Where ``hidden_states[i]`` comes by."""
+        n = len(self.layers)
+        if i == n:
+            return DecoderOutput(self.decoder, self.hidden_size, self.model, "the decoder")
+        return self.last if i == n - 1 else LayerInput(self.layers[i], self.hidden_size, self.model, f"layer {i}")
+
+    def _final_norm(self) -> nn.Module:
+        """What normalises the last layer's output: of the decoder's own modules of H weights, the one that comes last.
+
+        Raises:
+            ValueError: there is none.
+        """
+        norms = [m for m in self.decoder.children() if [p.shape for p in m.parameters()][:1] == [(self.hidden_size,)]]
+        if not norms:
+            raise ValueError(f"norm=True: no final norm found in {type(self.decoder).__name__}; take norm=False, or layer -1")
+        return norms[-1]
 
     def listening(self, use: Callable[[Tensor], object]) -> AbstractContextManager[None]:
-        """``LastLayer.listening``: within, ``use(hidden [B, T, H])`` gets what enters the last layer of every forward."""
-        return self.last.listening(use)
+        """``Places.listening``: within, ``use(features [B, T, K])`` gets what is read in every forward."""
+        return self.places.listening(use)
 
     def hidden(self, ids: Tensor, attention_mask: Tensor | None, shared: int = 0, kv: Cache | None = None) -> Tensor:
-        """States [B, T - shared, H] that enter the last layer, with their autograd graph, for ``ids`` [B, T].
+        """What is read [B, T - shared, K], with its autograd graph, for ``ids`` [B, T].
 
-        The last layer, the final norm and the LM head never run, and no other layer's states are kept.
-        Left or right padding gives the positions that the text has alone.
+        The forward ends at the deepest state that is read: with the paper's tap the last layer, the final norm and the LM head never
+        run. No other layer's states are kept. Left or right padding gives the positions that the text has alone.
 
         Args:
             shared: this many columns, alike in all rows and without padding, run once for all rows and are not returned.
@@ -134,24 +178,24 @@ class Backbone:
         return self.model.config.get_text_config(decoder=True)
 
     def _states(self, **inputs: Any) -> Tensor:
-        """What enters the last layer when the decoder is given ``inputs``; there the forward ends."""
+        """What is read when the decoder is given ``inputs``; there the forward ends."""
         thread = threading.get_ident()
 
-        def stop(hidden: Tensor) -> None:
+        def stop(features: Tensor) -> None:
             if threading.get_ident() == thread:  # else another thread's forward, which goes on
-                raise _Reached(hidden)
+                raise _Reached(features)
 
         try:
             with self.listening(stop):
                 self.decoder(**inputs)
         except _Reached as reached:
-            return reached.hidden
-        raise unknown(f"model: the last layer of {type(self.model).__name__} never ran", self.model)
+            return reached.features
+        raise unknown(f"model: {self.places.points[self.places.deepest].name} of {type(self.model).__name__} never ran", self.model)
 
     def features(
         self, ids: Tensor, attention_mask: Tensor | None, row: Tensor, column: Tensor, kv: Cache | None = None
     ) -> Tensor:
-        """States [M, H] at ``(row, column)`` of ``hidden(ids, attention_mask, kv=kv)``, without a graph."""
+        """What is read [M, K] at ``(row, column)`` of ``hidden(ids, attention_mask, kv=kv)``, without a graph."""
         with torch.no_grad(), narrow_mlps(self.layers):
             return self.hidden(ids, attention_mask, kv=kv)[row, column]
 
@@ -182,5 +226,5 @@ def _device_of(module: nn.Module) -> torch.device:
 class _Reached(Exception):
     """Ends a forward once its states are there."""
 
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+    def __init__(self, features: Tensor) -> None:
+        self.features = features

@@ -1,17 +1,18 @@
 """rf.score: scores of finished text, by the backbone up to the layer that the SPRM reads."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.utils.rnn import pad_sequence
 
+from ...scoring.heads import Head
 from ...scoring.scores import TrajectoryScores
 from ...scoring.sharded import ShardedHead
-from ...scoring.sprm import SPRM
-from ...scoring.steps import At, StepTokens, integers, padding
-from ...utils.arguments import one_of
+from ...scoring.steps import StepTokens, integers, padding
+from ...scoring.taps import At
 from ...utils.lengths import batches_by_length
 from ..base import Score
 from .backbone import Backbone
@@ -21,11 +22,11 @@ from .parts import check_parts
 
 def score(
     model: nn.Module,
-    head: SPRM,
-    steps: StepTokens,
+    head: Head,
+    steps: StepTokens | None,
     input_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
-    at: At = "predict",
+    at: At | None = None,
     prompt_lengths: Tensor | Sequence[int] | int | None = None,
     *,
     backend: str | None = None,
@@ -35,7 +36,8 @@ def score(
 ) -> TrajectoryScores:
     """Score finished trajectories: the answer that ``StreamScorer`` gives while they are decoded.
 
-    The backbone runs up to the input of its last layer and stops: no last layer, no logits, no other layer's states.
+    The backbone runs up to the deepest state that the head reads and stops: for the paper's no last layer, no logits, no other layer's
+    states.
 
     Args:
         model, head, steps, at, backend, w1_dtype, process_group: as for ``StreamScorer``.
@@ -47,9 +49,8 @@ def score(
     Raises:
         ValueError: bad input, named.
     """
-    one_of("at", at, ("predict", "token"))
-    backbone = Backbone.of(model)
-    steps = check_parts(backbone, head, steps)
+    backbone = Backbone.of(model, head.tap if at is None else replace(head.tap, at=at))
+    at, steps = backbone.tap.at, check_parts(backbone, head, steps)
     placed = ShardedHead(head, backbone.device, backbone.dtype, backend, w1_dtype, process_group).load()
 
     if not isinstance(input_ids, Tensor):
@@ -82,6 +83,8 @@ def score(
         found,
         [m.nonzero().flatten() for m in mask],
         at,
+        head.aggregation,
+        head.sigmoid,
     )
 
 
@@ -98,16 +101,15 @@ class Reading:
     """
 
     def __init__(
-        self, model: nn.Module, head: SPRM, steps: StepTokens, ids: Sequence[int], at: At = "predict",
+        self, model: nn.Module, head: Head, steps: StepTokens | None, ids: Sequence[int], at: At | None = None,
         prompt_length: int = 0,
     ) -> None:  # fmt: skip
-        one_of("at", at, ("predict", "token"))
-        self.at, self._backbone = at, Backbone.of(model)
-        steps = check_parts(self._backbone, head, steps)
+        self._backbone = Backbone.of(model, head.tap if at is None else replace(head.tap, at=at))
+        self.at, self._head, steps = self._backbone.tap.at, head, check_parts(self._backbone, head, steps)
         self._placed = ShardedHead(head, self._backbone.device, self._backbone.dtype, None, None, None).load()
         self._ids = integers("ids", ids)[None].to(self._backbone.device)
         self._steps = steps.mask(self._ids, None, [prompt_length])[0].nonzero().flatten()  # [M]
-        self._reads = read_at(self._steps, at)
+        self._reads = read_at(self._steps, self.at)
         self._end = int(self._reads[-1]) + 1 if len(self._reads) else 0
         self._done, self._found, self._cache = 0, [torch.zeros(0, device=self._backbone.device)], new_cache()
 
@@ -129,7 +131,10 @@ class Reading:
     def scores(self) -> TrajectoryScores:
         """What ``score`` gives, once nothing is left."""
         found = torch.cat(self._found)
-        return TrajectoryScores.collect([float(found.double().sum())], [len(found)], [found], [self._steps], self.at)
+        return TrajectoryScores.collect(
+            [float(found.double().sum())], [len(found)], [found], [self._steps], self.at, self._head.aggregation,
+            self._head.sigmoid,
+        )  # fmt: skip
 
 
 def of_text(scores: TrajectoryScores, i: int, prompt_length: int) -> Score:

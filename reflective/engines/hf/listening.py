@@ -1,21 +1,20 @@
 """Objects that tell: while anybody listens, their class is exchanged for a subclass that says how it is called.
 
-Here is how classes are exchanged, and the layer that everything listens to, the last. What a whole model tells while it
-decodes is ``tap``'s.
+Here is how classes are exchanged, and where hidden states come by: at a layer's input, and at the decoder's output. Which of them a
+head reads is ``places``' to say; what a whole model tells while it decodes is ``tap``'s.
 """
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from .internals import state_argument, state_in, unknown
 
-_EARS = "_reflective_ears"  # where a layer keeps those who listen
-_CHANGING = threading.Lock()  # while the class of a layer is exchanged
+_EARS = "_reflective_ears"  # where a module keeps those who listen
+_CHANGING = threading.Lock()  # while the class of a module is exchanged
 
 
 def exchange(thing: Any, subclass: Callable[[type], type]) -> None:
@@ -36,70 +35,55 @@ def alike(subclass: type, base: type) -> type:
 
 
 class Ear(Protocol):
-    """Who hears what enters the last layer."""
+    """Who hears what goes by."""
 
     def hear(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The layer is called with these arguments."""
+        """A layer is called with these arguments, or the decoder has returned ``args[0]``."""
 
 
-class LastLayer:
-    """The last layer of ``model``, what it calls the hidden states of ``size`` values, and who listens to it."""
+class Point:
+    """A module of ``model`` at which hidden states of ``size`` values go by, and who listens to it. ``name``: for errors."""
 
-    def __init__(self, layer: nn.Module, size: int, model: nn.Module) -> None:
-        self.layer, self.size, self.model = layer, size, model
-        self.state_name = state_argument(layer)
+    def __init__(self, module: nn.Module, size: int, model: nn.Module, name: str) -> None:
+        self.module, self.size, self.model, self.name = module, size, model, name
+
+    def subclass(self, base: type) -> type:
+        """``base``, whose instances tell."""
+        raise NotImplementedError
+
+    def given(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        """The hidden states among what is heard, unchecked: all that code which is being compiled can tell."""
+        raise NotImplementedError
 
     def add(self, ear: Ear) -> None:
-        """Have ``ear`` hear every call of the layer, those in code that is being compiled too."""
+        """Have ``ear`` hear every call of the module, those in code that is being compiled too."""
         with _CHANGING:
-            ears = vars(self.layer).get(_EARS, ())
-            vars(self.layer)[_EARS] = (*ears, ear)
+            ears = vars(self.module).get(_EARS, ())
+            vars(self.module)[_EARS] = (*ears, ear)
             if not ears:
-                exchange(self.layer, _listening)
+                exchange(self.module, self.subclass)
 
     def remove(self, ear: Ear) -> None:
-        """The opposite of ``add``; after the last of them the layer has its own class again."""
-        own = vars(self.layer)
+        """The opposite of ``add``; after the last of them the module has its own class again."""
+        own = vars(self.module)
         with _CHANGING:
             own[_EARS] = tuple(other for other in own[_EARS] if other is not ear)
             if not own[_EARS]:
-                restore(self.layer)
+                restore(self.module)
                 del own[_EARS]
 
-    @contextmanager
-    def listening(self, use: Callable[[Tensor], object]) -> Iterator[None]:
-        """Within, ``use(hidden [B, T, H])`` gets what enters the layer in every forward, with its autograd graph.
-
-        Once a forward, also under gradient checkpointing: the class of the layer is exchanged, because a hook may run
-        within a checkpoint, where states are detached, and again when the checkpoint is computed anew. What wraps the model
-        (DDP, accelerate, peft) makes no difference.
-
-        Raises:
-            ValueError: in a forward, if what the layers hand on is not one state a token.
-        """
-        ear = _StateEar(self, use)
-        self.add(ear)
-        try:
-            yield
-        finally:
-            self.remove(ear)
-
-    def given(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-        """The hidden states among the arguments of a call, unchecked: all that code which is being compiled can tell."""
-        return state_in(self.state_name, self.size, args, kwargs)
-
     def state(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The hidden states [B, q, H] among the arguments of a call.
+        """The hidden states [B, q, H] among what is heard.
 
         Raises:
             ValueError: what the layers hand on is not one state a token.
-            RuntimeError: they are given none.
+            RuntimeError: there are none.
         """
         hidden = self.given(args, kwargs)
         if hidden is None:
             given = ", ".join([*(type(value).__name__ for value in args), *kwargs]) or "nothing"
             raise unknown(
-                f"model: the last layer of {type(self.model).__name__} is given no hidden states of {self.size} "
+                f"model: {self.name} of {type(self.model).__name__} is given no hidden states of {self.size} "
                 f"values, but {given}",
                 self.model,
             )
@@ -111,22 +95,34 @@ class LastLayer:
         return hidden
 
 
-class _StateEar:
-    """Hands on the states alone."""
+class LayerInput(Point):
+    """What enters a layer."""
 
-    def __init__(self, last: LastLayer, use: Callable[[Tensor], object]) -> None:
-        self.last, self.use = last, use
+    def __init__(self, layer: nn.Module, size: int, model: nn.Module, name: str = "the last layer") -> None:
+        super().__init__(layer, size, model, name)
+        self.state_name = state_argument(layer)
 
-    def hear(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.use(self.last.state(args, kwargs))
+    def subclass(self, base: type) -> type:
+        return _tells_arguments(base)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_StateEar":
-        """Of a copied layer the same are told."""
-        return self
+    def given(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        return state_in(self.state_name, self.size, args, kwargs)
+
+
+class DecoderOutput(Point):
+    """What the decoder returns first: the last layer's states after the final norm."""
+
+    def subclass(self, base: type) -> type:
+        return _tells_output(base)
+
+    def given(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        output = args[0]
+        hidden = getattr(output, "last_hidden_state", None)
+        return output[0] if hidden is None and isinstance(output, tuple) else hidden
 
 
 @functools.cache
-def _listening(base: type) -> type:
+def _tells_arguments(base: type) -> type:
     """``base``, whose instances tell of the arguments that they are called with."""
 
     class Listening(base):
@@ -138,5 +134,21 @@ def _listening(base: type) -> type:
     # transformers 5.23 and 5.24 wrap the forwards of subclasses for checkpointing; a layer that is computed anew when nobody
     # listens any more would then be checkpointed once more within.
     if "forward" in vars(Listening):
+        del Listening.forward
+    return alike(Listening, base)
+
+
+@functools.cache
+def _tells_output(base: type) -> type:
+    """``base``, whose instances tell of what they return."""
+
+    class Listening(base):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().__call__(*args, **kwargs)
+            for ear in self._reflective_ears:
+                ear.hear((output,), {})
+            return output
+
+    if "forward" in vars(Listening):  # as above
         del Listening.forward
     return alike(Listening, base)

@@ -1,21 +1,50 @@
 """Whether a model, a head and step-tokens fit together."""
 
-from ...scoring.sprm import SPRM
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+from ...scoring.heads import Head
 from ...scoring.steps import StepTokens
 from . import internals
 from .backbone import Backbone
 
 
-def check_parts(backbone: Backbone, head: SPRM, steps: StepTokens) -> StepTokens:
-    """``steps`` sized to the model's vocabulary and on its device.
+def check_parts(backbone: Backbone, head: Head, steps: StepTokens | None) -> StepTokens:
+    """``steps`` sized to the model's vocabulary and on its device; with ``at="every"``, which asks for none, all tokens but those that end
+    a sequence or pad it.
 
     Raises:
         ValueError: head, steps and model do not fit together.
     """
-    name = type(backbone.model).__name__
-    head.check_model(backbone.hidden_size, backbone.dtype, name)
+    name, tap = type(backbone.model).__name__, backbone.tap
+    head.check_model(len(tap.layers) * backbone.hidden_size, backbone.dtype, name, tap)
+    if head.trained_on is not None and not _alike(head.trained_on, backbone.model.name_or_path):
+        warnings.warn(
+            f"head: trained on the states of {head.trained_on}, and this is {backbone.model.name_or_path}: of equal size, but its "
+            "states may mean something else",
+            stacklevel=3,
+        )
+    if tap.at == "every":
+        return StepTokens.every(backbone.vocab_size, _no_text(backbone)).to(backbone.device)
+    if steps is None:
+        raise ValueError(f"steps=None: a head that reads at={tap.at!r} needs StepTokens, which say where steps end")
     steps.check_model(backbone.vocab_size)
     return steps.resized(backbone.vocab_size).to(backbone.device)
+
+
+def _no_text(backbone: Backbone) -> Collection[int]:
+    """Tokens that end a sequence, or pad it, as the model's generation configuration says."""
+    config = backbone.model.generation_config
+    ends = config.eos_token_id
+    ends = ends if isinstance(ends, list | tuple) else [ends]
+    return {token for token in (*ends, config.pad_token_id) if token is not None and 0 <= token < backbone.vocab_size}
+
+
+def _alike(a: str, b: str) -> bool:
+    """Whether two names may be of one model: the last parts are the same, or one says nothing."""
+    a, b = (Path(name).name.lower() for name in (a, b or ""))
+    return not a or not b or a == b
 
 
 def check_padding(backbone: Backbone, steps: StepTokens) -> None:

@@ -109,7 +109,7 @@ class Results:
         records = self._stream.recorded + self._recorded_last
         if not records:
             b = self._stream.backbone
-            return torch.empty(0, b.hidden_size, dtype=b.dtype), torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, b.width, dtype=b.dtype), torch.empty(0, dtype=torch.int64)
         rows, owners = (torch.cat(parts) for parts in zip(*records, strict=True))
         order = self._read.counted_order(owners)
         return rows[order], owners[order, 0].long()
@@ -122,7 +122,7 @@ class Results:
             self._read = state
             return state.sequences(rows)
         copy = self._read = state.take(rows)
-        if stream.at == "token":
+        if stream.at != "predict":
             copy.silence()
         stream.run(copy, unfed, stream.no_hidden(len(rows)))
         stream.flush(copy, len(rows), self._recorded_last)

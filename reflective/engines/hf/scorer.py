@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -12,16 +13,18 @@ from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
 from ...scoring.backend import Backend
+from ...scoring.heads import Head
 from ...scoring.scores import TrajectoryScores
 from ...scoring.sharded import ShardedHead
-from ...scoring.sprm import SPRM
 from ...scoring.state import static
-from ...scoring.steps import At, StepTokens
+from ...scoring.steps import StepTokens
+from ...scoring.taps import At
 from ...utils.arguments import one_of
 from .backbone import Backbone
 from .continuous import Batching
 from .follower import NO_CACHE, Follower
 from .parts import check_cache_counts, check_padding, check_parts
+from .places import Places
 from .results import Results
 from .states import States
 from .stream import Schedule, Scope, Stream
@@ -40,7 +43,7 @@ class StreamScorer:
             out = model.generate(**inputs, do_sample=True, num_return_sequences=8)
         scores = scorer.result(out)
 
-    It hears the token ids that enter the model and the hidden states that enter its last layer (``reflective.engines.hf.tap``). Each
+    It hears the token ids that enter the model and the hidden states that the head reads (``reflective.engines.hf.tap``). Each
     forward costs one op, ``torch.ops.reflective.decode_step``; nothing is run twice. A forward with an empty cache starts
     afresh, so one scorer serves any number of ``generate`` calls, one after the other. Several scorers may be attached to
     one model; none knows of the others.
@@ -51,18 +54,20 @@ class StreamScorer:
 
     Args:
         model: a decoder-only transformers model.
-        head: the SPRM, of the model's hidden size and dtype. Its weights are read when the scorer is attached.
-        steps: which tokens end a step.
+        head: an SPRM or another head, of the model's hidden size and dtype; it says where it reads the model, and what a step's and a
+            trajectory's score are (``reflective.scoring.heads.Head``). Its weights are read when the scorer is attached.
+        steps: which tokens end a step. A head that reads every token needs none.
         schedule: ``"deferred"`` scores in batches, when the buffer fills or a result is asked for; ``"immediate"`` has every
             step's score when its forward ends. The scores are the same to the bit.
-        at: ``"predict"`` reads the state that predicted the step-token (published checkpoints), ``"token"`` its own.
+        at: None: as the head says. ``"predict"`` reads the state that predicted the step-token (published checkpoints), ``"token"`` its
+            own, ``"every"`` that of every generated token, each of which is a step then.
         scope: ``"response"`` scores what is generated, ``"text"`` the prompt too.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None takes the first of these that runs on the model's device.
         buffer_rows: rows of the deferred buffer. With a ``process_group`` the buffer is taken for full as soon as it could
             be, after ``buffer_rows`` decoded tokens, and all of its rows go through the head, as the host does not know
             which hold a step.
         max_steps: steps a sequence whose single scores are kept; further ones still count in the trajectory's score.
-            16,384 are enough for 32k generated tokens, as steps are never adjacent.
+            By default 16,384, enough for 32k generated tokens, as steps are never adjacent; 65,536 where every token is one.
         record_features: keep the feature of every step that is scored, for training (``features``). Costs a look at a
             device-side counter whenever the buffer could be full, and every forward if ``"immediate"``.
         w1_dtype: of the head's first weights: None for the head's own, or ``torch.float8_e4m3fn``, see ``SPRM.weights``.
@@ -84,34 +89,35 @@ class StreamScorer:
     def __init__(
         self,
         model: nn.Module,
-        head: SPRM,
-        steps: StepTokens,
+        head: Head,
+        steps: StepTokens | None = None,
         schedule: Schedule = "deferred",
-        at: At = "predict",
+        at: At | None = None,
         *,
         scope: Scope = "response",
         backend: str | None = None,
         buffer_rows: int = 256,
-        max_steps: int = 16_384,
+        max_steps: int | None = None,
         record_features: bool = False,
         w1_dtype: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         one_of("schedule", schedule, ("deferred", "immediate"))
-        one_of("at", at, ("predict", "token"))
         one_of("scope", scope, ("response", "text"))
+        tap = head.tap if at is None else replace(head.tap, at=at)
+        max_steps = (65_536 if tap.at == "every" else 16_384) if max_steps is None else max_steps
         if buffer_rows < 1 or max_steps < 1:
             raise ValueError(f"buffer_rows={buffer_rows} and max_steps={max_steps} must be at least 1")
-        self.backbone = Backbone.of(model)
+        self.backbone = Backbone.of(model, tap)
         check_cache_counts(self.backbone)
-        self.head, self.schedule, self.at, self.scope = head, schedule, at, scope
+        self.head, self.schedule, self.at, self.scope = head, schedule, tap.at, scope
         self.steps = check_parts(self.backbone, head, steps)
         check_padding(self.backbone, steps)
         self.buffer_rows, self.max_steps, self.record_features = buffer_rows, max_steps, record_features
         self.stream = Stream(
             self.backbone,
             ShardedHead(head, self.backbone.device, self.backbone.dtype, backend, w1_dtype, process_group),
-            self.steps, schedule=schedule, at=at, scope=scope, buffer_rows=buffer_rows, max_steps=max_steps,
+            self.steps, schedule=schedule, at=self.at, scope=scope, buffer_rows=buffer_rows, max_steps=max_steps,
             record_features=record_features,
         )  # fmt: skip
         self.flushes_by_hand = self.stream.flushes_by_hand
@@ -126,6 +132,11 @@ class StreamScorer:
     @property
     def backend(self) -> Backend:
         return self.stream.placed.backend
+
+    @property
+    def places(self) -> Places:
+        """Where it reads the model."""
+        return self.backbone.places
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
@@ -381,6 +392,8 @@ class StreamScorer:
             [f.log_scores for f in found],
             [f.columns for f in found],
             self.at,
+            self.head.aggregation,
+            self.head.sigmoid,
         )
 
     def features(self) -> tuple[Tensor, Tensor]:

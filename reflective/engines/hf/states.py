@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...scoring.scores import step_scores
 from .prompts import left_padding
 from .stream import Stream
 
@@ -85,4 +86,4 @@ class States:
         return self._stream.state.counts()[: self.n]
 
     def step_scores(self, row: int) -> list[float]:
-        return self._stream.state.sequences([row])[0].log_scores.exp().tolist()
+        return step_scores(self._stream.state.sequences([row])[0].log_scores, self._stream.placed.head.sigmoid).tolist()

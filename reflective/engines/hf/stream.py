@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...scoring.sharded import ShardedHead
 from ...scoring.state import StreamState
-from ...scoring.steps import At, StepTokens
+from ...scoring.steps import StepTokens
+from ...scoring.taps import At
 from .backbone import Backbone
 
 Schedule = Literal["deferred", "immediate"]
@@ -76,7 +77,7 @@ class Stream:
             self.state = self.state.grown(n, self.placed.head.width)
         else:
             self.state = StreamState.allocate(
-                n, b.hidden_size, self.placed.head.width, buffer_rows=max(self.buffer_rows, n), max_steps=self.max_steps,
+                n, b.width, self.placed.head.width, buffer_rows=max(self.buffer_rows, n), max_steps=self.max_steps,
                 dtype=b.dtype, device=b.device,
             )  # fmt: skip
 
@@ -92,7 +93,7 @@ class Stream:
     # -- tokens ------------------------------------------------------------------------------------------------------
 
     def consume(self, ids: Tensor, hidden: Tensor, rows: Tensor | None = None, prompt: bool = False) -> None:
-        """Tokens [n, q] and their states [n, q, H]: of sequences 0 to n-1, or of ``rows`` [n] int32, of whose prompts they all
+        """Tokens [n, q] and what is read of them [n, q, K]: of sequences 0 to n-1, or of ``rows`` [n] int32, of whose prompts they all
         are (``prompt``)."""
         n, q = ids.shape
         # Columns before the scope: whatever they hold, no step of it counts. Of assigned states the host knows no column.
@@ -128,9 +129,9 @@ class Stream:
         )  # fmt: skip
 
     def no_hidden(self, n: int, q: int = 1) -> Tensor:
-        """States [n, q, H] for tokens whose own are not known."""
+        """Features [n, q, K] for tokens whose own are not known."""
         b = self.backbone
-        return torch.zeros(n, 1, b.hidden_size, dtype=b.dtype, device=b.device).expand(-1, q, -1)
+        return torch.zeros(n, 1, b.width, dtype=b.dtype, device=b.device).expand(-1, q, -1)
 
     def moved_on(self, columns: int | None) -> None:
         """So many columns were consumed unseen, by ``run``; None: the device is asked how many there are by now."""

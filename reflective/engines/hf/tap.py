@@ -1,7 +1,7 @@
 """How scorers hear a model: while any listens, three classes are exchanged for subclasses that tell.
 
-The model's class tells of token ids, generate calls and their arguments; its last layer's of the hidden states that enter
-it; the class of the KV cache in use of rows that are reordered, selected, repeated or rolled back. When the last scorer
+The model's class tells of token ids, generate calls and their arguments; its last layer's of the cache that it is given; those of the
+layers that somebody reads of the hidden states that enter them; the class of the KV cache in use of rows that are reordered, selected, repeated or rolled back. When the last scorer
 leaves, every object has its own class again.
 
 Why not hooks: ``torch.compile`` guards on the type of each module that it traced, but not on its hooks, so code that was
@@ -10,6 +10,7 @@ first forward that is heard is compiled once more, with the scorer's op in the g
 afterwards, and the next scorer, any scorer of the same shapes, finds the code of the first.
 """
 
+import copy
 import functools
 import inspect
 import threading
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from . import internals
 from .backbone import Backbone
-from .listening import alike, exchange, restore
+from .listening import Point, alike, exchange, restore
+from .places import Places
 
 _ATTRIBUTE = "_reflective_tap"
 
@@ -31,9 +33,11 @@ class Listener(Protocol):
     """What a tap tells. All but ``on_trace`` are called in eager mode only.
 
     Attributes:
+        places: where it reads the model.
         unheard: set when a compiled forward ran of which nothing but ``on_trace`` was told.
     """
 
+    places: Places
     unheard: bool
 
     def on_generate(self, arguments: dict[str, Any], batching: Any) -> None:
@@ -46,7 +50,7 @@ class Listener(Protocol):
         """A forward of these token ids on this cache begins; ``given`` are all of its arguments."""
 
     def on_features(self, hidden: Tensor) -> None:
-        """The states [B, q, H] that enter the last layer of that forward."""
+        """What is read [B, q, K] in that forward."""
 
     def on_trace(self, ids: Tensor, hidden: Tensor) -> None:
         """The same inside of a compiled forward: tensors only, nothing of the host."""
@@ -69,7 +73,10 @@ class Tap:
         self.listeners: tuple[Listener, ...] = ()
         self.inputs = tuple(inspect.signature(self.model.forward).parameters)  # names, for positional arguments
         self.ids_name, self.last = internals.ids_argument(self.model), backbone.last
+        self.ears: dict[int, _StateEar] = {}  # at the hidden states that somebody reads
+        self.states: dict[int, Tensor] = {}  # of the forward in progress, which somebody reads together with later ones
         self.given: dict[str, Any] | None = None  # the arguments of the forward in progress
+        self.hearing = False  # whether it is one of the stream
         self.called = False  # whether the model's __call__ has told of it
         self.traced = False  # whether its hidden states came in compiled code
         self.ids: Tensor | None = None  # its token ids
@@ -109,6 +116,10 @@ class Tap:
             tap.last.add(tap)
         tap.try_release = tap.try_release or try_release
         tap.listeners += (listener,)
+        for i, point in listener.places.points.items():
+            if i not in tap.ears:
+                tap.ears[i] = _StateEar(tap, i, point)
+                point.add(tap.ears[i])
         return tap
 
     @classmethod
@@ -116,6 +127,10 @@ class Tap:
         """The opposite of ``add``."""
         tap = vars(backbone.model)[_ATTRIBUTE]
         tap.listeners = tuple(other for other in tap.listeners if other is not listener)
+        read = {i for other in tap.listeners for i in other.places.points}
+        for i in sorted(set(tap.ears) - read, reverse=True):
+            ear = tap.ears.pop(i)
+            ear.point.remove(ear)
         if not tap.listeners:
             tap.follow(None)
             tap.last.remove(tap)
@@ -125,9 +140,9 @@ class Tap:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
         """Of a copied model or cache nobody hears."""
-        copy = object.__new__(Tap)
-        vars(copy).update(vars(self), listeners=(), cache=lambda: None)
-        return copy
+        other = object.__new__(Tap)
+        vars(other).update(vars(self), listeners=(), cache=lambda: None, ears={}, states={})
+        return other
 
     # -- generate ----------------------------------------------------------------------------------------------------
 
@@ -177,8 +192,8 @@ class Tap:
         """Run the model's ``forward``, and tell of it if it is one of the stream."""
         self.check_thread()
         of_stream = self.begin_forward(args, kwargs)
-        called, thread, listeners = self.called, self.thread, self.listeners
-        self.called, self.thread = True, threading.get_ident()
+        called, thread, listeners, hearing = self.called, self.thread, self.listeners, self.hearing
+        self.called, self.thread, self.hearing = True, threading.get_ident(), of_stream
         if not of_stream:  # what is compiled of it is compiled without listeners
             self.listeners = ()
         try:
@@ -187,7 +202,8 @@ class Tap:
                 self.end_forward()
             return output
         finally:
-            self.called, self.thread, self.listeners, self.given = called, thread, listeners, None
+            self.called, self.thread, self.listeners, self.hearing, self.given = called, thread, listeners, hearing, None
+            self.states.clear()
 
     def begin_compiled(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward with these arguments begins in code that is being compiled."""
@@ -244,26 +260,43 @@ class Tap:
     def hear(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """The last layer is called with these arguments."""
         if torch.compiler.is_compiling():
-            hidden = self.last.given(args, kwargs)
             self.traced = True
-            for listener in self.listeners:
-                listener.on_trace(self.ids, hidden)
             return
         # Else the decoder alone, as rf.score runs it, perhaps in another thread; or a forward that is not of the stream.
         if self.given is None or self.thread != threading.get_ident():
             return
-        hidden = self.last.state(args, kwargs)
-        if hidden.shape[:2] != self.ids.shape:
-            raise internals.unknown(
-                f"model: the last layer of {type(self.model).__name__} is given states {list(hidden.shape)} for token ids "
-                f"{list(self.ids.shape)}",
-                self.model,
-            )
         self.given = None
         if (cache := internals.cache_in((*args, *kwargs.values()))) is not None:
             self.follow(cache)
+
+    def hear_state(self, index: int, point: Point, args: tuple, kwargs: dict[str, Any]) -> None:
+        """``hidden_states[index]`` comes by at ``point``, among these arguments."""
+        if torch.compiler.is_compiling():
+            hidden = point.given(args, kwargs)
+        elif not self.hearing or self.thread != threading.get_ident():
+            return
+        else:
+            hidden = point.state(args, kwargs)
+            if hidden.shape[:2] != self.ids.shape:
+                raise internals.unknown(
+                    f"model: {point.name} of {type(self.model).__name__} is given states {list(hidden.shape)} for token ids "
+                    f"{list(self.ids.shape)}",
+                    self.model,
+                )
         for listener in self.listeners:
-            listener.on_features(hidden)
+            places = listener.places
+            if index not in places.points:
+                continue
+            if index < places.deepest:
+                self.states[index] = hidden
+                continue
+            features = places.join({**self.states, index: hidden} if len(places.points) > 1 else {index: hidden})
+            if torch.compiler.is_compiling():
+                listener.on_trace(self.ids, features)
+            else:
+                listener.on_features(features)
+        if self.states and index == max(self.ears):
+            self.states.clear()
 
     def follow(self, cache: Any) -> None:
         """From now on tell of what is done to the rows of ``cache``, and of no other."""
@@ -278,6 +311,20 @@ class Tap:
             vars(cache)[_ATTRIBUTE] = self
             exchange(cache, _listening_cache)
             self.cache = weakref.ref(cache)
+
+
+class _StateEar:
+    """Tells a tap of the hidden states at one point."""
+
+    def __init__(self, tap: Tap, index: int, point: Point) -> None:
+        self.tap, self.index, self.point = tap, index, point
+
+    def hear(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.tap.hear_state(self.index, self.point, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_StateEar":
+        """Of a copied layer nobody hears."""
+        return _StateEar(copy.deepcopy(self.tap, memo), self.index, self.point)
 
 
 @functools.cache

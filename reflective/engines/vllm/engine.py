@@ -19,7 +19,8 @@ import torch
 from typing_extensions import Self
 
 from ...scoring.scores import TrajectoryScores
-from ...scoring.steps import At, StepTokens
+from ...scoring.steps import StepTokens
+from ...scoring.taps import At
 from ..base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
 from .core import Core
 from .results import check_ids

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from ...scoring.sprm import SPRM
-from ...scoring.steps import At, StepTokens
+from ...scoring.steps import StepTokens
+from ...scoring.taps import At
 from ...utils.arguments import one_of, whole
 from .pruning import PruneRule
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from ...kernels import layout
 from ...scoring.sharded import ShardedHead
 from ...scoring.state import StreamState
-from ...scoring.steps import At, StepTokens
+from ...scoring.steps import StepTokens
+from ...scoring.taps import At
 from .options import NAME
 from .pruning import PruneRule, Pruning
 

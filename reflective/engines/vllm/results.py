@@ -8,7 +8,8 @@ from torch import Tensor
 from ...kernels.layout import HASH_FACTOR
 from ...scoring.scores import TrajectoryScores
 from ...scoring.state import hash_ids
-from ...scoring.steps import At, StepTokens
+from ...scoring.steps import StepTokens
+from ...scoring.taps import At
 from .requests import Log
 
 _INVERSE = pow(HASH_FACTOR, -1, 1 << 64)

@@ -1,0 +1,210 @@
+"""What every head has, whatever its form: where it reads the model, what a step's score is, and the weights that the ops take."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .scores import AGGREGATIONS, FROM_LOGARITHMS
+from .taps import Tap
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in which a head computes
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+_KNOWN = ("form", "tap", "aggregation", "sigmoid", "activation", "step_rule", "trained_on")
+
+
+class Head(nn.Module):
+    """A module that maps features [..., K] to logits [..., 1], and says how it is used.
+
+    ``SPRM`` is the paper's, an MLP with one hidden layer; ``LinearHead`` and ``GatedLinear`` are others'.
+
+    Attributes:
+        tap: where it reads the model; K is the width of what it reads there.
+        aggregation: how a trajectory's step scores become one number, a key of ``scores.AGGREGATIONS``.
+        sigmoid: whether a step's score is the sigmoid of its logit; else it is the logit.
+        step_rule: arguments of ``StepTokens.from_tokenizer`` by which it was trained; None: nothing is known.
+        form: what kind of checkpoint it came from, for people.
+        trained_on: the name of the model whose states it was trained on; None: unknown.
+    """
+
+    tap: Tap = Tap()
+    aggregation: str = "geometric_mean"
+    sigmoid: bool = True
+    step_rule: dict[str, Any] | None = None
+    form: str = "head"
+    trained_on: str | None = None
+    activation: str = "relu"
+
+    @property
+    def hidden_size(self) -> int:
+        """Inputs, K: hidden sizes of all layers that the tap names, together."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Hidden units, as the ops count them."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(w1 [width, K], b1 [width], w2 [1, width], b2 [1])``, detached: the logit is ``w2 . activation(W1 f + b1) + b2``."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, "Head"]:
+        """The heads that are run, each of one logit; several are gathered by ``aggregation``."""
+        return {"": self}
+
+    # -- how it is used ----------------------------------------------------------------------------------------------
+
+    def use(self, **settings: Any) -> "Head":
+        """Set ``tap``, ``aggregation``, ``sigmoid``, ``step_rule``, ``form`` or ``trained_on``; returns itself.
+
+        Raises:
+            ValueError: an unknown name or aggregation, or a mean by logarithms of scores that are none of probabilities.
+        """
+        for name, value in settings.items():
+            if name not in _KNOWN or name == "activation":
+                raise ValueError(f"{name}: a head has {', '.join(n for n in _KNOWN if n != 'activation')}")
+            setattr(self, name, value)
+        if self.aggregation not in AGGREGATIONS and self.aggregation != "gated":
+            raise ValueError(f"aggregation={self.aggregation!r}; expected one of {', '.join(AGGREGATIONS)}")
+        if not self.sigmoid and self.aggregation in FROM_LOGARITHMS:
+            raise ValueError(
+                f"aggregation={self.aggregation!r} multiplies probabilities, and sigmoid=False says that scores are none; take 'mean'"
+            )
+        return self
+
+    def configuration(self) -> dict[str, Any]:
+        """All that ``use`` sets, and the activation, as JSON has it."""
+        return {name: getattr(self, name) for name in _KNOWN} | {"tap": self.tap.to_dict()}
+
+    def configure(self, said: Mapping[str, Any]) -> "Head":
+        """The opposite of ``configuration``; the activation is the constructor's.
+
+        Raises:
+            ValueError: see ``use``.
+        """
+        said = {name: value for name, value in said.items() if name != "activation"}
+        if "tap" in said:
+            said["tap"] = Tap.from_dict(said["tap"])
+        return self.use(**said)
+
+    # -- whether it fits ---------------------------------------------------------------------------------------------
+
+    def check_finite(self, name: str = "head") -> None:
+        """Raise ValueError if a weight is too large for its dtype: every score would be NaN, and hidden states blamed."""
+        for key, value in self.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"{name}: {key} has no room in {self.dtype}; use torch.bfloat16 or torch.float32")
+
+
+    def check_model(self, width: int, dtype: torch.dtype, name: str = "model", tap: Tap | None = None) -> None:
+        """Raise ValueError unless this head fits a backbone of which states of ``width`` values and ``dtype`` are read, by ``tap``."""
+        for key, value in self.state_dict().items():
+            check_dtype(value, f"head: {key}", FLOATS)
+            if value.dtype != self.dtype:
+                first = next(iter(self.state_dict()))
+                raise ValueError(f"head: {key} is {value.dtype} and {first} {self.dtype}; use head.to({dtype})")
+        if self.hidden_size != width:
+            several = f", of which it reads layers {tap.layers} together" if tap and len(tap.layers) > 1 else ""
+            raise ValueError(
+                f"head: hidden size {self.hidden_size} differs from the {width} of {name}{several}; "
+                "a head works only on the backbone it was trained with"
+            )
+        if self.dtype != dtype:
+            raise ValueError(f"head: dtype {self.dtype} differs from the {dtype} of {name}; use head.to({dtype})")
+
+
+def check_dtype(weight: Tensor, name: str, expected: Sequence[torch.dtype]) -> None:
+    """Raise ValueError unless ``weight`` is a plain tensor of one of the ``expected`` dtypes."""
+    kind = type(weight).__name__
+    if hasattr(type(weight), "__tensor_flatten__"):  # torchao's, DTensor: what their memory holds is their own affair
+        raise ValueError(
+            f"{name} is a {kind}, no plain tensor; leave the head out of what quantises or shards the model"
+        )
+    if weight.dtype not in expected or weight.layout != torch.strided:
+        odd = weight.dtype if weight.dtype not in expected else weight.layout
+        raise ValueError(
+            f"{name} is {odd}, no plain float: the head was quantised or cast, and its scales are not known here; give the "
+            "head as it was trained, and leave it out when the model is quantised"
+        )
+
+
+class LinearHead(Head):
+    """``logit = w . f + b``: a linear probe.
+
+    The ops take it as ``relu(z) - relu(-z)`` of ``z = w . f + b``, two units, which is z to the bit.
+
+    Args:
+        hidden_size: K.
+        bias: whether it has one.
+    """
+
+    form = "linear"
+
+    def __init__(self, hidden_size: int, *, bias: bool = True, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1, bias=bias, dtype=dtype)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def width(self) -> int:
+        return 2
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., K] -> [..., 1]."""
+        return self.linear(features)
+
+    def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self.w1_dtype(dtype)
+        w, b = self.linear.weight.detach(), self.linear.bias
+        b = w.new_zeros(1) if b is None else b.detach()
+        return torch.cat([w, -w]), torch.cat([b, -b]), w.new_tensor([[1.0, -1.0]]), w.new_zeros(1)
+
+    def w1_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of ``weights(dtype)[0]``. ValueError if there is none."""
+        if dtype not in (None, self.dtype):
+            raise ValueError(f"w1_dtype={dtype}: a linear head has {2 * self.hidden_size} weights, and takes its own {self.dtype} alone")
+        return self.dtype
+
+
+class GatedLinear(Head):
+    """A value and a gate of each step, both linear: ``score = sum_i g_i v_i / sum_i g_i`` with ``g_i = sigmoid(gate . f_i + c)``.
+
+    Each step's score is its value, ``value . f_i + b``, or the sigmoid of that. As SWIFT (arXiv 2505.12225), over every token.
+
+    Args:
+        hidden_size: K.
+    """
+
+    form, aggregation = "gated_linear", "gated"
+
+    def __init__(self, hidden_size: int, *, bias: bool = True, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.value, self.gate = (LinearHead(hidden_size, bias=bias, dtype=dtype) for _ in range(2))
+
+    @property
+    def hidden_size(self) -> int:
+        return self.value.hidden_size
+
+    @property
+    def width(self) -> int:
+        return 2
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., K] -> [..., 1], the values."""
+        return self.value(features)
+
+    def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.value.weights(dtype)
+
+    def parts(self) -> dict[str, Head]:
+        value = self.value.use(tap=self.tap, aggregation="mean", sigmoid=self.sigmoid)
+        return {"value": value, "gate": self.gate.use(tap=self.tap, aggregation="mean", sigmoid=True)}
