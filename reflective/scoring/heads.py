@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .scores import AGGREGATIONS, FROM_LOGARITHMS
+from .scores import AGGREGATIONS, FROM_LOGARITHMS, TrajectoryScores
 from .taps import Tap
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in which a head computes
@@ -208,3 +208,36 @@ class GatedLinear(Head):
     def parts(self) -> dict[str, Head]:
         value = self.value.use(tap=self.tap, aggregation="mean", sigmoid=self.sigmoid)
         return {"value": value, "gate": self.gate.use(tap=self.tap, aggregation="mean", sigmoid=True)}
+
+
+Heads = Head | Sequence[Head] | Mapping[str, Head]  # one, or several on one model
+
+
+def parts_of(head: Heads) -> list[Head]:
+    """The heads that are run, each of one logit."""
+    return [part for one in named(head).values() for part in one.parts().values()]
+
+
+def named(head: Heads) -> dict[str, Head]:
+    """Heads by their names; those in a row by their numbers.
+
+    Raises:
+        ValueError: there is none; TypeError: something else than a head.
+    """
+    found = head if isinstance(head, Mapping) else {"": head} if isinstance(head, Head) else dict(enumerate(head))
+    found = {str(name): one for name, one in found.items()}
+    if not found:
+        raise ValueError("head: there is none; give one, or several by their names")
+    for name, one in found.items():
+        if not isinstance(one, Head):
+            raise TypeError(f"head {name}: {type(one).__name__} is no reflective.scoring.heads.Head; load it with rf.load_head")
+    return found
+
+
+def together(head: Heads, parts: Sequence[TrajectoryScores]) -> Any:
+    """Of the ``parts_of(head)``: the scores of one head, or of several by their names."""
+    left, found = list(parts), {}
+    for name, one in named(head).items():
+        own = [left.pop(0) for _ in one.parts()]
+        found[name] = TrajectoryScores.gated(*own) if len(own) > 1 else own[0]
+    return found[""] if isinstance(head, Head) else found

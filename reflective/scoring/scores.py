@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ class TrajectoryScores:
             position.)
         errors: sequence -> what is wrong with it, for sequences without a valid score.
         aggregation: how ``score`` came of the step scores.
+        gates: of a gated head, B tensors [n_steps] float32 in (0, 1): the weights of its step scores; else None.
     """
 
     score: Tensor
@@ -75,6 +76,7 @@ class TrajectoryScores:
     step_positions: list[Tensor]
     errors: dict[int, str] = field(default_factory=dict)
     aggregation: str = "geometric_mean"
+    gates: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.score)
@@ -99,6 +101,23 @@ class TrajectoryScores:
                     f"aggregation={how!r}: of the {n} steps of trajectory {i} only {len(scores)} were recorded"
                 )
         return torch.tensor([aggregate(scores.tolist(), how) for scores in self.step_scores], dtype=torch.float32)
+
+    @classmethod
+    def gated(cls, value: "TrajectoryScores", gate: "TrajectoryScores") -> "TrajectoryScores":
+        """Of a head's values and gates at the same steps: ``sum_i g_i v_i / sum_i g_i``; 0 without a step.
+
+        Raises:
+            ValueError: a trajectory with more steps than were recorded one by one.
+        """
+        scores = []
+        for i, (v, g, n) in enumerate(zip(value.step_scores, gate.step_scores, value.n_steps.tolist(), strict=True)):
+            if len(v) < n:
+                raise ValueError(f"aggregation='gated': of the {n} steps of trajectory {i} only {len(v)} were recorded")
+            v, g = v.double(), g.double()
+            scores.append(float((g * v).sum() / g.sum()) if n else 0.0)
+        score, errors = torch.tensor(scores, dtype=torch.float32), value.errors | gate.errors
+        score[list(errors)] = math.nan
+        return replace(value, score=score, errors=errors, aggregation="gated", gates=gate.step_scores)
 
     @classmethod
     def collect(

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -141,11 +141,17 @@ class Backbone:
         Raises:
             ValueError: an id stands for an image, a video or a sound, which the ids do not hold.
         """
+        return self.places.join(self._hidden_states(self.places, ids, attention_mask, shared, kv))
+
+    def _hidden_states(
+        self, places: Places, ids: Tensor, attention_mask: Tensor | None, shared: int = 0, kv: Cache | None = None
+    ) -> dict[int, Tensor]:
+        """The same as the ``hidden_states`` [B, T - shared, H] at ``places``, by their index."""
         self._check_text_only(ids)
         first = _device_of(self.model.get_input_embeddings())  # several devices: the last layer's may be another
         ids, inputs = ids.to(first), {"use_cache": False}
         if shared:
-            kv = self.prefill(ids[:1, :shared], len(ids), self._states)
+            kv = self.prefill(ids[:1, :shared], len(ids), functools.partial(self._states, places))
         if kv is not None:
             inputs = {"use_cache": True, **with_cache(self.decoder, kv)}
         # No token sees padding on its right. Without a mask attention is faster, and a sliding window over nothing but padding
@@ -154,7 +160,7 @@ class Backbone:
             inputs["attention_mask"] = mask = attention_mask.to(first)
             if "position_ids" in inspect.signature(self.decoder.forward).parameters:
                 inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        return self._states(input_ids=ids[:, shared:], **inputs)
+        return self._states(places, input_ids=ids[:, shared:], **inputs)
 
     def prefill(self, prefix: Tensor, rows: int, run: Callable[..., Any] | None = None) -> Cache:
         """The cache of ``rows`` texts that all begin with ``prefix`` [1, S], which runs once, with its autograd graph.
@@ -177,27 +183,37 @@ class Backbone:
     def _text_config(self) -> PretrainedConfig:
         return self.model.config.get_text_config(decoder=True)
 
-    def _states(self, **inputs: Any) -> Tensor:
-        """What is read when the decoder is given ``inputs``; there the forward ends."""
+    def _states(self, places: Places, **inputs: Any) -> dict[int, Tensor]:
+        """The ``hidden_states`` at ``places`` when the decoder is given ``inputs``; with the deepest the forward ends."""
         thread = threading.get_ident()
 
-        def stop(features: Tensor) -> None:
+        def stop(states: dict[int, Tensor]) -> None:
             if threading.get_ident() == thread:  # else another thread's forward, which goes on
-                raise _Reached(features)
+                raise _Reached(states)
 
         try:
-            with self.listening(stop):
+            with places.gathering(stop):
                 self.decoder(**inputs)
         except _Reached as reached:
-            return reached.features
-        raise unknown(f"model: {self.places.points[self.places.deepest].name} of {type(self.model).__name__} never ran", self.model)
+            return reached.states
+        raise unknown(f"model: {places.points[places.deepest].name} of {type(self.model).__name__} never ran", self.model)
 
     def features(
         self, ids: Tensor, attention_mask: Tensor | None, row: Tensor, column: Tensor, kv: Cache | None = None
     ) -> Tensor:
         """What is read [M, K] at ``(row, column)`` of ``hidden(ids, attention_mask, kv=kv)``, without a graph."""
+        return self.features_at([self.places], ids, attention_mask, [(row, column)], kv)[0]
+
+    def features_at(
+        self, places: Sequence[Places], ids: Tensor, attention_mask: Tensor | None, at: Sequence[tuple[Tensor, Tensor]],
+        kv: Cache | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """The same for several who read at ``places``, each [M_i, K_i] at its ``(row, column)``, by one forward."""
         with torch.no_grad(), narrow_mlps(self.layers):
-            return self.hidden(ids, attention_mask, kv=kv)[row, column]
+            states = self._hidden_states(Places.together(places), ids, attention_mask, kv=kv)
+            return [
+                p.join({i: states[i][row, column] for i in p.points}) for p, (row, column) in zip(places, at, strict=True)
+            ]
 
     def _check_text_only(self, ids: Tensor) -> None:
         for kind in ("image", "video", "audio"):
@@ -226,5 +242,5 @@ def _device_of(module: nn.Module) -> torch.device:
 class _Reached(Exception):
     """Ends a forward once its states are there."""
 
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
+    def __init__(self, states: dict[int, Tensor]) -> None:
+        self.states = states

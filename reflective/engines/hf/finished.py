@@ -1,14 +1,16 @@
 """rf.score: scores of finished text, by the backbone up to the layer that the SPRM reads."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import Self
 
-from ...scoring.heads import Head
+from ...scoring.heads import Head, Heads, parts_of, together
 from ...scoring.scores import TrajectoryScores
 from ...scoring.sharded import ShardedHead
 from ...scoring.steps import StepTokens, integers, padding
@@ -22,7 +24,7 @@ from .parts import check_parts
 
 def score(
     model: nn.Module,
-    head: Head,
+    head: Heads,
     steps: StepTokens | None,
     input_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
@@ -33,7 +35,7 @@ def score(
     batch_tokens: int = 16_384,
     w1_dtype: torch.dtype | None = None,
     process_group: ProcessGroup | None = None,
-) -> TrajectoryScores:
+) -> Any:
     """Score finished trajectories: the answer that ``StreamScorer`` gives while they are decoded.
 
     The backbone runs up to the deepest state that the head reads and stops: for the paper's no last layer, no logits, no other layer's
@@ -46,46 +48,76 @@ def score(
         prompt_lengths: tokens of each prompt, padding not counted; only steps after it are scored. None: the whole text.
         batch_tokens: padded tokens a forward; rows are batched by length under this limit, one row at the least.
 
+    Returns:
+        ``TrajectoryScores``; of several heads, given as a row or by names, those of each by its number or name. One forward serves all.
+
     Raises:
         ValueError: bad input, named.
     """
-    backbone = Backbone.of(model, head.tap if at is None else replace(head.tap, at=at))
-    at, steps = backbone.tap.at, check_parts(backbone, head, steps)
-    placed = ShardedHead(head, backbone.device, backbone.dtype, backend, w1_dtype, process_group).load()
-
+    parts = [_Part.of(model, part, steps, at, backend, w1_dtype, process_group) for part in parts_of(head)]
+    backbone = parts[0].backbone
     if not isinstance(input_ids, Tensor):
         input_ids, attention_mask = _pad(input_ids, attention_mask)
     ids = input_ids.to(backbone.device)
     if ids.dim() == 1:
         ids = ids[None]
-    mask = steps.mask(ids, attention_mask, prompt_lengths)  # [B, T]; checks the input
+    masks = [part.steps.mask(ids, attention_mask, prompt_lengths) for part in parts]  # [B, T] each; checks the input
     pad, length = padding(attention_mask, ids.shape, backbone.device)
 
-    log_scores = torch.zeros(ids.shape, dtype=torch.float32, device=backbone.device)
+    log_scores = [torch.zeros(ids.shape, dtype=torch.float32, device=backbone.device) for _ in parts]
     for rows in batches_by_length((length - pad).tolist(), batch_tokens):
-        if not mask[rows].any():
+        last = max(int(m[rows].any(0).nonzero()[-1]) if m[rows].any() else -1 for m in masks)
+        if last < 0:
             continue
         # From the first token to the last state that is read; what follows it cannot change it.
-        left, right = int(pad[rows].min()), int(mask[rows].any(0).nonzero()[-1]) + 1
-        steps_here = mask[rows, left:right]
+        left, right = int(pad[rows].min()), last + 1
         column = torch.arange(left, right, device=backbone.device)
         real = (column >= pad[rows, None]) & (column < length[rows, None])
-        row, step = steps_here.nonzero(as_tuple=True)  # [M]
-        hidden = backbone.features(
-            ids[rows, left:right], None if real.all() else real.long(), row, read_at(step, at)
-        )  # [M, H]
-        log_scores[torch.tensor(rows, device=ids.device)[row], left + step] = placed.score_rows(hidden)
+        found = [m[rows, left:right].nonzero(as_tuple=True) for m in masks]  # row and step [M] each
+        features = backbone.features_at(
+            [part.backbone.places for part in parts], ids[rows, left:right], None if real.all() else real.long(),
+            [(row, read_at(step, part.at)) for part, (row, step) in zip(parts, found, strict=True)],
+        )  # [M, K] each  # fmt: skip
+        index = torch.tensor(rows, device=ids.device)
+        for part, scores, (row, step), rows_of in zip(parts, log_scores, found, features, strict=True):
+            scores[index[row], left + step] = part.placed.score_rows(rows_of)
 
-    found = [log_scores[i][mask[i]] for i in range(len(ids))]
-    return TrajectoryScores.collect(
-        [float(f.double().sum()) for f in found],
-        [len(f) for f in found],
-        found,
-        [m.nonzero().flatten() for m in mask],
-        at,
-        head.aggregation,
-        head.sigmoid,
-    )
+    return together(head, [
+        part.collect([s[m] for s, m in zip(scores, mask, strict=True)], [m.nonzero().flatten() for m in mask])
+        for part, scores, mask in zip(parts, log_scores, masks, strict=True)
+    ])  # fmt: skip
+
+
+@dataclass
+class _Part:
+    """A head of one logit, ready to be run on what a backbone gives it."""
+
+    backbone: Backbone
+    head: Head
+    steps: StepTokens
+    placed: ShardedHead
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, head: Head, steps: StepTokens | None, at: At | None, backend: str | None = None,
+        w1_dtype: torch.dtype | None = None, group: ProcessGroup | None = None,
+    ) -> Self:  # fmt: skip
+        backbone = Backbone.of(model, head.tap if at is None else replace(head.tap, at=at))
+        steps = check_parts(backbone, head, steps)
+        return cls(
+            backbone, head, steps, ShardedHead(head, backbone.device, backbone.dtype, backend, w1_dtype, group).load()
+        )
+
+    @property
+    def at(self) -> At:
+        return self.backbone.tap.at
+
+    def collect(self, found: list[Tensor], columns: list[Tensor]) -> TrajectoryScores:
+        """From the log-scores and columns of every trajectory's steps."""
+        return TrajectoryScores.collect(
+            [float(f.double().sum()) for f in found], [len(f) for f in found], found, columns, self.at, self.head.aggregation,
+            self.head.sigmoid,
+        )  # fmt: skip
 
 
 class Reading:
@@ -101,17 +133,16 @@ class Reading:
     """
 
     def __init__(
-        self, model: nn.Module, head: Head, steps: StepTokens | None, ids: Sequence[int], at: At | None = None,
+        self, model: nn.Module, head: Heads, steps: StepTokens | None, ids: Sequence[int], at: At | None = None,
         prompt_length: int = 0,
     ) -> None:  # fmt: skip
-        self._backbone = Backbone.of(model, head.tap if at is None else replace(head.tap, at=at))
-        self.at, self._head, steps = self._backbone.tap.at, head, check_parts(self._backbone, head, steps)
-        self._placed = ShardedHead(head, self._backbone.device, self._backbone.dtype, None, None, None).load()
-        self._ids = integers("ids", ids)[None].to(self._backbone.device)
-        self._steps = steps.mask(self._ids, None, [prompt_length])[0].nonzero().flatten()  # [M]
-        self._reads = read_at(self._steps, self.at)
-        self._end = int(self._reads[-1]) + 1 if len(self._reads) else 0
-        self._done, self._found, self._cache = 0, [torch.zeros(0, device=self._backbone.device)], new_cache()
+        self._head, self._parts = head, [_Part.of(model, part, steps, at) for part in parts_of(head)]
+        self._ids = integers("ids", ids)[None].to(self._parts[0].backbone.device)
+        self._steps = [p.steps.mask(self._ids, None, [prompt_length])[0].nonzero().flatten() for p in self._parts]  # [M] each
+        self._reads = [read_at(steps, p.at) for steps, p in zip(self._steps, self._parts, strict=True)]
+        self._end = max(int(reads[-1]) + 1 if len(reads) else 0 for reads in self._reads)
+        self._found = [[torch.zeros(0, device=self._ids.device)] for _ in self._parts]
+        self._done, self._cache = 0, new_cache()
 
     @property
     def left(self) -> int:
@@ -120,21 +151,23 @@ class Reading:
     def read(self, tokens: int) -> None:
         """Run so many further tokens at most."""
         begin, self._done = self._done, min(self._done + tokens, self._end)
-        here = self._reads[(self._reads >= begin) & (self._reads < self._done)] - begin
-        ids = self._ids[:, begin : self._done]
-        hidden = self._backbone.features(ids, None, torch.zeros_like(here), here, self._cache)
-        if len(here):
-            self._found.append(self._placed.score_rows(hidden))
+        here = [reads[(reads >= begin) & (reads < self._done)] - begin for reads in self._reads]
+        features = self._parts[0].backbone.features_at(
+            [part.backbone.places for part in self._parts], self._ids[:, begin : self._done], None,
+            [(torch.zeros_like(columns), columns) for columns in here], self._cache,
+        )  # fmt: skip
+        for part, found, rows in zip(self._parts, self._found, features, strict=True):
+            if len(rows):
+                found.append(part.placed.score_rows(rows))
         if not self.left:
             self._cache = None
 
     def scores(self) -> TrajectoryScores:
         """What ``score`` gives, once nothing is left."""
-        found = torch.cat(self._found)
-        return TrajectoryScores.collect(
-            [float(found.double().sum())], [len(found)], [found], [self._steps], self.at, self._head.aggregation,
-            self._head.sigmoid,
-        )  # fmt: skip
+        return together(self._head, [
+            part.collect([torch.cat(found)], [steps])
+            for part, found, steps in zip(self._parts, self._found, self._steps, strict=True)
+        ])  # fmt: skip
 
 
 def of_text(scores: TrajectoryScores, i: int, prompt_length: int) -> Score:

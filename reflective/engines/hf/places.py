@@ -1,7 +1,7 @@
 """The states that a head reads, wherever in the model they come by, as one tensor."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,12 @@ class Places:
     def _normed(self, i: int, state: Tensor) -> Tensor:
         return state if self.norm is None or i == self.norm[1] else self.norm[0](state)
 
+    @classmethod
+    def together(cls, places: Sequence["Places"]) -> "Places":
+        """All of their points."""
+        points = {i: point for several in places for i, point in several.points.items()}
+        return cls(points, None, next(iter(points.values())).size)
+
     @contextmanager
     def listening(self, use: Callable[[Tensor], object]) -> Iterator[None]:
         """Within, ``use(features [B, T, K])`` gets what the head reads in every forward, with its autograd graph.
@@ -52,6 +58,12 @@ class Places:
         Raises:
             ValueError: in a forward, if what the layers hand on is not one state a token.
         """
+        with self.gathering(lambda states: use(self.join(states))):
+            yield
+
+    @contextmanager
+    def gathering(self, use: Callable[[dict[int, Tensor]], object]) -> Iterator[None]:
+        """Within, ``use`` gets the ``hidden_states`` [B, T, H] of every forward, by their index."""
         heard = threading.local()  # the states so far of the forward that this thread runs
         ears = [_StateEar(self, i, use, heard) for i in self.points]
         added: list[_StateEar] = []
@@ -68,7 +80,9 @@ class Places:
 class _StateEar:
     """Gathers the states of a forward, and hands them on with the last."""
 
-    def __init__(self, places: Places, index: int, use: Callable[[Tensor], object], heard: threading.local) -> None:
+    def __init__(
+        self, places: Places, index: int, use: Callable[[dict[int, Tensor]], object], heard: threading.local
+    ) -> None:
         self.places, self.index, self.use, self.heard = places, index, use, heard
 
     def hear(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -77,7 +91,7 @@ class _StateEar:
         if self.index == self.places.deepest:
             gathered = dict(states)
             states.clear()
-            self.use(self.places.join(gathered))
+            self.use(gathered)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_StateEar":
         """Of a copied layer the same are told."""

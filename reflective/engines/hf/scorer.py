@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
 from ...scoring.backend import Backend
-from ...scoring.heads import Head
+from ...scoring.heads import Head, Heads
 from ...scoring.scores import TrajectoryScores
 from ...scoring.sharded import ShardedHead
 from ...scoring.state import static
@@ -55,7 +55,8 @@ class StreamScorer:
     Args:
         model: a decoder-only transformers model.
         head: an SPRM or another head, of the model's hidden size and dtype; it says where it reads the model, and what a step's and a
-            trajectory's score are (``reflective.scoring.heads.Head``). Its weights are read when the scorer is attached.
+            trajectory's score are (``reflective.scoring.heads.Head``). Its weights are read when the scorer is attached. Several, in a row or
+            by names, hear the same forwards: ``result`` then gives those of each, by its number or name.
         steps: which tokens end a step. A head that reads every token needs none.
         schedule: ``"deferred"`` scores in batches, when the buffer fills or a result is asked for; ``"immediate"`` has every
             step's score when its forward ends. The scores are the same to the bit.
@@ -86,10 +87,17 @@ class StreamScorer:
         ValueError: head, steps and model do not fit together, or the model is none that can be scored.
     """
 
+    def __new__(cls, model: nn.Module | None = None, head: Heads | None = None, *args: Any, **settings: Any) -> Self:
+        if head is None or (isinstance(head, Head) and len(head.parts()) == 1):
+            return super().__new__(cls)
+        from .several import SeveralHeads  # which is one of these
+
+        return super().__new__(SeveralHeads)
+
     def __init__(
         self,
         model: nn.Module,
-        head: Head,
+        head: Heads,
         steps: StepTokens | None = None,
         schedule: Schedule = "deferred",
         at: At | None = None,

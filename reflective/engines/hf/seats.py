@@ -46,7 +46,7 @@ def why_unseatable(model: PreTrainedModel, scorer: StreamScorer) -> str | None:
     if len({weight.device for weight in model.parameters()}) > 1:
         return f"the weights of {name} are on several devices"
     if scorer.flushes_by_hand:
-        return "its scorer keeps features, or has a part of the head alone"
+        return "its scorer keeps features, has a part of the head alone, or several heads"
     return None
 
 
