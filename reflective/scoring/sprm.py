@@ -1,5 +1,6 @@
 """The SPRM head: a small MLP that scores a reasoning step from one hidden state."""
 
+import json
 import math
 import pickle
 import re
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..utils.outputs import folder, replacing
@@ -111,8 +112,11 @@ class SPRM(nn.Sequential, Head):
         if file is None:
             raise FileNotFoundError(f"path={str(path)!r} is no file, nor a directory with one of {', '.join(NAMES)}")
         try:
+            said: dict[str, str] = {}
             if file.suffix == ".safetensors":
                 state = safetensors.torch.load_file(file)
+                with safe_open(file, framework="pt") as content:
+                    said = content.metadata() or {}
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
@@ -122,7 +126,7 @@ class SPRM(nn.Sequential, Head):
             ) from e
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
             raise ValueError(f"{file} cannot be read as a checkpoint (truncated or corrupted?): {e}") from e
-        return cls._from_state(state, file, dtype)
+        return _told(cls._from_state(state, file, dtype), said)
 
     @classmethod
     def _from_state(cls, state: object, file: Path, dtype: torch.dtype | None) -> "SPRM":
@@ -173,8 +177,25 @@ class SPRM(nn.Sequential, Head):
             if file.suffix == ".pt":
                 torch.save(state, content)
             else:
-                content.write(safetensors.torch.save(state))
+                content.write(safetensors.torch.save(state, _telling(self) or None))
         return file
+
+
+_TOLD = ("aggregation", "sigmoid", "step_rule", "trained_on")  # in the file's metadata, as JSON, beside the tap's parts
+
+
+def _telling(head: SPRM) -> dict[str, str]:
+    """How ``head`` is used, as far as it is not as published."""
+    said, usual = ({**h.tap.to_dict(), **{name: getattr(h, name) for name in _TOLD}} for h in (head, Head))
+    return {name: json.dumps(value) for name, value in said.items() if value != usual[name]}
+
+
+def _told(head: SPRM, metadata: dict[str, str]) -> SPRM:
+    """``head``, used as the metadata of its file say."""
+    said = {name: json.loads(value) for name, value in metadata.items() if name in (*_TOLD, *head.tap.to_dict())}
+    tap = head.tap.to_dict() | {name: said.pop(name) for name in list(said) if name not in _TOLD}
+    head.configure({**said, "tap": tap})
+    return head
 
 
 def quantize(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +155,7 @@ def tune(
         "gradient_checkpointing": gradient_checkpointing, "feature_gradient_scale": feature_gradient_scale,
         "standardise": standardise, "within_questions": within_questions, "class_balance": class_balance, "seed": seed,
         "processes": processes.count, "model": fingerprint(net.parameters()), "head": fingerprint(model.head.parameters()),
-        "rollouts": fingerprint(getattr(rollouts, f.name) for f in fields(rollouts)),
+        "rollouts": fingerprint(rollouts.tensors.values()),
     }  # fmt: skip
     kept = Checkpoint(checkpoint, settings)
     state = kept.load()
