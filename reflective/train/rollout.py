@@ -22,7 +22,6 @@ from ..utils.outputs import folder, json_text
 from .data import Rollouts
 from .sampler import Draw, Sampler
 
-
 _PAPER = Tap()
 
 
