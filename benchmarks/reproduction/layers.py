@@ -1,6 +1,6 @@
 """Which hidden state the head reads, at full size: chosen on training questions, and measured on all that are held out.
 
-Of each family one layer of ``rollouts.LAYERS`` is chosen by ``reflective.train.layers.choose``: heads learn from three quarters of the
+Of each family one layer of ``rollouts.LAYERS`` is chosen by ``reflective.train.layers.choose_layer``: heads learn from three quarters of the
 training questions, and the AUC within the fourth quarter decides. Nothing of the evaluation has a part in it. Then heads of that
 layer, of -2 and of both concatenated learn from all of the training questions as the recipe's main heads do, with every seed.
 
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from reflective.benchmarks.record import RESULTS, write
 from reflective.train.data import Rollouts
-from reflective.train.layers import choose
+from reflective.train.layers import choose_layer
 from reflective.train.metrics import evaluate_seeds, log_scores, trajectory_scores
 
 from . import heads, results, rollouts
@@ -52,7 +52,7 @@ def chosen(work: Path, family: str) -> dict[str, Any]:
     file = work / "layers" / f"{family}.json"
     if not file.is_file():
         learnt = heads.train_rollouts(work, family, "layers", rollouts.LAYERS)
-        tap, found = choose(learnt, epochs=CHOICE_EPOCHS, lr=heads.LR)
+        tap, found = choose_layer(learnt, epochs=CHOICE_EPOCHS, lr=heads.LR)
         said = {"layer": tap.layers[0], "auc_within": {layer: [m.value, m.low, m.high] for layer, m in found.items()}}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(said))

@@ -142,9 +142,9 @@ class Rollouts:
         kept = [name for name in parts[0].tensors if all(getattr(p, name) is not None for p in parts)]
         joined: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in parts]) for name in kept}
         for name in _SAID:
-            found = {getattr(p, name) for p in parts}
+            found = {said for said in (getattr(p, name) for p in parts) if said is not None}
             if len(found) > 1 and name == "tap" and "features" in joined:
-                raise ValueError(f"parts: features of different taps, {' and '.join(map(str, found))}; read one tap of them all")
+                raise ValueError(f"parts: features of {' and of '.join(map(str, found))}; record them all with one tap")
             joined[name] = found.pop() if len(found) == 1 else None
         if "trajectory" in joined:
             shift = torch.tensor([0, *(len(p) for p in parts)]).cumsum(0).tolist()

@@ -28,7 +28,7 @@ def candidates(n: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(layer for layer in depths if layer >= -n))
 
 
-def choose(
+def choose_layer(
     rollouts: Rollouts,
     *,
     held_back: float = HELD_BACK,
