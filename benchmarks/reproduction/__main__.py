@@ -5,7 +5,8 @@
 Stages, each of which goes on where it was interrupted: rollouts of the embedded model on three families of questions; heads
 from their features; heads of other layers, one chosen for each family; joint training of policy and head, and rollouts afterwards; a
 separate PRM; tables and pictures. Only where asked for by name: ``ship``, which replaces the head that the package comes with by the
-best one. ``--family`` is for the stages ``rollouts`` and ``layers``.
+best one, and ``refit``, which fits heads anew to rollouts of the policy that the package comes with, and replaces its head by the
+best of these. ``--family`` is for the stages ``rollouts`` and ``layers``.
 """
 
 import argparse
@@ -84,7 +85,7 @@ STAGES: dict[str, Callable[..., None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="directory for everything in between")
-    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "ship"], help="only these")
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "ship", "refit"], help="only these")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, help="only these, in this order (rollouts, layers)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -95,6 +96,8 @@ def main() -> None:
             tables.make(args.work, args.out)
         elif name == "ship":
             ship.ship(args.work)
+        elif name == "refit":
+            ship.refit(args.work)
         else:
             STAGES[name](args.work, *([args.family] if args.family else []))
         if name == "layers":

@@ -2,7 +2,7 @@
 
 Of each family one layer of ``rollouts.LAYERS`` is chosen by ``reflective.train.layers.choose_layer``: heads learn from three quarters of the
 training questions, and the AUC within the fourth quarter decides. Nothing of the evaluation has a part in it. Then heads of that
-layer, of -2 and of both concatenated learn from all of the training questions as the recipe's main heads do, with every seed.
+layer, of -2 (the recipe's main ones) and of both concatenated learn from all of the training questions as the recipe's main heads do, with every seed.
 
 Beside the recipe's measures there are AUCs of scores from which response length and difficulty are taken out, because a probe may
 read nothing else. Covariates of a response are its tokens, its steps, and the share of right answers among its question's other draws.
@@ -62,8 +62,9 @@ def chosen(work: Path, family: str) -> dict[str, Any]:
 def variants(work: Path, family: str) -> dict[str, heads.Variant]:
     """By name: the paper's layer, the chosen one, and both."""
     layer = chosen(work, family)["layer"]
-    taps = {"-2": (-2,), f"{layer}, chosen": (layer,), f"{layer} and -2": (layer, -2)}
-    return {name: replace(heads.MAIN, group="layers", name=name, view="layers", layers=layers) for name, layers in taps.items()}
+    others = {f"{layer}, chosen": (layer,), f"{layer} and -2": (layer, -2)} if layer != -2 else {}
+    more = {name: replace(heads.MAIN, group="layers", name=name, view="layers", layers=layers) for name, layers in others.items()}
+    return {"-2": heads.MAIN, **more}
 
 
 def fit_all(work: Path, families: Sequence[str]) -> Iterator[str]:

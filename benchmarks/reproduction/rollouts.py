@@ -41,11 +41,11 @@ def policy(model: ReflectiveModel, family: Family) -> ReflectiveModel:
 
 
 def views(model: ReflectiveModel, *, all_of_them: bool) -> dict[str, View]:
-    """The published one, ``steps``, and beside it all of ``LAYERS``, ``at="token"``, an outcome head's and other step rules'."""
-    found = {"steps": View(model.steps)}
+    """The published one, ``steps``, and ``layers``, all of ``LAYERS``; beside these ``at="token"``, an outcome head's and other step
+    rules'."""
+    found = {"steps": View(model.steps), "layers": View(model.steps, Tap(LAYERS))}
     if all_of_them:
-        found |= {"layers": View(model.steps, Tap(LAYERS)), "token": View(model.steps, Tap(at="token"))}
-        found["outcome"] = View(None)
+        found |= {"token": View(model.steps, Tap(at="token")), "outcome": View(None)}
         for name, delimiter in RULES.items():
             found[name] = View(StepTokens.from_tokenizer(model.tokenizer, rule="text", delimiter=delimiter))
     return found
