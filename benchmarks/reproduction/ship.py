@@ -89,7 +89,7 @@ def refitted(policy: Path, kept: Path) -> dict[str, Candidate]:
     chosen, _ = choose_layer(learnt, epochs=layers.CHOICE_EPOCHS, lr=heads.LR)
     found = {}
     for tap in dict.fromkeys((Tap(), chosen)):
-        head = fit(learnt.read(tap), epochs=heads.MAIN.epochs, lr=heads.LR, seed=SEED).use(trained_on=BASE)
+        head = fit(learnt.read(tap), epochs=heads.MAIN.epochs, lr=heads.LR, seed=SEED).use(trained_on=None)  # the model goes by two names
         name = "joint training, head fitted again" + ("" if tap == Tap() else f", layer {tap.layers[0]}")
         found[name] = Candidate(head, policy, evaluate(own, head), len(own.question.unique()))
     return found
