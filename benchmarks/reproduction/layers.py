@@ -67,6 +67,15 @@ def variants(work: Path, family: str) -> dict[str, heads.Variant]:
     return {"-2": heads.MAIN, **more}
 
 
+def done(work: Path, family: str) -> dict[str, heads.Variant]:
+    """Those of ``variants`` whose heads are there, of every seed."""
+    found = variants(work, family)
+    return {
+        name: v for name, v in found.items()
+        if all(heads.head_file(work, family, v, s).is_file() for s in range(rollouts.SEEDS))
+    }  # fmt: skip
+
+
 def fit_all(work: Path, families: Sequence[str]) -> Iterator[str]:
     """Choose a layer for each family and fit its heads; yields names as they are done."""
     for family in families:
@@ -161,7 +170,7 @@ def rows(work: Path, family: str) -> list[dict[str, Any]]:
             **dict(zip(("value", "low", "high"), (round(x, 4) for x in numbers), strict=True)), "seeds": 1,
             "questions": rollouts.TRAIN // 4,
         })  # fmt: skip
-    for name, v in variants(work, family).items():
+    for name, v in done(work, family).items():
         r = heads.load(work / family / "eval", v.view, v.layers)
         questions = len(r.question.unique())
         scores = [log_scores(r, heads.head(work, family, v, s)) for s in range(rollouts.SEEDS)]
@@ -180,15 +189,9 @@ def rows(work: Path, family: str) -> list[dict[str, Any]]:
 
 
 def make(work: Path, out: Path = RESULTS) -> None:
-    """Write the table of the families whose heads are all there, and the recorded one as text too."""
-
-    def done(family: str) -> bool:
-        if not (work / "layers" / f"{family}.json").is_file():
-            return False
-        files = (heads.head_file(work, family, v, s) for v in variants(work, family).values() for s in range(rollouts.SEEDS))
-        return all(file.is_file() for file in files)
-
-    if found := [row for family in filter(done, FAMILIES) for row in rows(work, family)]:
+    """Write the table of the families whose layer was chosen and whose heads of it are there, and the recorded one as text too."""
+    families = [f for f in FAMILIES if (work / "layers" / f"{f}.json").is_file()]
+    if found := [row for family in families if len(done(work, family)) > 1 for row in rows(work, family)]:
         write("reproduction_layers", found, out)
         if out == RESULTS:
             results.FILE.write_text(results.markdown(out), encoding="utf-8")
