@@ -145,6 +145,8 @@ class Form:
         for layer in layers:
             if not -n_layers - 1 <= layer <= n_layers:
                 raise ValueError(f"layers={layers}: the model has hidden_states 0 to {n_layers}, so no {layer}")
+        if self.name == "swift":  # whose code concatenates in ascending order, whatever the order given
+            layers = tuple(sorted(layers, key=lambda layer: layer % (n_layers + 1)))
         if self.name == "swift" and norm is True and {-1, n_layers} & set(layers):
             raise ValueError(
                 "norm=True: SWIFT's --apply_norm norms the last of hidden_states a second time, which no tap does; such a head "
