@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -20,7 +19,7 @@ from typing_extensions import Unpack
 from .checkpoints.config import Config
 from .checkpoints.files import CONFIG_NAME
 from .checkpoints.hub import save_head
-from .checkpoints.loading import load
+from .checkpoints.loading import agreed, load
 from .engines.base import Engine
 from .engines.hf.backbone import Backbone
 from .engines.hf.ends import end_tokens, pad_token
@@ -30,7 +29,7 @@ from .engines.hf.internals import attention_of
 from .engines.hf.pace import Pace
 from .engines.hf.parts import check_parts
 from .engines.hf.scorer import Schedule, StreamScorer
-from .scoring.sprm import SPRM
+from .scoring.heads import Head
 from .scoring.steps import StepTokens
 from .search.candidates import Ask, Live, Question, SamplingSettings
 from .search.loop import Search
@@ -65,15 +64,17 @@ class ReflectiveModel:
         self,
         model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
-        head: SPRM,
+        head: Head,
         config: Config | None = None,
         home: Path | None = None,
         host: "VLLMHost | None" = None,
     ) -> None:
-        self._model, self.tokenizer, self.head, self.config, self.home = model, tokenizer, head, config or Config(), home
+        self._model, self.tokenizer, self.home = model, tokenizer, home
+        self.head, self.config = agreed(head, config or Config())
+        self.further: dict[str, Head] = {}
         self.host = host
         self._kept: tuple[tuple, TransformersEngine] | None = None  # of the last ``generate``
-        self.steps = StepTokens.from_tokenizer(tokenizer, rule=self.config.rule, delimiter=self.config.delimiter)
+        self.steps = StepTokens.from_tokenizer(tokenizer, **self.config.step_rule)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -187,7 +188,7 @@ class ReflectiveModel:
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         self.head.save_pretrained(path)
-        write_text(Path(path) / CONFIG_NAME, json_text(asdict(self.config), indent=2) + "\n")
+        write_text(Path(path) / CONFIG_NAME, json_text(self.config.to_dict(), indent=2) + "\n")
 
     def save_head(self, path: str | Path, **given: Any) -> Path:
         """Write the head, and the adapter that it came with, as a repository with a model card: ``hub.save_head``."""
@@ -221,7 +222,7 @@ class ReflectiveModel:
             ValueError: the head does not fit the model.
         """
         self.check_head()
-        use = asdict(self.config)
+        use = self.config.to_dict() | {"read": self.head.metadata()} if self.head.metadata() else self.config.to_dict()
         if self.host is not None:
             return {**self.host.identity(), "head": fingerprint(self.head.parameters()), "use": use}
         weights = [*self.model.parameters(), *self.head.parameters()]
@@ -230,7 +231,7 @@ class ReflectiveModel:
     def check_head(self) -> None:
         """Raises ValueError for a head that does not fit the model. vLLM has refused it when it was started."""
         if self.host is None:
-            check_parts(Backbone.of(self.model), self.head, self.steps)
+            check_parts(Backbone.of(self.model, self.head.tap), self.head, self.steps)
 
     def forget(self) -> None:
         """Have vLLM forget the beginnings of what it has run, so that the last bits of what comes do not depend on them."""
@@ -414,7 +415,7 @@ class ReflectiveModel:
         """
         if self.host is not None:
             return self.host.engine(batch_rows=batch_rows, **scoring)
-        scorer = StreamScorer(self.model, self.head, self.steps, at=self.config.at, **scoring)
+        scorer = StreamScorer(self.model, self.head, self.steps, **scoring)
         return TransformersEngine(
             self.model, scorer, ends=end_tokens(self.model, self.tokenizer), pad=pad_token(self.tokenizer) or 0,
             batch_rows=batch_rows or 64, pace=pace, decoding=decoding, kv_tokens=kv_tokens,
@@ -550,7 +551,7 @@ class ReflectiveModel:
         rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
         # Behind an empty prompt the whole text counts, as it does where rf.score is told of no prompts.
         scores = score(
-            self.model, self.head, self.steps, rows, at=self.config.at, prompt_lengths=[len(p) for p in prompts],
+            self.model, self.head, self.steps, rows, prompt_lengths=[len(p) for p in prompts],
             batch_tokens=batch_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
         )  # fmt: skip
         return [
@@ -595,7 +596,7 @@ class ReflectiveModel:
         if not response:
             raise ValueError("response: it is empty")
         return Reading(
-            self.model, self.head, self.steps, [*prompt, *response], at=self.config.at, prompt_length=len(prompt)
+            self.model, self.head, self.steps, [*prompt, *response], prompt_length=len(prompt)
         )
 
     def read_candidate(self, reading: Reading, prompt: Sequence[int], response: Sequence[int]) -> Candidate:

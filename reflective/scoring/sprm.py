@@ -10,11 +10,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..utils.outputs import folder, replacing
 from ..utils.repository import directory
-from .heads import FLOATS, Head, check_dtype
+from .heads import FLOATS, NAMES, Head, check_dtype
 
-NAMES = ("score_module.safetensors", "score_module.pt")
 KEYS = ("0.weight", "0.bias", "3.weight", "3.bias")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in files; widened when they are read
 _QUANTISED = re.compile("scale|zero|absmax|quant|qweight|packed|SCB")  # in what quantisers call their tensors
@@ -110,9 +108,12 @@ class SPRM(nn.Sequential, Head):
         file = cls.found(directory(path, ("score_module.*",), **where))
         if file is None:
             raise FileNotFoundError(f"path={str(path)!r} is no file, nor a directory with one of {', '.join(NAMES)}")
+        said: dict[str, str] = {}
         try:
             if file.suffix == ".safetensors":
                 state = safetensors.torch.load_file(file)
+                with safetensors.safe_open(file, "pt") as opened:
+                    said = opened.metadata() or {}
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
@@ -122,7 +123,7 @@ class SPRM(nn.Sequential, Head):
             ) from e
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
             raise ValueError(f"{file} cannot be read as a checkpoint (truncated or corrupted?): {e}") from e
-        return cls._from_state(state, file, dtype)
+        return cls._from_state(state, file, dtype).configure(said)
 
     @classmethod
     def _from_state(cls, state: object, file: Path, dtype: torch.dtype | None) -> "SPRM":
@@ -154,27 +155,6 @@ class SPRM(nn.Sequential, Head):
                 )
         head.check_finite(str(file))
         return head.requires_grad_(False).eval()
-
-    def save_pretrained(self, path: str | Path) -> Path:
-        """Write the head: to a ``.pt`` or ``.safetensors`` file, or as ``score_module.safetensors`` into a directory.
-
-        Returns:
-            The file written.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        file = Path(path).expanduser()
-        if file.suffix not in (".pt", ".safetensors"):
-            file = file / NAMES[0]
-        folder(file.parent, "path")
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        with replacing(file, what="path") as content:
-            if file.suffix == ".pt":
-                torch.save(state, content)
-            else:
-                content.write(safetensors.torch.save(state))
-        return file
 
 
 def quantize(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

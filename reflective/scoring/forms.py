@@ -26,15 +26,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..utils.arguments import brief, one_of
-from .files import read as read_json
+from ..utils.json_file import read as read_json
+from .heads import ACTIVATIONS, FLOATS
+from .taps import Norm
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 MOST = 200  # tensors in a file; the largest probe among those that are refused by name has some 40, a model hundreds
 
-Norm = Literal[False, True, "rms"]
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in files; widened when they are read
 _QUANTISED = re.compile("scale|zero|absmax|quant|qweight|packed|SCB")  # in what quantisers call their tensors
 _WRAPPED = ("model_state_dict", "state_dict", "model")  # where a training script puts the weights beside its own state
@@ -192,7 +190,7 @@ def found(state: Mapping[str, Any], metadata: Mapping[str, str] | None = None, *
         raise ValueError(_unknown_keys(keys))
     for key, value in tensors.items():
         _check(key, value)
-    return _with_metadata(of(tensors, said, output), said)
+    return with_metadata(of(tensors, said, output), said)
 
 
 def form_of(path: str | Path, *, output: int | None = None) -> Form:
@@ -403,7 +401,7 @@ def _check(key: str, weight: Tensor) -> None:
     """ValueError unless it is a plain tensor of finite floats."""
     if hasattr(type(weight), "__tensor_flatten__"):  # torchao's, DTensor: what their memory holds is their own affair
         raise ValueError(f"{key} is a {type(weight).__name__}, no plain tensor; give the head as it was trained")
-    if weight.dtype not in (*_FLOATS, *_FLOAT8) or weight.layout != torch.strided:
+    if weight.dtype not in (*FLOATS, *_FLOAT8) or weight.layout != torch.strided:
         odd = weight.layout if weight.layout != torch.strided else weight.dtype
         raise ValueError(
             f"{key} is {odd}, no plain float: the head was quantised or cast, and its scales are not known here; give the head as "
@@ -465,7 +463,7 @@ def _parsed(text: Any) -> Any:
         return text
 
 
-def _with_metadata(form: Form, said: Mapping[str, Any]) -> Form:
+def with_metadata(form: Form, said: Mapping[str, Any]) -> Form:
     """The form as the metadata have it."""
     changes: dict[str, Any] = {}
     if "layers" in said:
