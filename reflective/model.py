@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from .checkpoints.config import Config
 from .checkpoints.files import CONFIG_NAME
 from .checkpoints.hub import save_head
-from .checkpoints.loading import agreed, load
+from .checkpoints.loading import agreed, load, load_used
 from .engines.base import Engine
 from .engines.hf.backbone import Backbone
 from .engines.hf.ends import end_tokens, pad_token
@@ -57,6 +57,7 @@ class ReflectiveModel:
         head: of the model's hidden size and dtype.
         config: how the two are used together.
         home: directory of the head, where a calibrated strategy finds its rule.
+        further: other heads, by which finished texts are scored too, see ``add_head``.
         host: where the weights are, if not here: vLLM. ``model`` is None then.
     """
 
@@ -72,6 +73,7 @@ class ReflectiveModel:
         self._model, self.tokenizer, self.home = model, tokenizer, home
         self.head, self.config = agreed(head, config or Config())
         self.further: dict[str, Head] = {}
+        self._further_steps: dict[str, StepTokens] = {}
         self.host = host
         self._kept: tuple[tuple, TransformersEngine] | None = None  # of the last ``generate``
         self.steps = StepTokens.from_tokenizer(tokenizer, **self.config.step_rule)
@@ -222,10 +224,13 @@ class ReflectiveModel:
             ValueError: the head does not fit the model.
         """
         self.check_head()
-        use = self.config.to_dict() | {"read": self.head.metadata()} if self.head.metadata() else self.config.to_dict()
+        use = self.config.to_dict()
+        if said := {name: h.metadata() for name, h in {"": self.head, **self.further}.items() if name or h.metadata()}:
+            use["heads"] = said
         if self.host is not None:
             return {**self.host.identity(), "head": fingerprint(self.head.parameters()), "use": use}
-        weights = [*self.model.parameters(), *self.head.parameters()]
+        heads = [self.head, *self.further.values()]
+        weights = [*self.model.parameters(), *(p for head in heads for p in head.parameters())]
         return {"model": fingerprint(weights), "dtype": str(self.model.dtype), "use": use}
 
     def check_head(self) -> None:
@@ -551,13 +556,35 @@ class ReflectiveModel:
         rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
         # Behind an empty prompt the whole text counts, as it does where rf.score is told of no prompts.
         scores = score(
-            self.model, self.head, self.steps, rows, prompt_lengths=[len(p) for p in prompts],
-            batch_tokens=batch_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
+            self.model, {"": self.head, **self.further}, {"": self.steps, **self._further_steps}, rows,
+            prompt_lengths=[len(p) for p in prompts], batch_tokens=batch_tokens, backend=backend, w1_dtype=w1_dtype,
+            process_group=process_group,
         )  # fmt: skip
-        return [
-            candidate(self.reader, r, of_text(scores, i, len(p)))
-            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
-        ]
+        found = []
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+            found.append(candidate(self.reader, r, of_text(scores[""], i, len(p))))
+            found[-1].further = {
+                name: candidate(self.reader, r, of_text(scores[name], i, len(p))) for name in self.further
+            }
+        return found
+
+    def add_head(self, name: str, path: str | Path, **where: Any) -> None:
+        """Have finished texts scored by another head too, in the same forward: ``Candidate.further[name]`` of what ``score`` returns.
+
+        Args:
+            path, where: as for ``rf.load_head``; ``reflective.json`` beside it is read as everywhere.
+
+        Raises:
+            FileNotFoundError, ValueError: as there; a name that is taken; weights that are in vLLM, which reads one head.
+        """
+        if self.host is not None:
+            raise ValueError(f"head {name}: vLLM reads one head; load the model without engine='vllm' for several")
+        if not name or name in self.further:
+            raise ValueError(f"head {name!r}: the name is empty or taken; give each head a name of its own")
+        head, config = load_used(path, self.model, **where)
+        steps = StepTokens.from_tokenizer(self.tokenizer, **config.step_rule)
+        check_parts(Backbone.of(self.model, head.tap), head, steps)
+        self.further[name], self._further_steps[name] = head, steps
 
     @property
     def vocab_size(self) -> int:

@@ -6,6 +6,7 @@ STEP, Gambit          ``net.0.weight net.0.bias net.2.weight net.2.bias`` an MLP
 SWIFT                 ``fused_layer.weight [2, K] fused_layer.bias``      a gate and a value on every token, all layers
 SWIFT without a gate  ``reward_layer.weight [1, K] reward_layer.bias``    a value on every token, all layers
 SingProbe's MLP       ``fc1.weight fc1.bias fc2.weight fc2.bias``         an MLP of several outputs on every token, some layers
+``GatedLinear``       ``value.weight value.bias gate.weight gate.bias``  a gate and a value, as saved here
 linear probes         ``weight [1, K]``, with or without ``bias``         whatever the metadata say
 ====================  ==================================================  ==================================================
 
@@ -181,6 +182,7 @@ def found(state: Mapping[str, Any], metadata: Mapping[str, str] | None = None, *
         ({"fused_layer.weight", "fused_layer.bias"}, _swift),
         ({"reward_layer.weight", "reward_layer.bias"}, _swift_ungated),
         ({"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}, _singprobe),
+        ({"value.weight", "value.bias", "gate.weight", "gate.bias"}, _gated),
         ({"weight"}, _linear),
         ({"weight", "bias"}, _linear),
     ):
@@ -211,7 +213,6 @@ def _metastone(tensors: dict[str, Tensor], said: Mapping[str, Any], output: int 
     return Form(
         "metastone", "mlp", _mlp(tensors, "0", "3", _only(output)),
         layers=(-2,), norm=False, at="predict", activation="relu", aggregation="geometric_mean", sigmoid=True,
-        step_rule={"rule": "exact", "delimiter": ".\n\n"},
     )  # fmt: skip
 
 
@@ -255,6 +256,18 @@ def _swift_ungated(tensors: dict[str, Tensor], said: Mapping[str, Any], output: 
     return Form(
         "swift", "linear", _copies(tensors["reward_layer.weight"], tensors["reward_layer.bias"]),
         layers=None, norm=False, at="every", activation=None, aggregation="mean", sigmoid=False, unknown=dict(_SWIFT_UNKNOWN),
+    )  # fmt: skip
+
+
+def _gated(tensors: dict[str, Tensor], said: Mapping[str, Any], output: int | None) -> Form:
+    """A ``GatedLinear`` as it is saved here, whose metadata say the rest."""
+    _only(output)
+    names = [f"{part}.{what}" for part in ("value", "gate") for what in ("weight", "bias")]
+    _shapes(tensors, {name: (1, None) if name.endswith("weight") else (1,) for name in names})
+    return Form(
+        "gated_linear", "gated_linear", _copies(*(tensors[name] for name in names)),
+        layers=None, norm=False, at="every", activation=None, aggregation="gated", sigmoid=True,
+        unknown={"layers": "which of hidden_states; all of them where the width fits the model, else give layers="},
     )  # fmt: skip
 
 
@@ -476,7 +489,7 @@ def with_metadata(form: Form, said: Mapping[str, Any]) -> Form:
         one_of("at", said["at"], ("predict", "token", "every"))
         changes["at"] = said["at"]
     if "activation" in said and form.activation is not None:
-        one_of("activation", said["activation"], ACTIVATIONS)
+        one_of("activation", said["activation"], tuple(ACTIVATIONS))
         changes["activation"] = said["activation"]
     if "aggregation" in said:
         if not isinstance(said["aggregation"], str) or (said["aggregation"] == "gated") != (
@@ -484,6 +497,8 @@ def with_metadata(form: Form, said: Mapping[str, Any]) -> Form:
         ):
             raise ValueError(f"aggregation={said['aggregation']!r} does not go with a head of the form {form.kind}")
         changes["aggregation"] = said["aggregation"]
+    if isinstance(said.get("higher_is_better"), bool):
+        changes["higher_is_better"] = said["higher_is_better"]
     if "sigmoid" in said:
         if not isinstance(said["sigmoid"], bool):
             raise ValueError(f"sigmoid={said['sigmoid']!r}; expected true or false")

@@ -1,5 +1,6 @@
 """What every head has, whatever its form: where it reads the model, what a step's score is, and the weights that the ops take."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -17,7 +19,12 @@ from .taps import Tap
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in which a head computes
 NAMES = ("score_module.safetensors", "score_module.pt")
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,  # the exact one, by erf
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+}
 _USE = ("form", "aggregation", "sigmoid", "step_rule", "trained_on", "higher_is_better")  # beside the tap
 
 
@@ -188,11 +195,12 @@ class LinearHead(Head):
 
     def __init__(self, hidden_size: int, *, bias: bool = True, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, 1, bias=bias, dtype=dtype)
+        layer = nn.Linear(hidden_size, 1, bias=bias, dtype=dtype)
+        self.weight, self.bias = layer.weight, layer.bias
 
     @property
     def hidden_size(self) -> int:
-        return self.linear.in_features
+        return self.weight.shape[1]
 
     @property
     def width(self) -> int:
@@ -200,11 +208,11 @@ class LinearHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., K] -> [..., 1]."""
-        return self.linear(features)
+        return F.linear(features, self.weight, self.bias)
 
     def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self.w1_dtype(dtype)
-        w, b = self.linear.weight.detach(), self.linear.bias
+        w, b = self.weight.detach(), self.bias
         b = w.new_zeros(1) if b is None else b.detach()
         return torch.cat([w, -w]), torch.cat([b, -b]), w.new_tensor([[1.0, -1.0]]), w.new_zeros(1)
 

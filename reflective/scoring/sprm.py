@@ -1,8 +1,10 @@
 """The SPRM head: a small MLP that scores a reasoning step from one hidden state."""
 
+import json
 import math
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..utils.repository import directory
-from .heads import FLOATS, NAMES, Head, check_dtype
+from .heads import ACTIVATIONS, FLOATS, NAMES, Head, check_dtype
 
 KEYS = ("0.weight", "0.bias", "3.weight", "3.bias")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in files; widened when they are read
@@ -27,11 +29,18 @@ class SPRM(nn.Sequential, Head):
 
     form = "sprm"
 
-    def __init__(self, hidden_size: int, width: int | None = None, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, hidden_size: int, width: int | None = None, *, dtype: torch.dtype | None = None, activation: str = "relu",
+        bias: bool = True,
+    ) -> None:  # fmt: skip
+        """``width``: hidden units, None: 2H; ``activation``: a key of ``ACTIVATIONS``, ValueError for another; ``bias``: whether
+        the layers have one."""
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
         width = width or 2 * hidden_size
-        super().__init__(
-            nn.Linear(hidden_size, width, dtype=dtype), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 1, dtype=dtype)
-        )
+        first, second = (nn.Linear(*shape, bias, dtype=dtype) for shape in ((hidden_size, width), (width, 1)))
+        super().__init__(first, ACTIVATIONS[activation](), nn.Dropout(0.5), second)
+        self.activation = activation
 
     @property
     def hidden_size(self) -> int:
@@ -47,13 +56,18 @@ class SPRM(nn.Sequential, Head):
         return self[0].weight.dtype
 
     def w1_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        """The dtype of ``weights(dtype)[0]``. ValueError if there is none."""
+        """The dtype of ``weights(dtype)[0]``. ValueError if there is none, or float8 for another activation than ReLU."""
         if dtype not in (None, self.dtype, torch.float8_e4m3fn):
             raise ValueError(f"w1_dtype={dtype}; expected None, the head's {self.dtype} or torch.float8_e4m3fn")
+        if dtype == torch.float8_e4m3fn and self.activation != "relu":
+            raise ValueError(
+                f"w1_dtype={dtype}: first weights of 8 bits have scales that only relu lets through, and this head has "
+                f"{self.activation}; give None"
+            )
         return dtype or self.dtype
 
     def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(w1 [K, H], b1 [K], w2 [1, K], b2 [1])``, detached: what every op takes.
+        """``(w1 [K, H], b1 [K], w2 [1, K], b2 [1])``, detached: what every op takes. Zeros for biases that there are none of.
 
         Args:
             dtype: of ``w1``. None: the head's own. ``torch.float8_e4m3fn``: half of bfloat16's bytes, see ``quantize``; the
@@ -62,7 +76,7 @@ class SPRM(nn.Sequential, Head):
         Raises:
             ValueError: another dtype, or weights that cannot be quantised.
         """
-        w1, b1, w2, b2 = (t.detach() for layer in (self[0], self[3]) for t in (layer.weight, layer.bias))
+        w1, b1, w2, b2 = (t.detach() for layer in (self[0], self[3]) for t in _weight_and_bias(layer))
         if self.w1_dtype(dtype) == torch.float8_e4m3fn:
             return *quantize(w1, b1, w2), b2.float()
         return w1, b1, w2, b2
@@ -123,10 +137,10 @@ class SPRM(nn.Sequential, Head):
             ) from e
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
             raise ValueError(f"{file} cannot be read as a checkpoint (truncated or corrupted?): {e}") from e
-        return cls._from_state(state, file, dtype).configure(said)
+        return cls._from_state(state, file, dtype, said).configure(said)
 
     @classmethod
-    def _from_state(cls, state: object, file: Path, dtype: torch.dtype | None) -> "SPRM":
+    def _from_state(cls, state: object, file: Path, dtype: torch.dtype | None, said: Mapping[str, str]) -> "SPRM":
         tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
         if not tensors or set(state) != set(KEYS):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
@@ -143,7 +157,7 @@ class SPRM(nn.Sequential, Head):
             raise ValueError(f"{file}: shapes do not fit Linear(H, W) -> Linear(W, 1): {shapes}")
         width, hidden_size = w1.shape
         with torch.device("meta"):
-            head = cls(hidden_size, width)
+            head = cls(hidden_size, width, activation=json.loads(said.get("activation", '"relu"')))
         # Copied: what safetensors reads is mapped from the file, which may be written anew while the head is in use.
         dtype = dtype or (torch.float32 if w1.dtype in _FLOAT8 else w1.dtype)
         loaded = {key: value.detach().to(dtype, copy=True) for key, value in state.items()}
@@ -155,6 +169,10 @@ class SPRM(nn.Sequential, Head):
                 )
         head.check_finite(str(file))
         return head.requires_grad_(False).eval()
+
+
+def _weight_and_bias(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    return layer.weight, layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
 
 
 def quantize(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
