@@ -468,14 +468,20 @@ class ReflectiveModel:
         """What ``generate`` makes of these arguments.
 
         Raises:
-            ValueError: unknown effort or strategy, ``n`` below 1.
+            ValueError: unknown effort or strategy, ``n`` below 1; a head whose high scores are bad.
         """
+        if not self.head.higher_is_better:
+            raise ValueError(
+                "head: its scores are of risk, and a search would keep the riskiest; use it with rf.score, StreamScorer or add_head"
+            )
         if effort is not None and (not isinstance(effort, str) or effort not in EFFORT):
             raise ValueError(f"effort={effort!r}; expected one of {', '.join(EFFORT)}")
         n = EFFORT.get(effort) if n is None else n
-        given = {} if n is None else {"n": n}
+        given: dict[str, Any] = {} if n is None else {"n": n}
         if isinstance(strategy, Strategy):
             return dataclasses.replace(strategy, **given) if given else strategy
+        if self.head.aggregation != "geometric_mean":
+            given["aggregation"] = self.head.aggregation
         return by_name(strategy or "best_of_n", self.home, **given)
 
     def generation(self, prompt: str, question: Question, scoring_seconds: float = 0.0) -> Generation:

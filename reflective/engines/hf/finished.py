@@ -1,6 +1,6 @@
 """rf.score: scores of finished text, by the backbone up to the layer that the SPRM reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +122,7 @@ class _Part:
         """From the log-scores and columns of every trajectory's steps."""
         return TrajectoryScores.collect(
             [float(f.double().sum()) for f in found], [len(f) for f in found], found, columns, self.at, self.head.aggregation,
-            self.head.sigmoid,
+            self.head.sigmoid, self.head.higher_is_better,
         )  # fmt: skip
 
 

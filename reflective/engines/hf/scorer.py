@@ -402,6 +402,7 @@ class StreamScorer:
             self.at,
             self.head.aggregation,
             self.head.sigmoid,
+            self.head.higher_is_better,
         )
 
     def features(self) -> tuple[Tensor, Tensor]:
