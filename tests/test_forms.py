@@ -1,7 +1,7 @@
 """Published heads load in their own forms: what is read from a checkpoint scores as its project does (``published.py``)."""
 
+import itertools
 import json
-import pickle
 
 import published
 import pytest
@@ -56,8 +56,8 @@ def scored(form: Form, model, ids, positions):
 
 def agrees(form: Form, model, ids, expected: published.Scored):
     score, scores = scored(form, model, ids, expected.positions)
-    assert scores == pytest.approx(expected.step_scores, rel=2e-4, abs=1e-5)
-    assert score == pytest.approx(expected.score, rel=2e-4, abs=1e-5)
+    assert scores == pytest.approx(expected.step_scores, rel=2e-4, abs=2e-4)
+    assert score == pytest.approx(expected.score, rel=2e-4, abs=2e-4)
     assert max(scores) - min(scores) > 0.01, "scores that tell nothing apart would prove nothing"
 
 
@@ -129,7 +129,7 @@ def test_which_steps_step_counts(reasoning):
     texts = [tokenizer.decode([i]) for i in ids]
     positions = [t for t in range(prompt, len(ids)) if rule["delimiter"] in texts[t]]
     assert positions == expected.positions
-    assert any(b == a + 1 for a, b in zip(positions, positions[1:], strict=False))
+    assert any(b == a + 1 for a, b in itertools.pairwise(positions))
     end = ids.index(tokenizer.convert_tokens_to_ids("</think>"))
     assert any(t < end for t in positions) and any(t > end for t in positions)
     streamed = published.oracle_step(net, ids, prompt, published.step_checkpoint(H), tokenizer=tokenizer, streamed=True)
@@ -280,7 +280,7 @@ def test_linear_that_says_nothing(model, ids):
 
 
 def deeper(*sizes):
-    pairs = enumerate(zip(sizes, sizes[1:], strict=False))
+    pairs = enumerate(itertools.pairwise(sizes))
     return {f"net.{2 * i}.{what}": torch.ones(b, a) if what == "weight" else torch.ones(b)
             for i, (a, b) in pairs for what in ("weight", "bias")}  # fmt: skip
 
@@ -357,7 +357,6 @@ def test_shapes_that_do_not_fit_are_refused(name):
 def test_tensors_are_copies_in_the_files_dtype(name, dtype):
     state = {key: value.to(dtype) for key, value in ALL[name].items()}
     form = found(state)
-    assert {t.dtype for t in form.tensors if t.abs().sum()} <= {dtype} if dtype != torch.float8_e4m3fn else True
     assert all(t.dtype == dtype and t.is_contiguous() for t in form.tensors)
     storages = {value.untyped_storage().data_ptr() for value in state.values()}
     assert not storages & {t.untyped_storage().data_ptr() for t in form.tensors}
@@ -452,8 +451,7 @@ def test_files_that_are_no_heads(tmp_path):
 
 
 def test_a_pickled_pipeline_of_scikit_learn_is_refused(tmp_path):
-    """As LYNX keeps its probe."""
-    sklearn = pytest.importorskip("sklearn.preprocessing")
-    (tmp_path / "probe.pkl").write_bytes(pickle.dumps(sklearn.StandardScaler()))
+    """As LYNX keeps its probe; written by hand, as a pickle that names the class is all that it takes."""
+    (tmp_path / "probe.pkl").write_bytes(b"\x80\x02csklearn.pipeline\nPipeline\n)\x81.")
     with pytest.raises(ValueError, match="a pickled scikit-learn object"):
         read(tmp_path / "probe.pkl")
