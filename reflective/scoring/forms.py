@@ -120,6 +120,7 @@ class Form:
         K, H = self.width, hidden_size
         if layers is None and not ("layers" in self.unknown and self.layers and len(self.layers) * H != K):
             layers = self.layers
+        told = {"layers"} if norm is None else {"layers", "norm"}
         norm = self.norm if norm is None else norm
         if vocab_size is not None and vocab_size == K != H:
             raise ValueError(
@@ -151,7 +152,7 @@ class Form:
                 "norm=True: SWIFT's --apply_norm norms the last of hidden_states a second time, which no tap does; such a head "
                 "must be trained on layers below it"
             )
-        unknown = {what: why for what, why in self.unknown.items() if what != "layers"}
+        unknown = {what: why for what, why in self.unknown.items() if what not in told}
         return replace(self, layers=layers, norm=norm, unknown=unknown)
 
 
