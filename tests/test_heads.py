@@ -1,3 +1,4 @@
+# ruff: noqa: F811
 """Heads of every form: what they compute, how they are saved and loaded, several on one model."""
 
 import copy
@@ -40,8 +41,8 @@ def agrees(found, expected):
 
 
 @pytest.mark.parametrize("schedule", ["deferred", "immediate"])
-def test_step(reasoning, tmp_path, schedule):  # noqa: F811
-    net, tokenizer, ids, prompt = reasoning  # noqa: F811
+def test_step(reasoning, tmp_path, schedule):
+    net, tokenizer, ids, prompt = reasoning
     state = published.step_checkpoint(H)
     torch.save(state, tmp_path / "scorer.pt")
     head = rf.load_head(tmp_path / "scorer.pt")
@@ -53,7 +54,7 @@ def test_step(reasoning, tmp_path, schedule):  # noqa: F811
 
 
 @pytest.mark.parametrize("gate", [True, False])
-def test_swift(model, ids, tmp_path, gate):  # noqa: F811
+def test_swift(model, ids, tmp_path, gate):
     state = published.swift_checkpoint((N + 1) * H, gate=gate)
     torch.save(state, tmp_path / "swift.pt")
     head = rf.load_head(tmp_path / "swift.pt", model=model)
@@ -66,7 +67,7 @@ def test_swift(model, ids, tmp_path, gate):  # noqa: F811
 
 
 @pytest.mark.parametrize(("act", "output"), [("gelu", 9), ("relu", 7)])
-def test_singprobe(model, ids, tmp_path, act, output):  # noqa: F811
+def test_singprobe(model, ids, tmp_path, act, output):
     state, config = published.singprobe_checkpoint(2 * H), published.singprobe_config(H, [3, 1], act)
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -81,8 +82,8 @@ def test_singprobe(model, ids, tmp_path, act, output):  # noqa: F811
     assert found.higher_is_better == (output == 7)
 
 
-def test_metastone(reasoning, tmp_path):  # noqa: F811
-    net, tokenizer, ids, prompt = reasoning  # noqa: F811
+def test_metastone(reasoning, tmp_path):
+    net, tokenizer, ids, prompt = reasoning
     state = published.metastone_checkpoint(H)
     torch.save(state, tmp_path / "score_module.pt")
     head = rf.load_head(tmp_path)
@@ -93,7 +94,7 @@ def test_metastone(reasoning, tmp_path):  # noqa: F811
     agrees(streamed(net, head, steps, ids, prompt), expected)
 
 
-def test_a_linear_probe_of_ones_own(model, ids, tmp_path):  # noqa: F811
+def test_a_linear_probe_of_ones_own(model, ids, tmp_path):
     state = published.linear_checkpoint(2 * H)
     metadata = {"layers": "[1, -2]", "at": '"token"', "sigmoid": "false", "aggregation": '"last"', "trained_on": '"x"'}
     safetensors.torch.save_file(state, tmp_path / "probe.safetensors", metadata)
@@ -138,7 +139,7 @@ def test_a_value_is_read_back_from_its_log_sigmoid():
 
 
 @pytest.mark.parametrize("aggregation", ["geometric_mean", "mean", "min", "max", "last", "product"])
-def test_a_score_is_what_the_head_makes_of_its_steps(model, ids, aggregation):  # noqa: F811
+def test_a_score_is_what_the_head_makes_of_its_steps(model, ids, aggregation):
     head = test_taps.head(rf.Tap((-2,))).use(aggregation=aggregation)
     found = rf.score(model, head, tiny.steps(), [ids, ids[:30]])
     assert found.aggregation == aggregation
@@ -148,7 +149,7 @@ def test_a_score_is_what_the_head_makes_of_its_steps(model, ids, aggregation):  
     assert torch.equal(found.aggregate(aggregation), found.score)
 
 
-def test_a_state_that_is_not_finite_has_no_score(model, ids):  # noqa: F811
+def test_a_state_that_is_not_finite_has_no_score(model, ids):
     net = copy.deepcopy(model)
     net.model.embed_tokens.weight.data[ids[20]] = torch.inf
     gated = GatedLinear(H).use(tap=rf.Tap(at="every"), sigmoid=False).eval()
