@@ -233,10 +233,12 @@ class ReflectiveModel:
         weights = [*self.model.parameters(), *(p for head in heads for p in head.parameters())]
         return {"model": fingerprint(weights), "dtype": str(self.model.dtype), "use": use}
 
-    def check_head(self) -> None:
-        """Raises ValueError for a head that does not fit the model. vLLM has refused it when it was started."""
-        if self.host is None:
-            check_parts(Backbone.of(self.model, self.head.tap), self.head, self.steps)
+    def check_head(self) -> StepTokens:
+        """The steps that its scores are of, all tokens where the head reads every one. Raises ValueError for a head that does not fit the model;
+        vLLM has refused it when it was started."""
+        if self.host is not None:
+            return self.host.steps
+        return check_parts(Backbone.of(self.model, self.head.tap), self.head, self.steps)
 
     def forget(self) -> None:
         """Have vLLM forget the beginnings of what it has run, so that the last bits of what comes do not depend on them."""
