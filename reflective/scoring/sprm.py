@@ -1,5 +1,6 @@
 """The SPRM head: a small MLP that scores a reasoning step from one hidden state."""
 
+import functools
 import math
 import pickle
 import re
@@ -18,6 +19,12 @@ NAMES = ("score_module.safetensors", "score_module.pt")
 KEYS = ("0.weight", "0.bias", "3.weight", "3.bias")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in files; widened when they are read
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,  # the exact one, by erf
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+}
 _QUANTISED = re.compile("scale|zero|absmax|quant|qweight|packed|SCB")  # in what quantisers call their tensors
 
 
@@ -28,11 +35,18 @@ class SPRM(nn.Sequential):
     checkpoints load and ours load there. Source: arXiv 2507.01951, section 3.1.
     """
 
-    def __init__(self, hidden_size: int, width: int | None = None, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, hidden_size: int, width: int | None = None, *, dtype: torch.dtype | None = None, activation: str = "relu",
+        bias: bool = True,
+    ) -> None:  # fmt: skip
+        """``width``: hidden units, None: 2H; ``activation``: a key of ``ACTIVATIONS``, ValueError for another; ``bias``: whether
+        the layers have one."""
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
         width = width or 2 * hidden_size
-        super().__init__(
-            nn.Linear(hidden_size, width, dtype=dtype), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 1, dtype=dtype)
-        )
+        first, second = (nn.Linear(*shape, bias, dtype=dtype) for shape in ((hidden_size, width), (width, 1)))
+        super().__init__(first, ACTIVATIONS[activation](), nn.Dropout(0.5), second)
+        self.activation = activation
 
     @property
     def hidden_size(self) -> int:
@@ -48,13 +62,18 @@ class SPRM(nn.Sequential):
         return self[0].weight.dtype
 
     def w1_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        """The dtype of ``weights(dtype)[0]``. ValueError if there is none."""
+        """The dtype of ``weights(dtype)[0]``. ValueError if there is none, or float8 for another activation than ReLU."""
         if dtype not in (None, self.dtype, torch.float8_e4m3fn):
             raise ValueError(f"w1_dtype={dtype}; expected None, the head's {self.dtype} or torch.float8_e4m3fn")
+        if dtype == torch.float8_e4m3fn and self.activation != "relu":
+            raise ValueError(
+                f"w1_dtype={dtype}: first weights of 8 bits have scales that only relu lets through, and this head has "
+                f"{self.activation}; give None"
+            )
         return dtype or self.dtype
 
     def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(w1 [K, H], b1 [K], w2 [1, K], b2 [1])``, detached: what every op takes.
+        """``(w1 [K, H], b1 [K], w2 [1, K], b2 [1])``, detached: what every op takes. Zeros for biases that there are none of.
 
         Args:
             dtype: of ``w1``. None: the head's own. ``torch.float8_e4m3fn``: half of bfloat16's bytes, see ``quantize``; the
@@ -63,7 +82,7 @@ class SPRM(nn.Sequential):
         Raises:
             ValueError: another dtype, or weights that cannot be quantised.
         """
-        w1, b1, w2, b2 = (t.detach() for layer in (self[0], self[3]) for t in (layer.weight, layer.bias))
+        w1, b1, w2, b2 = (t.detach() for layer in (self[0], self[3]) for t in _weight_and_bias(layer))
         if self.w1_dtype(dtype) == torch.float8_e4m3fn:
             return *quantize(w1, b1, w2), b2.float()
         return w1, b1, w2, b2
@@ -194,6 +213,10 @@ class SPRM(nn.Sequential):
             )
         if self.dtype != dtype:
             raise ValueError(f"head: dtype {self.dtype} differs from the {dtype} of {name}; use head.to({dtype})")
+
+
+def _weight_and_bias(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    return layer.weight, layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
 
 
 def check_dtype(weight: Tensor, name: str, expected: Sequence[torch.dtype]) -> None:
