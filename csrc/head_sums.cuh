@@ -13,7 +13,7 @@ namespace reflective {
 // act(z), see curve.h.
 __device__ __forceinline__ float activated(const Curve& curve, float z) {
   float s = z * z;
-  s = s > Curve::MOST ? Curve::MOST : s;  // not fminf, which turns a NaN into MOST
+  if (s > Curve::MOST) s = Curve::MOST;  // not fminf, which turns a NaN into MOST
   float y = curve.p[Curve::DEGREE];
 #pragma unroll
   for (int i = Curve::DEGREE - 1; i >= 0; --i) y = fmaf(y, s, curve.p[i]);

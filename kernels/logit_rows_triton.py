@@ -23,6 +23,9 @@ NAN_PROPAGATES = tl.constexpr(tl.PropagateNan.ALL)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 UNIT_GROUP = tl.constexpr(layout.UNIT_GROUP)
 RELU, GELU, GELU_TANH = map(tl.constexpr, (layout.RELU, layout.GELU, layout.GELU_TANH))
+# Columns of float32 from which one chain of sums, a column after the other, would gather more rounding than a BLAS, and after
+# how many the sum is then put aside.
+CHAIN, FOLD = tl.constexpr(16384), tl.constexpr(1024)
 BLOCK_R, BLOCK_P = tl.constexpr(16), tl.constexpr(256)  # rows, and partial sums of each, that are read at once
 
 
@@ -78,13 +81,22 @@ def head_partials(
     w_ptr = w1 + unit.to(tl.int64)[:, None] * H + h[None, :]  # [BLOCK_U, BLOCK_H]
     f_ptr = f_row[None, :] + h[:, None]  # [BLOCK_H, BLOCK_M]
     z = tl.zeros((BLOCK_U, BLOCK_M), tl.float32)
-    for done in tl.range(0, H, BLOCK_H, num_stages=STAGES):
-        w = tl.load(w_ptr + done, mask=(unit[:, None] < K) & (h[None, :] < H - done), other=0.0)
-        f = tl.load(f_ptr + done, mask=(row[None, :] < n) & (h[:, None] < H - done), other=0.0)
-        w = _weights(w, dtype)
-        if INTERPRETED:  # its dot takes bfloat16 for integers
-            w, f = w.to(tl.float32), f.to(tl.float32)
-        z = tl.dot(w, f, z, input_precision="ieee")
+    if H > CHAIN and dtype == tl.float32:
+        for begin in range(0, H, FOLD):
+            piece = tl.zeros((BLOCK_U, BLOCK_M), tl.float32)
+            for done in tl.range(begin, min(begin + FOLD, H), BLOCK_H, num_stages=STAGES):
+                w = tl.load(w_ptr + done, mask=(unit[:, None] < K) & (h[None, :] < H - done), other=0.0)
+                f = tl.load(f_ptr + done, mask=(row[None, :] < n) & (h[:, None] < H - done), other=0.0)
+                piece = tl.dot(w, f, piece, input_precision="ieee")
+            z += piece
+    else:
+        for done in tl.range(0, H, BLOCK_H, num_stages=STAGES):
+            w = tl.load(w_ptr + done, mask=(unit[:, None] < K) & (h[None, :] < H - done), other=0.0)
+            f = tl.load(f_ptr + done, mask=(row[None, :] < n) & (h[:, None] < H - done), other=0.0)
+            w = _weights(w, dtype)
+            if INTERPRETED:  # its dot takes bfloat16 for integers
+                w, f = w.to(tl.float32), f.to(tl.float32)
+            z = tl.dot(w, f, z, input_precision="ieee")
     bias = tl.load(b1 + unit, mask=unit < K, other=0.0).to(tl.float32)[:, None]
     # z + bias, which the compiler would begin the product's sum with where the loop has a single step, and only there.
     z = tl.fma(z, 1.0, bias)

@@ -29,7 +29,7 @@ HEADS = [
     (5120, torch.bfloat16, torch.float8_e4m3fn, 10240, layout.RELU),
     (4096, torch.bfloat16, torch.bfloat16, 512, layout.GELU),
     (3 * 4096, torch.float16, torch.float16, 1024, layout.SILU),
-    (4096, torch.float32, torch.float32, 2, layout.GELU_TANH),
+    (33 * 4096, torch.float32, torch.float32, 2, layout.GELU_TANH),
     (72, torch.bfloat16, torch.bfloat16, 144, layout.RELU),  # one step of the small tile's loop, two of the large one's
 ]  # width, dtype of the rows, dtype of w1, units, activation
 KERNELS = ["_step_mask", "_partials", "_scores", "_logits", "_tally_slots", "_walk", "_step"]
