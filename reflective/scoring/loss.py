@@ -70,8 +70,9 @@ def sprm_loss_rows(
             be summed over the processes, not averaged.
 
     Raises:
-        ValueError: the features are not the head's size, or the head drops every unit.
+        ValueError: the features are not the head's size, or the head drops every unit; see ``check_trainable``.
     """
+    check_trainable(head)
     dropout = float(head[2].p) if head.training else 0.0
     if features.shape[1:] != head[0].weight.shape[1:]:
         raise ValueError(f"features: shape {tuple(features.shape)}, expected [M, {head.hidden_size}]")
@@ -88,6 +89,13 @@ def sprm_loss_rows(
     if all_reduce is not None:
         all_reduce(counts)
     return _mean(sums, counts, class_balance)
+
+
+def check_trainable(head: SPRM) -> None:
+    """Raise ValueError for a head that the op ``sprm_loss`` does not know: another activation than ReLU, or no biases."""
+    if head.activation != "relu" or head[0].bias is None:
+        kind = head.activation if head.activation != "relu" else "no biases"
+        raise ValueError(f"head: a head of {kind} scores, but cannot be trained here; give one of relu and with biases")
 
 
 def _fused(head: SPRM, features: Tensor, scale: float, *labels: Any) -> tuple[Tensor, Tensor]:

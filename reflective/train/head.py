@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..scoring.loss import sprm_loss_rows
+from ..scoring.loss import check_trainable, sprm_loss_rows
 from ..scoring.sprm import SPRM
 from ..utils.fingerprint import fingerprint
 from .checkpoint import Checkpoint
@@ -68,6 +68,8 @@ def fit(
     if rollouts.features is None:
         raise ValueError("rollouts: without features; record them while rolling out, or train with the backbone")
     size = rollouts.features.shape[1]
+    if init is not None:
+        check_trainable(init)
     if init is not None and (init.hidden_size != size or width not in (None, init.width)):
         raise ValueError(f"init: a head of {init.hidden_size} -> {init.width}; expected {size} -> {width or 'any'}")
     processes = Processes(accelerator, rollouts.features.device)

@@ -366,7 +366,7 @@ class Requests:
     def _run(self, ids: Tensor, hidden: Tensor, rows: Tensor, bounds: Tensor | None = None, quiet: int = 0) -> None:
         self.placed.backend.decode_step(
             ids, hidden, self.steps.token_class, self.steps.transition, *self.placed.weights, *self.state.tensors(),
-            False, self.pruning is not None, rows, bounds, quiet,
+            False, self.pruning is not None, rows, bounds, quiet, self.placed.activation,
         )  # fmt: skip
 
     def _flush(self) -> None:
