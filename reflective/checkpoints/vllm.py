@@ -74,8 +74,8 @@ def for_vllm(
         )
     where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
     given = None if head is None or isinstance(head, str | Path) else _one(head)
-    place, home = places(path, None if given else head, revision, where)
-    if given:
+    place, home = places(path, head if given is None else None, revision, where)
+    if given is not None:
         found, config = given, config_of(home)
     else:
         found, config = load_head(home)
