@@ -154,11 +154,12 @@ def headed(name: str) -> Headed:
 HEADS = ["behind the final norm", "three layers of 20", "every token", "a linear probe"]
 
 
-def expected_of(model: Headed, ids: list[int], start: int) -> tuple[list[int], list[float], float]:
-    """Columns and scores of the steps, and the score, by ``rf.score``; without that of a token that came last, which has no state yet."""
+def expected_of(model: Headed, ids: list[int], start: int, *, fed: bool = False) -> tuple[list[int], list[float], float]:
+    """Columns and scores of the steps, and the score, by ``rf.score``; without that of a token that came last, which has no state unless it
+    was ``fed``, for an end to be drawn behind it."""
     head, (found,) = model.head, [rf.score(model.model, model.head, model.steps, [ids], prompt_lengths=[start])]
     columns, scores = found.step_positions[0].tolist(), found.step_scores[0].tolist()
-    if head.tap.at != "predict" and columns and columns[-1] == len(ids) - 1:
+    if head.tap.at != "predict" and not fed and columns and columns[-1] == len(ids) - 1:
         columns, scores = columns[:-1], scores[:-1]
     return columns, scores, aggregate(scores, head.aggregation)
 
@@ -206,7 +207,7 @@ def test_heads_of_other_taps_behind_forks_and_rests(name):
                 elif isinstance(e, Stepped):
                     told[e.sequence] = e.step_scores, list(tokens[e.sequence])
                 elif isinstance(e, Ended):
-                    ended[e.sequence] = e.score
+                    ended[e.sequence] = e
 
     with engine:
         (prefix,) = engine.open([Prompt(prompt, steps="told")])
@@ -221,8 +222,9 @@ def test_heads_of_other_taps_behind_forks_and_rests(name):
         advance(-1)
         engine.close([prefix])
     assert len(ended) == 6
-    for s, score in ended.items():
-        columns, scores, value = expected_of(model, [*prompt, *tokens[s]], 4)
+    for s, end in ended.items():
+        score, fed = end.score, end.reason == "stop"
+        columns, scores, value = expected_of(model, [*prompt, *tokens[s]], 4, fed=fed)
         assert [p + 4 for p in score.positions] == columns and score.error is None
         assert score.step_scores == pytest.approx(scores, abs=1e-5) and score.score == pytest.approx(value, abs=1e-5)
     for scores, of in told.values():

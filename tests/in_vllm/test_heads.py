@@ -46,8 +46,9 @@ class Truth:
         rule = head.step_rule or {"delimiter": DELIMITER}
         self.steps = rf.StepTokens.from_tokenizer(AutoTokenizer.from_pretrained(path), **rule)
 
-    def __call__(self, prompt, response):
-        """Columns and scores of the steps, and the score; without that of a token that came last, whose state there is not."""
+    def __call__(self, prompt, response, *, fed=False):
+        """Columns and scores of the steps, and the score; without that of a token that came last, whose state there is not unless it was ``fed``, for
+        an end to be drawn behind it."""
         import torch
 
         import reflective as rf
@@ -57,7 +58,7 @@ class Truth:
         with torch.no_grad():
             found = rf.score(self.model, self.head, self.steps, [ids], prompt_lengths=[len(prompt)])
         columns, scores = found.step_positions[0].tolist(), found.step_scores[0].tolist()
-        if self.head.tap.at != "predict" and columns and columns[-1] == len(ids) - 1:
+        if self.head.tap.at != "predict" and not fed and columns and columns[-1] == len(ids) - 1:
             columns, scores = columns[:-1], scores[:-1]
         return columns, scores, aggregate(scores, self.head.aggregation)
 
@@ -131,7 +132,7 @@ def test_forks_rests_and_finished_texts(tiny, name):
                 elif isinstance(e, Stepped):
                     told[e.sequence] = e.step_scores
                 elif isinstance(e, Ended):
-                    ended[e.sequence] = e.score
+                    ended[e.sequence] = e
 
     try:
         engine = host.engine()
@@ -147,8 +148,9 @@ def test_forks_rests_and_finished_texts(tiny, name):
             advance(engine, -1)
             engine.close([prefix])
         assert len(ended) == 6
-        for s, score in ended.items():
-            columns, values, value = truth(prompt, tokens[s])
+        for s, end in ended.items():
+            score = end.score
+            columns, values, value = truth(prompt, tokens[s], fed=end.reason == "stop")
             assert [len(prompt) + p for p in score.positions] == columns and score.error is None
             assert score.step_scores == pytest.approx(values, abs=1e-5) and score.score == pytest.approx(value, abs=1e-5)
             n = min(len(told[s]), len(values))
