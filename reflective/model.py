@@ -31,6 +31,7 @@ from .engines.hf.parts import check_parts
 from .engines.hf.scorer import Schedule, StreamScorer
 from .scoring.heads import Head
 from .scoring.steps import StepTokens
+from .scoring.taps import Tap
 from .search.candidates import Ask, Live, Question, SamplingSettings
 from .search.loop import Search
 from .search.outcome import candidate, outcome
@@ -195,6 +196,11 @@ class ReflectiveModel:
     def save_head(self, path: str | Path, **given: Any) -> Path:
         """Write the head, and the adapter that it came with, as a repository with a model card: ``hub.save_head``."""
         return save_head(self, path, **given)
+
+    @property
+    def tap(self) -> Tap:
+        """Where the head reads the model, at the tokens that ``config`` says."""
+        return dataclasses.replace(self.head.tap, at=self.config.at)
 
     @property
     def max_length(self) -> int | None:

@@ -1,5 +1,6 @@
 """The recipe under benchmarks/reproduction: its questions are right and disjoint, and its tables say what the data say."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -9,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from reflective.benchmarks import record
-from reflective.benchmarks.reproduction import heads, results, rollouts, separate, tables
+from reflective.benchmarks.reproduction import heads, layers, results, rollouts, separate, tables
 from reflective.benchmarks.reproduction.families import FAMILIES
 from reflective.checkpoints.default import HEAD, converted
+from reflective.scoring.taps import Tap
 from reflective.train.data import Rollouts
+from reflective.train.metrics import evaluate
 
 ANSWERS = {
     "sums": lambda q: eval(q),
@@ -153,6 +156,90 @@ def test_heads_and_tables_of_a_small_work_directory(tmp_path, monkeypatch):
     assert {r["weights"] for r in steps} == set(tables.DIVERGENCE) and json.loads(
         (tmp_path / "divergence.json").read_text()
     )
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def of_lengths(questions, draws, seed):
+    """Rollouts of hard and easy questions whose right answers are shorter; with each what is right for reasons of its own."""
+    g = torch.Generator().manual_seed(seed)
+    n = questions * draws
+    question = torch.arange(questions).repeat_interleave(draws)
+    own = torch.randn(n, generator=g)
+    hard = 2 * torch.randn(questions, generator=g)[question]
+    length = (20 + 4 * torch.randn(n, generator=g)).round().clamp(8, 40).long()
+    outcome = (torch.rand(n, generator=g) < (1.5 * own - hard - 0.4 * (length - 20) - 1).sigmoid()).float()
+    steps = 1 + length // 10
+    owner = torch.arange(n).repeat_interleave(steps)
+    r = Rollouts(
+        tokens=torch.zeros(int(length.sum() + 2 * n), dtype=torch.int32), length=length + 2, prompt_length=torch.full((n,), 2),
+        question=question, outcome=outcome, answer=torch.zeros(n, dtype=torch.int64), count=torch.ones(n, dtype=torch.int64),
+        trajectory=owner, position=torch.zeros_like(owner),
+    )  # fmt: skip
+    return r, own, hard, length
+
+
+def told_beyond(r, score, within):
+    """AUCs of the score, of the covariates, and of the score beside them."""
+    name = "auc_within" if within else "auc_trajectory"
+    log = torch.nn.functional.logsigmoid(score.double())[r.trajectory]
+    covariates, left = layers.beyond(r, log, within=within)
+    return [evaluate(x, y, n=(), resamples=2)[name].value for x, y in ((r, log), layers.as_run(r, covariates), layers.as_run(r, left))]
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_what_a_score_tells_beyond_length_and_difficulty(within):
+    r, own, hard, length = of_lengths(300, 16, 0)
+    noise = 0.5 * torch.randn(len(r), generator=torch.Generator().manual_seed(9))
+    alone, covariates, left = told_beyond(r, -hard - 0.4 * (length - 20) + noise, within)
+    assert alone > 0.75 and covariates > 0.75 and abs(left - 0.5) < (0.03 if within else 0.05), "reads length and difficulty alone"
+    alone, covariates, left = told_beyond(r, own + noise, within)
+    assert covariates > 0.75 and left > 0.7 and abs(left - alone) < 0.05, "reads what neither tells"
+    both = told_beyond(r, 1.5 * own - hard - 0.4 * (length - 20), within)
+    assert both[0] > both[2] > 0.7, "of both, what is its own is left"
+
+
+def test_difficulty_is_that_of_the_other_draws():
+    r = dataclasses.replace(synthetic(2, 3, 0), outcome=torch.tensor([1.0, 0, 0, 1, 1, 0]), count=torch.tensor([2, 1, 1, 1, 1, 4]))
+    sizes, difficulty = layers.covariates(r)
+    assert sizes.tolist() == [[3, 3]] * 6
+    assert difficulty[:, 0].tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 1 / 5, 1 / 5, 2 / 5])
+
+
+def test_a_layer_is_chosen_and_measured(tmp_path, monkeypatch):
+    """On rollouts of four layers of which one tells right from wrong; the recorded table as text."""
+    monkeypatch.setattr(rollouts, "LAYERS", (-2, -5, -9))
+    monkeypatch.setattr(rollouts, "TRAIN", 40)
+    monkeypatch.setattr(heads, "TRAIN", 40)
+    monkeypatch.setattr(layers, "CHOICE_EPOCHS", 6)
+    monkeypatch.setattr(heads, "MAIN", dataclasses.replace(heads.MAIN, questions=40, epochs=6))
+    for part, questions in (("train", 40), ("eval", 30)):
+        parts = [synthetic(questions, 32, 7 + (part == "eval"), signal) for signal in (0.3, 0.0, 2.0)]
+        block = tmp_path / "sums" / part / "00000"
+        block.mkdir(parents=True)
+        whole = dataclasses.replace(parts[0], features=torch.cat([r.features for r in parts], 1), tap=Tap((-2, -5, -9)))
+        whole.save(block / "layers.safetensors")
+        parts[0].save(block / "steps.safetensors")
+    monkeypatch.setattr(heads, "fit_tasks", lambda tasks: map(heads._fit, tasks))  # the same, in this process
+    assert next(layers.fit_all(tmp_path, ["sums"])) == "sums: chosen -9"
+    layers.make(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "heads are missing"
+    names = list(layers.fit_all(tmp_path, ["sums"]))
+    assert len(names) == 1 + 3 * rollouts.SEEDS
+    assert heads.head(tmp_path, "sums", layers.variants(tmp_path, "sums")["-9 and -2"], 0).tap == Tap((-9, -2))
+    layers.make(tmp_path, tmp_path / "out")
+    rows = {(r["table"], r["variant"], r["measure"]): r for r in record.read("reproduction_layers", tmp_path / "out")}
+    value = {key: float(r["value"]) for key, r in rows.items()}
+    assert value["choice", "-9", "auc_within"] > 0.9 > value["choice", "-2", "auc_within"]
+    for measure in ("best_of@8", "auc_within", "auc_beyond", "within_beyond"):
+        assert value["full size", "-9, chosen", measure] > value["full size", "-2", measure] + 0.1
+    assert abs(value["full size", "-2", "within_covariates"] - 0.5) < 0.2, "all are of one length"
+    shown = rows["full size", "-9, chosen", "auc_beyond"]
+    assert (shown["seeds"], shown["questions"]) == ("3", "30") and float(shown["low"]) < float(shown["value"]) < float(shown["high"])
+    monkeypatch.setattr(results, "read", lambda name, folder: record.read(name, tmp_path / "out" if name.endswith("layers") else record.RESULTS))
+    text = results.markdown()
+    assert "## A layer chosen on training questions: sums" in text and f"{float(shown['value']):.3f} ({float(shown['low']):.3f}" in text
 
 
 def test_the_recorded_text_is_that_of_the_recorded_numbers():

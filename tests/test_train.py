@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import reflective as rf
 from reflective import train
 from reflective.model import Config
+from reflective.scoring.taps import Tap
 from reflective.tasks import Question
 from reflective.train import Rollouts, Settings, record_features, roll_out, run
 from reflective.utils.fingerprint import fingerprint
@@ -115,6 +116,84 @@ def test_head_end_to_end_and_gone_on_with(tmp_path, monkeypatch):
     assert train.train(model, settings, tmp_path) == again, "one that is over only reports"
 
 
+def test_several_layers_at_every_token_with_few_units(tmp_path):
+    model = policy()
+    settings = changed(layers="-1,-3", at="every", units=9)
+    report = train.train(model, settings, tmp_path)
+    head = rf.SPRM.from_pretrained(tmp_path)
+    assert head.tap == Tap((-1, -3), at="every") and (head.hidden_size, head.width) == (2 * tiny.HIDDEN, 9)
+    assert report["tap"] == {"layers": [-1, -3], "norm": False, "at": "every"} and "layers" not in report
+    assert Config.read(tmp_path / "reflective.json").at == "every" and model.config.at == "predict"
+    for name in ("train", "eval"):
+        rolled = Rollouts.load(tmp_path / "rollouts" / name / "00000" / "steps.safetensors")
+        assert rolled.tap == head.tap and rolled.features.shape[1] == 2 * tiny.HIDDEN
+    i = int(rolled.length.argmax())
+    mine = rolled.trajectory == i
+    own = head(rolled.features[mine].to(head.dtype)).sigmoid().squeeze(-1)
+    scored = rf.score(model.model, head, None, [rolled.ids(i).long()], prompt_lengths=rolled.prompt_length[i : i + 1])
+    torch.testing.assert_close(scored.step_scores[0][: len(own)], own, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="rollouts made with other settings"):
+        train.train(model, changed(layers="-1", at="every"), tmp_path)
+
+
+def test_a_layer_is_chosen_in_training(tmp_path, monkeypatch):
+    settings = changed(layers="auto", questions=12)
+    report = train.train(policy(), settings, tmp_path)
+    assert list(report["layers"]) == ["-2", "-3"], "of three layers"
+    best = max(report["layers"], key=lambda layer: report["layers"][layer]["value"])
+    assert report["tap"]["layers"] == [int(best)] and rf.SPRM.from_pretrained(tmp_path).tap == Tap((int(best),))
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [e["layer"] for e in log if e["stage"] == "choose a layer"] == [-2, -3]
+    rolled = Rollouts.load(tmp_path / "rollouts" / "train" / "00000" / "steps.safetensors")
+    assert rolled.tap == Tap((-2, -3)), "recorded in one rollout"
+    (tmp_path / "report.json").unlink()
+    monkeypatch.setattr(run, "roll_out", lambda *a, **k: iter(()))
+    assert same(train.train(policy(), settings, tmp_path), report)
+    assert changed(layers="auto:-1,-3").candidates == (-1, -3)
+
+
+@pytest.mark.parametrize("way", ["backbone", "joint"])
+def test_the_backbone_trains_with_a_head_of_two_layers(tmp_path, way):
+    model, at = policy(), "token"
+    report = train.train(model, changed(way=way, layers=(-3, -1), at=at, steps=2), tmp_path)
+    head = rf.SPRM.from_pretrained(tmp_path)
+    assert head.tap == model.head.tap == Tap((-3, -1), at=at) and model.config.at == at
+    assert head.hidden_size == 2 * tiny.HIDDEN and report["before"].keys() == report["metrics"].keys()
+    after = {name: report["metrics"][name] != report["before"][name] for name in ("score_gap", "auc_step")}
+    assert all(after.values()), "measured with the states of the trained model"
+    changes = [
+        not torch.equal(a, b) for a, b in zip(model.model.parameters(), policy().model.parameters(), strict=True)
+    ]
+    assert sum(changes) > 4
+
+
+def test_layers_as_they_may_be_said():
+    for given, kept in (("-9", (-9,)), ("-9,-2", (-9, -2)), (-9, (-9,)), ([4, -2], (4, -2)), ("auto", "auto"), (None, None)):
+        assert changed(layers=given).layers == kept
+    assert changed(units=7) == changed(width=7) and changed(width=7).width == 7
+    for wrong, message in (
+        ({"layers": "last"}, "layers='last'; expected -2, several such as -9,-2, or auto"),
+        ({"layers": "auto:x"}, "layers='x'"), ({"layers": ()}, "at least one"), ({"layers": "-2,-2"}, "each once"),
+        ({"at": "never"}, "at='never'"), ({"units": 5, "width": 6}, "two names of one setting"),
+        ({"layers": "auto", "continue_head": "x"}, "chooses for a new head"),
+        ({"layers": "-3", "published": True}, "published code reads layer -2"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            changed(**wrong)
+
+
+def test_taps_that_do_not_go(tmp_path):
+    with pytest.raises(ValueError, match="hidden_states 0 to 3"):
+        train.train(policy(), changed(layers="-9"), tmp_path)
+    with pytest.raises(ValueError, match="published code reads layer -2"):
+        train.train(policy(), changed(published=True, at="every"), tmp_path)
+    tiny.head(seed=7).use(tap=Tap((-3,))).save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="continue_head reads"):
+        train.train(policy(), changed(layers="-2", continue_head=str(tmp_path / "start")), tmp_path)
+    train.train(policy(), changed(continue_head=str(tmp_path / "start")), tmp_path / "run")
+    assert rf.SPRM.from_pretrained(tmp_path / "run").tap == Tap((-3,)), "where it read before"
+
+
 def test_other_settings(tmp_path, monkeypatch):
     model = policy()
     first = train.train(model, FAST, tmp_path)
@@ -170,10 +249,22 @@ def test_recorded_features_are_those_of_the_sampler(at):
     bare = dataclasses.replace(drawn, features=None, trajectory=None, position=None)
     seen = []
     read = record_features(model, bare, batch_tokens=64, progress=seen.append)
+    assert read.tap == drawn.tap == Tap(at=at)
     assert sum(seen) == len(drawn) and len(seen) > 3
     order = (drawn.trajectory * 1000 + drawn.position).argsort()
     assert torch.equal(read.trajectory, drawn.trajectory[order]) and torch.equal(read.position, drawn.position[order])
     torch.testing.assert_close(read.features, drawn.features[order], rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_several_layers_are_those_of_the_sampler():
+    model, tap = policy(), Tap((1, -1), at="every")
+    questions = [Question(text, "") for text in ("one", "another one", "why?")]
+    (drawn,) = roll_out(model, questions, samples=8, temperature=1.0, max_new_tokens=9, verify=even, tap=tap)
+    read = record_features(model, drawn, tap=tap, batch_tokens=64)
+    order = (drawn.trajectory * 1000 + drawn.position).argsort()
+    assert torch.equal(read.trajectory, drawn.trajectory[order]) and torch.equal(read.position, drawn.position[order])
+    torch.testing.assert_close(read.features, drawn.features[order], rtol=1e-4, atol=1e-5)
+    assert read.tap == tap and read.features.shape[1] == 2 * tiny.HIDDEN
 
 
 def test_from_a_file_of_judged_responses(tmp_path, monkeypatch):
@@ -306,11 +397,14 @@ def test_command_line_as_two_processes(tmp_path):
         sys.executable, "-m", "reflective", "train", str(tmp_path / "run"), "--model", str(tmp_path / "model"), "--way",
         "backbone", "--verifier", "test_train:even", "--questions", "6", "--eval-questions", "5", "--samples", "8",
         "--temperature", "1", "--max-new-tokens", "10", "--epochs", "2", "--batch", "16", "--lora", "2", "--json",
+        "--layers", "-3,-1", "--at", "token", "--units", "5",
     ]  # fmt: skip
     (out, _), (nothing, _) = run_ranks(command, cwd=Path(__file__).parent, TRITON_INTERPRET="1")
     report = json.loads(out)
     assert nothing == "" and report == json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["rollouts"]["train"]["trajectories"] == 48 and report["rollouts"]["eval"]["questions"] == 5
+    head = rf.SPRM.from_pretrained(tmp_path / "run")
+    assert head.tap == Tap((-3, -1), at="token") and head.width == 5
     shares = sorted(p.name for p in (tmp_path / "run" / "rollouts").iterdir())
     assert shares == ["eval-0-of-2", "eval-1-of-2", "train-0-of-2", "train-1-of-2"]
 

@@ -21,6 +21,7 @@ from reflective.engines.hf.backbone import Backbone
 from reflective.engines.hf.finished import read_positions
 from reflective.engines.hf.internals import cache_of, checkpoints, set_checkpointing, with_cache
 from reflective.model import Config
+from reflective.scoring.taps import Tap
 from reflective.train.backbone import _Reader, tune
 from reflective.train.data import Rollouts
 from reflective.train.objective import sprm_objective
@@ -349,6 +350,37 @@ def test_saved_and_continued(tmp_path):
     assert again.adapter is tuned.adapter and changed and all("lora_" in n for n in changed)
 
 
+@pytest.mark.parametrize(
+    ("tap", "trained"), [(Tap((-3, -4)), (0, 1)), (Tap((-1,)), (0, 1, 2, 3)), (Tap((1, -2), norm=True, at="token"), (0, 1, 2))]
+)
+def test_what_the_head_reads_is_what_trains(tap, trained):
+    """The layers below the deepest that it reads, and no other; what is read is what a forward has there."""
+    model, data = reflective_model(at=tap.at), rollouts(4)
+    model.head = tiny.head(hidden=len(tap.layers) * tiny.HIDDEN).use(tap=tap)
+    reader = _Reader(model, data, None, 200)
+    rows = torch.arange(5)
+    features, owner = reader(rows)
+    ids, mask, prompts = data.padded(rows, 0)
+    row, _, read = read_positions(model.steps, ids, mask, prompts, tap.at)
+    with torch.no_grad():
+        states = model.model(ids, output_hidden_states=True).hidden_states
+        normed = model.model.model.norm if tap.norm else lambda x: x
+        expected = torch.cat([normed(states[layer])[row, read] for layer in tap.layers], 1)
+    assert torch.equal(owner, row)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+    before = copy.deepcopy(model.model.state_dict())
+    tuned = tune(model, data, **{**FAST, "lora": None})
+    changed = {n for n, p in model.model.state_dict().items() if not torch.equal(p, before[n])}
+    assert {int(n.split(".")[2]) for n in changed if ".layers." in n} == set(trained)
+    assert ("model.norm.weight" in changed) == (tap.norm or -1 in tap.layers)
+    assert tuned.head.tap == model.head.tap == tap
+    adapted = reflective_model(at=tap.at)
+    adapted.head = tiny.head(hidden=len(tap.layers) * tiny.HIDDEN).use(tap=tap)
+    names = peft.get_peft_model_state_dict(tune(adapted, data, **FAST).adapter)
+    assert {int(n.partition(".layers.")[2].split(".")[0]) for n in names} == set(trained)
+
+
 def test_a_whole_model_is_saved(tmp_path):
     model = reflective_model()
     tune(model, rollouts(4), **{**FAST, "lora": None}).save(tmp_path)
@@ -360,7 +392,7 @@ def test_refused():
         tune(reflective_model(torch.bfloat16), rollouts(4), **{**FAST, "lora": None})
     only_last = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[3])
     model = reflective_model()
-    with pytest.raises(ValueError, match="lora: no layer below the last has one"):
+    with pytest.raises(ValueError, match=r"lora: no layer below hidden_states\[\d+\], the deepest that is read, has one"):
         tune(model, rollouts(4), **{**FAST, "lora": only_last})
     data = rollouts(4)
     data.outcome[:] = 0

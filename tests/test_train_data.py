@@ -8,10 +8,12 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from reflective import tasks
+from reflective.scoring.taps import Tap
 from reflective.search.verify import verifier
 from reflective.tasks import Question
 from reflective.train.data import (
@@ -193,6 +195,29 @@ def test_select_save_and_join(tmp_path):
     assert both.trajectory.tolist() == [0, 0, 2, 2, 4, 4] and both.ids(4).tolist() == [4, 5]
     scored = rollouts([1, 1], [1, 1], trajectory=torch.tensor([0, 1])).select(torch.tensor([False, True]))
     assert scored.trajectory.tolist() == [0] and scored.features is None
+
+
+def test_files_say_where_features_were_read(tmp_path):
+    three = {"features": torch.arange(12.0).view(2, 6), "trajectory": torch.arange(2), "position": torch.zeros(2).long()}
+    r = rollouts([3, 1], [2, 1], **three, tap=Tap((-9, 4, -2), at="token"), model="org/policy")
+    r.save(tmp_path / "r.safetensors")
+    again = Rollouts.load(tmp_path / "r.safetensors")
+    assert again.tap == r.tap and again.model == "org/policy" and torch.equal(again.features, r.features)
+    assert r.select(torch.tensor([False, True])).tap == Rollouts.join([r, again]).tap == r.tap
+    read = again.read(Tap((-2, -9), at="token"))
+    assert read.features.tolist() == [[4, 5, 0, 1], [10, 11, 6, 7]] and read.tap == Tap((-2, -9), at="token")
+    assert again.read(r.tap) is again and torch.equal(read.tokens, r.tokens)
+    for other in (Tap((-3,), at="token"), Tap((-2,)), Tap((-2,), norm=True, at="token")):
+        with pytest.raises(ValueError, match="record them with that tap"):
+            again.read(other)
+    with pytest.raises(ValueError, match="record them all with one tap"):
+        Rollouts.join([r, read])
+
+    old = {name: value for name, value in r.tensors.items() if value is not None}
+    save_file(old, tmp_path / "old.safetensors")  # as written before there were taps
+    old = Rollouts.load(tmp_path / "old.safetensors")
+    assert old.tap is None and old.model is None and old.read(Tap()) is old and torch.equal(old.features, r.features)
+    assert Rollouts.join([old, r]).tap == r.tap, "a run that was begun then goes on"
 
 
 def test_questions_are_split_into_disjoint_parts():

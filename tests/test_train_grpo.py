@@ -24,6 +24,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from reflective.engines.hf.internals import checkpointing_setting
+from reflective.scoring.taps import Tap
 from reflective.train.data import question_weights
 from reflective.train.grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts
 from reflective.train.objective import sprm_objective
@@ -71,8 +72,8 @@ def model():
     return net, tokenizer
 
 
-def head():
-    sprm = tiny.head()
+def head(layers=(-2,)):
+    sprm = tiny.head(hidden=len(layers) * tiny.HIDDEN).use(tap=Tap(layers))
     sprm[2].p = 0.0  # comparable between forwards
     return sprm
 
@@ -119,7 +120,8 @@ class Watched(ReflectiveGRPOTrainer):
         ids, mask, prompts = whole(inputs)
         prompts = prompts if self.args.scope == "response" else None
         with torch.no_grad():
-            hidden = net(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+            states = net(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            hidden = torch.cat([states[layer] for layer in self.head.tap.layers], -1)
             warm = self.args.sprm_warmup_steps is not None and self.state.global_step >= self.args.sprm_warmup_steps
             expected = sprm_objective(
                 self.head.train(), self.steps, hidden, ids, mask, prompts, inputs["sprm_outcomes"], at=self.args.at,
@@ -142,13 +144,17 @@ class Gradients(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("at", "scope", "checkpointing", "peft"),
-    [("predict", "response", False, None), ("token", "text", False, None), ("predict", "response", True, LORA)],
-)
-def test_the_loss_is_that_of_a_forward_of_its_own(tmp_path, at, scope, checkpointing, peft):
+    ("at", "layers", "scope", "checkpointing", "peft"),
+    [
+        ("predict", (-2,), "response", False, None), ("token", (-2,), "text", False, None),
+        ("predict", (-2,), "response", True, LORA), ("every", (1, -1), "response", False, LORA),
+        ("token", (-3, -1), "response", True, None),
+    ],
+)  # fmt: skip
+def test_the_loss_is_that_of_a_forward_of_its_own(tmp_path, at, layers, scope, checkpointing, peft):
     """Of shuffled micro-batches, padded on both sides, twice a rollout; masks, steps and scores are those of rf.score."""
     trainer = trainer_of(
-        tmp_path, Watched, at=at, scope=scope, sprm=head(), **checkpointing_setting(checkpointing), peft=peft, sprm_weight=0.5,
+        tmp_path, Watched, at=at, scope=scope, sprm=head(layers), **checkpointing_setting(checkpointing), peft=peft, sprm_weight=0.5,
         per_device_train_batch_size=4, gradient_accumulation_steps=2, num_iterations=2, max_steps=2, sprm_warmup_steps=1,
         head_learning_rate=1e-3,
     )  # fmt: skip
@@ -170,8 +176,8 @@ def test_the_loss_is_that_of_a_forward_of_its_own(tmp_path, at, scope, checkpoin
     assert kept[0] == 1 and kept[1] < 1, "all steps in the warm-up, then those on which the head agrees"
 
 
-@pytest.mark.parametrize("peft", [None, LORA])
-def test_prompts_that_begin_alike_run_once(tmp_path, monkeypatch, peft):
+@pytest.mark.parametrize(("peft", "layers"), [(None, (-2,)), (LORA, (-2,)), (LORA, (1, -1))])
+def test_prompts_that_begin_alike_run_once(tmp_path, monkeypatch, peft, layers):
     """Losses, measures and gradients are those of whole rows; the shared tokens go through the model in a single row."""
     prompts = ["Twenty letters, shared G " + p for p in PROMPTS]
     monkeypatch.setattr(sys.modules[__name__], "PROMPTS", prompts)
@@ -179,7 +185,7 @@ def test_prompts_that_begin_alike_run_once(tmp_path, monkeypatch, peft):
     for share in (True, False):
         watch, fed = Gradients(), []
         trainer = trainer_of(
-            tmp_path, rewards=judged, sprm=head(), peft=peft, share_prompts=share, feature_gradient_scale=1.0, max_grad_norm=0.0,
+            tmp_path, rewards=judged, sprm=head(layers), peft=peft, share_prompts=share, feature_gradient_scale=1.0, max_grad_norm=0.0,
         )  # fmt: skip
         trainer.add_callback(watch)
         embed = trainer.backbone.model.get_input_embeddings()
@@ -212,10 +218,10 @@ def test_without_weight_it_is_grpo_bit_for_bit(tmp_path):
 
 
 def test_the_backbone_gets_the_scaled_gradient(tmp_path):
-    def found(scale):
+    def found(scale, layers=(-2,)):
         watch = Gradients()
         trainer = trainer_of(
-            tmp_path, rewards=[judged, lambda completion_ids, **kw: [1.0] * len(completion_ids)], sprm=head(),
+            tmp_path, rewards=[judged, lambda completion_ids, **kw: [1.0] * len(completion_ids)], sprm=head(layers),
             reward_weights=[0.0, 1.0], feature_gradient_scale=scale, max_grad_norm=0.0,
         )  # fmt: skip
         trainer.add_callback(watch)  # rewards are all equal: the policy loss has no gradient
@@ -229,6 +235,9 @@ def test_the_backbone_gets_the_scaled_gradient(tmp_path):
         1e4 * scaled[below], whole[below], rtol=1e-4, atol=1e-6 * float(whole[below].abs().max())
     )
     assert not whole[last].any(), "the last layer has no part in the score"
+    deep, shallow = found(1.0, (1, -1)), found(1.0, (1,))
+    assert deep[last].any() and not shallow[below].any(), "but where the head reads what comes of it"
+    assert shallow["model.layers.0.mlp.down_proj.weight"].any()
 
 
 def test_the_head_learns(tmp_path):

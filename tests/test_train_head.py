@@ -1,13 +1,19 @@
 """The head fitted to recorded features: what it finds, that a killed run goes on, and that two processes are as one."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import reflective as rf
-from reflective.train.data import Rollouts
+from reflective.scoring.heads import LinearHead
+from reflective.scoring.taps import Tap
+from reflective.train.data import Rollouts, split_questions
 from reflective.train.head import Batches, Standardised, fit
+from reflective.train.layers import candidates, choose_layer
+from reflective.train.metrics import evaluate
 
 
 def synthetic(questions=60, samples=8, seed=0, hidden=16):
@@ -127,6 +133,71 @@ def test_goes_on_from_a_published_head(tmp_path):
     assert not torch.equal(weights(fit(synthetic(20), epochs=1, lr=1e-5, init=published)), weights(unchanged))
     with pytest.raises(ValueError, match="init: a head of 16 -> 32; expected 16 -> 8"):
         fit(synthetic(20), init=first, width=8)
+
+
+def several_layers(questions=40, seed=0):
+    """Rollouts of three layers of 16 values, of which the second tells right from wrong."""
+    told = synthetic(questions, seed=seed)
+    noise = [torch.randn(told.features.shape, generator=torch.Generator().manual_seed(seed + i)) for i in (1, 2)]
+    return dataclasses.replace(told, features=torch.cat([noise[0], told.features, noise[1]], 1), tap=Tap((-1, -4, -6)), model="org/policy")
+
+
+def test_a_head_says_where_it_reads_and_of_which_model(tmp_path):
+    told = several_layers().read(Tap((-4, -6)))
+    head = fit(told, epochs=1)
+    assert head.hidden_size == 32 and head.tap == Tap((-4, -6)) and head.trained_on == "org/policy"
+    head.save_pretrained(tmp_path)
+    again = rf.SPRM.from_pretrained(tmp_path)
+    assert again.tap == head.tap and again.trained_on == "org/policy" and torch.equal(weights(again), weights(head))
+    assert fit(told, epochs=1, init=again).tap == head.tap
+    whole = evaluate(several_layers(seed=5), head, n=())["auc_step"]
+    assert whole == evaluate(several_layers(seed=5).read(head.tap), head, n=())["auc_step"], "of several layers it takes its own"
+    with pytest.raises(ValueError, match=r"init: a head that reads Tap\(layers=\(-4, -6\).*features are of Tap\(layers=\(-1, -4\)"):
+        fit(several_layers().read(Tap((-1, -4))), init=again)
+    plain = fit(synthetic(10), epochs=1)
+    assert plain.tap == Tap() and plain.trained_on is None
+    plain.save_pretrained(tmp_path / "plain")
+    with safe_open(tmp_path / "plain" / "score_module.safetensors", framework="pt") as file:
+        assert not file.metadata(), "nothing is said of what is as published"
+
+
+def test_the_layer_is_chosen_by_questions_that_are_held_back():
+    told, seen = several_layers(), []
+    tap, found = choose_layer(told, epochs=4, lr=1e-3, width=8, on_layer=lambda layer, auc: seen.append(layer))
+    assert tap == Tap((-4,)) and list(found) == seen == [-1, -4, -6]
+    assert found[-4].value > 0.85 and max(found[-1].value, found[-6].value) < 0.7
+    assert found[-4].low < found[-4].value < found[-4].high
+
+    memorised = dataclasses.replace(told, features=told.features.clone())
+    memorised.features[:, :16] = 0  # one that is right about every question but those held back
+    kept, _ = split_questions(told, 0.75, 0)
+    inside = torch.isin(told.question, kept.question.unique())[told.trajectory]
+    memorised.features[inside, 0] = 9 * (told.outcome[told.trajectory][inside] - 0.5)
+    assert choose_layer(memorised, epochs=4, lr=1e-3, width=8)[0] == Tap((-4,))
+
+    with pytest.raises(ValueError, match="not known of which layers"):
+        choose_layer(synthetic(10))
+    alike = several_layers()
+    _, others = split_questions(alike, 0.75, 0)
+    alike.outcome[torch.isin(alike.question, others.question.unique())] = 1
+    with pytest.raises(ValueError, match="none of the 10 questions held back is answered both ways"):
+        choose_layer(alike, epochs=1, width=8)
+
+
+def test_layers_worth_a_try():
+    assert candidates(30) == (-2, -4, -7, -10, -12, -14, -17, -20, -22)
+    assert candidates(4) == (-2, -3, -4) and candidates(2) == (-2,)
+
+
+@pytest.mark.parametrize("settings", [{"activation": "gelu"}, {"sigmoid": False, "aggregation": "mean"}])
+def test_heads_of_other_forms_are_not_gone_on_with(settings):
+    head = rf.SPRM(16)
+    for name, value in settings.items():
+        setattr(head, name, value)
+    with pytest.raises(ValueError, match="init: a sprm head .* begin with a new head"):
+        fit(synthetic(10), init=head)
+    with pytest.raises(ValueError, match="init: a linear head"):
+        fit(synthetic(10), init=LinearHead(16))
 
 
 def test_refused():

@@ -1,6 +1,5 @@
 """Rollouts: their features are the states that scoring reads, and a run that was killed goes on as if it had not been."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -8,6 +7,8 @@ import torch
 from test_train_sampler import CHARACTERS, reflective
 
 import reflective as rf
+from reflective.engines.hf.backbone import Backbone
+from reflective.scoring.taps import Tap
 from reflective.tasks import Question
 from reflective.train.data import Rollouts
 from reflective.train.rollout import View, recorded, roll_out, roll_out_views
@@ -37,12 +38,9 @@ def together(blocks):
     return {name: Rollouts.join([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def fields_of(rollouts):
-    return {f.name: getattr(rollouts, f.name) for f in dataclasses.fields(rollouts)}
-
-
 def assert_same(a, b):
-    for name, value in fields_of(a).items():
+    assert (a.tap, a.model) == (b.tap, b.model)
+    for name, value in a.tensors.items():
         torch.testing.assert_close(value, getattr(b, name), rtol=0, atol=0, equal_nan=True)
 
 
@@ -59,30 +57,72 @@ def test_features_are_the_states_that_scoring_reads():
         "some": rf.StepTokens.from_tokenizer(model.tokenizer, rule="contains", delimiter=list("RSTUVWXYZ .")),
     }
     views = {
-        f"{name} {at}": View(steps, at, layer=-2) for name, steps in rules.items() for at in ("predict", "token")
-    } | {"deep": View(model.steps, layer=-1), "shallow": View(model.steps, layer=1)}
+        f"{name} {at}": View(steps, Tap(at=at)) for name, steps in rules.items() for at in ("predict", "token")
+    } | {"deep": View(model.steps, Tap((-1,))), "shallow": View(model.steps, Tap((1,)))}
     found, dropped = together(rolled(model, views)), 0
     for name, view in views.items():
         r = found[name]
         rows = [r.ids(i).long() for i in range(len(r))]
         scores = rf.score(
-            model.model, model.head, view.steps, rows, at=view.at, prompt_lengths=r.prompt_length, backend="torch"
+            model.model, model.head, view.steps, rows, at=view.tap.at, prompt_lengths=r.prompt_length, backend="torch"
         )
         assert len(r.features) == len(r.trajectory) == len(r.position) > 20
         for i in range(len(r)):
             mine, expected = r.trajectory == i, scores.step_positions[i]
             # A step-token that was generated last was never fed: at="token" it has no state.
-            seen = expected < int(r.length[i]) - int(view.at == "token")
+            seen = expected < int(r.length[i]) - int(view.tap.at == "token")
             dropped += int((~seen).sum())
             assert r.position[mine].tolist() == expected[seen].tolist()
-            read = r.position[mine] - int(view.at == "predict")
-            torch.testing.assert_close(r.features[mine], hidden(model, r, i)[view.layer][0, read], rtol=1e-4, atol=1e-4)
-            if view.layer == -2:
+            read = r.position[mine] - int(view.tap.at == "predict")
+            torch.testing.assert_close(r.features[mine], hidden(model, r, i)[view.tap.layers[0]][0, read], rtol=1e-4, atol=1e-4)
+            if view.tap.layers == (-2,):
                 own = model.head(r.features[mine]).sigmoid().squeeze(-1)
                 torch.testing.assert_close(own, scores.step_scores[i][seen], rtol=1e-3, atol=1e-5)
     assert dropped > 0
     for a, b in itertools.pairwise(found.values()):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.count, b.count)
+
+
+def test_several_layers_are_recorded_at_once_and_read_alone():
+    """Side by side in the order given, normalised where the tap says so; a head of one of them finds its own."""
+    model = reflective("llama")
+    norm = model.model.model.norm
+    taps = {"two": Tap((-4, -1)), "turned": Tap((-1, -4)), "normed": Tap((-3, -1), norm=True, at="token"), "alone": Tap((-4,))}
+    found = together(rolled(model, {name: View(model.steps, tap) for name, tap in taps.items()}))
+    for name, tap in taps.items():
+        r = found[name]
+        assert r.tap == tap and r.features.shape == (len(r.trajectory), 64 * len(tap.layers)) and len(r.features) > 20
+        for i in range(len(r)):
+            mine, states = r.trajectory == i, hidden(model, r, i)
+            read = r.position[mine] - int(tap.at == "predict")
+            expected = [states[layer][0, read] for layer in tap.layers]
+            if tap.norm:
+                with torch.no_grad():
+                    expected[0] = norm(expected[0])  # -1 has it already
+            torch.testing.assert_close(r.features[mine], torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found["two"].read(Tap((-4,))).features, found["alone"].features)
+    assert torch.equal(found["two"].read(Tap((-1, -4))).features, found["turned"].features)
+    default = Rollouts.join(list(roll_out(model, QUESTIONS, **SETTINGS, verify=judged, block=2)))
+    given = Rollouts.join(list(roll_out(model, QUESTIONS, **SETTINGS, verify=judged, block=2, tap=Tap((-4,)))))
+    assert default.tap == Tap() and given.tap == Tap((-4,)) and torch.equal(given.features, found["alone"].features)
+    model.head = rf.SPRM(128).use(tap=Tap((-4, -1))).eval()
+    own = Rollouts.join(list(roll_out(model, QUESTIONS, **SETTINGS, verify=judged, block=2)))
+    assert torch.equal(own.features, found["two"].features), "where the model's head reads"
+
+
+def test_every_token_is_a_step_but_the_end_and_the_last():
+    model = reflective("llama")
+    r = together(rolled(model, {"every": View(None, Tap((-3,), at="every"))}))["every"]
+    ends = 0
+    for i in range(len(r)):
+        ids, prompt, mine = r.ids(i).tolist(), int(r.prompt_length[i]), r.trajectory == i
+        expected = [t for t in range(prompt, len(ids) - 1) if ids[t] not in (0, 2)]
+        assert r.position[mine].tolist() == expected
+        ends += ids[-1] == 2
+        torch.testing.assert_close(r.features[mine], hidden(model, r, i)[-3][0, expected], rtol=1e-4, atol=1e-4)
+    assert 0 < ends < len(r)
+    backbone = Backbone.of(model.model, r.tap)
+    assert backbone.places.deepest == 2
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 5])

@@ -1,30 +1,33 @@
 """The paper's result in miniature.
 
-    python -m reflective.benchmarks.reproduction WORK [--stage NAME ...] [--out benchmarks/results]
+    python -m reflective.benchmarks.reproduction WORK [--stage NAME ...] [--family NAME ...] [--out benchmarks/results]
 
 Stages, each of which goes on where it was interrupted: rollouts of the embedded model on three families of questions; heads
-from their features; joint training of policy and head, and rollouts afterwards; a separate PRM; tables and pictures. Only
-where asked for by name: ``ship``, which replaces the head that the package comes with by the best one.
+from their features; heads of other layers, one chosen for each family; joint training of policy and head, and rollouts afterwards; a
+separate PRM; tables and pictures. Only where asked for by name: ``ship``, which replaces the head that the package comes with by the
+best one, and ``refit``, which fits heads anew to rollouts of the policy that the package comes with, and replaces its head by the
+best of these. ``--family`` is for the stages ``rollouts`` and ``layers``.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from reflective.benchmarks.record import RESULTS, write
 
-from . import heads, joint, rollouts, separate, ship, tables
+from . import heads, joint, layers, rollouts, separate, ship, tables
 from .families import FAMILIES
 
 
-def decode(work: Path) -> None:
+def decode(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
     """Rollouts of the policy as it comes."""
     model = rollouts.untrained(torch.bfloat16)
-    for name, family in FAMILIES.items():
+    for name in families:
+        family = FAMILIES[name]
         train, held_out = rollouts.questions(family)
         for part, asked, samples in (
             ("train", train, rollouts.TRAIN_SAMPLES),
@@ -40,6 +43,12 @@ def fit(work: Path) -> None:
     """Every head that a table asks for."""
     for number, name in enumerate(heads.fit_all(work), 1):
         print(f"heads: {number}, {name}", flush=True)
+
+
+def read_layers(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
+    """A layer for every family, and its heads."""
+    for name in layers.fit_all(work, families):
+        print(f"layers: {name}", flush=True)
 
 
 def train_jointly(work: Path) -> None:
@@ -68,15 +77,16 @@ def compare(work: Path) -> None:
         print(f"separate PRM: seed {seed}", flush=True)
 
 
-STAGES: dict[str, Callable[[Path], None]] = {
-    "rollouts": decode, "heads": fit, "joint": train_jointly, "separate": compare,
+STAGES: dict[str, Callable[..., None]] = {
+    "rollouts": decode, "heads": fit, "layers": read_layers, "joint": train_jointly, "separate": compare,
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="directory for everything in between")
-    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "ship"], help="only these")
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "ship", "refit"], help="only these")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="only these, in this order (rollouts, layers)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -86,8 +96,12 @@ def main() -> None:
             tables.make(args.work, args.out)
         elif name == "ship":
             ship.ship(args.work)
+        elif name == "refit":
+            ship.refit(args.work)
         else:
-            STAGES[name](args.work)
+            STAGES[name](args.work, *([args.family] if args.family else []))
+        if name == "layers":
+            layers.make(args.work, args.out)
         _note(args.work, name, time.perf_counter() - began)
     write(
         "reproduction_stages", [{"stage": k, "seconds": round(v, 1)} for k, v in _seconds(args.work).items()], args.out

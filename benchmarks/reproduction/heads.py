@@ -1,6 +1,5 @@
 """Heads of the recipe: the main one of every family, the variants that the ablations compare, and what they score."""
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from reflective.scoring.sprm import SPRM
+from reflective.scoring.taps import Tap
 from reflective.train.data import Rollouts
 from reflective.train.head import fit
 
@@ -26,11 +26,12 @@ ALL = "all families"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train a head: which view of the rollouts, how many of them, which settings of ``fit``."""
+    """One way to train a head: which view of the rollouts, of it which layers, how many of them, which settings of ``fit``."""
 
     group: str
     name: str
     view: str = "steps"
+    layers: tuple[int, ...] = (-2,)
     questions: int = ABLATED
     samples: int = TRAIN_SAMPLES
     epochs: int = EPOCHS
@@ -64,7 +65,7 @@ def variants() -> list[Variant]:
         BASELINE,
         *(Variant("weights", name, settings=settings) for name, settings in dynamic.items()),
         Variant("at", "token", view="token"),
-        *(Variant("layer", str(layer), view=f"layer{layer}") for layer in LAYERS if layer != -2),
+        *(Variant("layer", str(layer), view="layers", layers=(layer,)) for layer in LAYERS if layer != -2),
         *(Variant("width", str(width), settings={"width": width}) for width in WIDTHS),
         *(Variant("step rule", name, view=name) for name in RULES),
         *(Variant("rollouts", f"{q} questions x {TRAIN_SAMPLES}", questions=q) for q in QUESTIONS),
@@ -92,15 +93,14 @@ def part_of(rollouts: Rollouts, v: Variant, seed: int) -> Rollouts:
     return thinned(rollouts, v.samples, seed) if v.samples < TRAIN_SAMPLES else rollouts
 
 
-def train_rollouts(work: Path, family: str, view: str) -> Rollouts:
-    return load(work / family / "train", view)
+def train_rollouts(work: Path, family: str, view: str, layers: tuple[int, ...] = (-2,)) -> Rollouts:
+    return load(work / family / "train", view, layers)
 
 
-def load(path: Path, view: str) -> Rollouts:
-    """One view of recorded rollouts."""
-    return Rollouts.join(
-        [Rollouts.load(block / f"{view}.safetensors") for block in sorted(path.iterdir()) if block.is_dir()]
-    )
+def load(path: Path, view: str, layers: tuple[int, ...] = (-2,)) -> Rollouts:
+    """One view of recorded rollouts; of the view ``layers`` those of ``LAYERS`` that are asked for."""
+    blocks = [Rollouts.load(block / f"{view}.safetensors") for block in sorted(path.iterdir()) if block.is_dir()]
+    return Rollouts.join([block.read(Tap(layers)) for block in blocks] if view == "layers" else blocks)
 
 
 def head_file(work: Path, family: str, variant: Variant, seed: int) -> Path:
@@ -116,9 +116,14 @@ def fit_all(work: Path) -> Iterator[str]:
     are done. What lies there already is not fitted again."""
     tasks = [(work, ALL, MAIN, s) for s in range(SEEDS)]
     tasks += [(work, family, v, s) for v in variants() for s in range(SEEDS) for family in FAMILIES]
+    yield from fit_tasks(tasks)
+
+
+def fit_tasks(tasks: list[tuple[Path, str, Variant, int]]) -> Iterator[str]:
+    """Those of ``tasks`` that are not done yet: work directory, family, variant and seed of each."""
     tasks = [t for t in tasks if not head_file(*t).is_file()]
-    # A process a core, each with one thread: the matrices are too small for two.
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    # A process a thread of torch's, each with one: the matrices are too small for two.
+    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         yield from pool.map(_fit, tasks)
 
 
@@ -126,7 +131,7 @@ def _fit(task: tuple[Path, str, Variant, int]) -> str:
     work, family, v, seed = task
     families = list(FAMILIES) if family == ALL else [family]
     epochs = v.epochs // 2 if family == ALL else v.epochs
-    parts = [train_rollouts(work, f, v.view) for f in families]
+    parts = [train_rollouts(work, f, v.view, v.layers) for f in families]
     for i, part in enumerate(parts):
         part.question += i * TRAIN
     rollouts = Rollouts.join(parts)

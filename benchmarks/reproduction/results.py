@@ -18,6 +18,12 @@ ABLATIONS = {
     "width": "Width of the head",
     "transfer": "Heads on other families than their own",
 }
+BEYOND = ("auc_covariates", "auc_beyond", "within_covariates", "within_beyond")
+LAYERS = """The layer was chosen on a quarter of the training questions (AUC within them, {choice}); nothing of the evaluation had a part in it.
+Heads learn from all of the training questions. `auc_covariates`: a logistic regression on a response's tokens, steps and the share of
+right answers among its question's other draws; `auc_beyond`: the score, these taken out. `within_*`: the same within questions, by
+tokens and steps (`layers.py` says how).
+"""
 HEAD = """# The paper's result in miniature
 
 Written by `python -m reflective.benchmarks.reproduction` from `benchmarks/results/reproduction*.csv`, which hold every number with
@@ -55,6 +61,7 @@ def markdown(folder: Path = RESULTS) -> str:
         parts += ["## What a separate PRM costs\n", _table(["", "median of the seeds"], lines)]
     for table, title in ABLATIONS.items():
         parts += [f"## {title}\n", _by_family(found, table, ("best_of@8", "auc_within"))]
+    parts += _layers(read("reproduction_layers", folder))
     parts += ["## How step scores become one\n", _by_family(found, "aggregation", ("best_of@8", "best_of@32"))]
     lines = [
         [
@@ -71,6 +78,20 @@ def markdown(folder: Path = RESULTS) -> str:
         _table(["", "limit", "rate", "N with 95 % of the gain"], lines),
     ]
     return "\n".join(parts)
+
+
+def _layers(rows: list[dict[str, str]]) -> list[str]:
+    """The heads of a layer that was chosen for each family, in full size."""
+    parts = []
+    for family in dict.fromkeys(r["family"] for r in rows):
+        found = {(r["variant"], r["measure"]): r for r in rows if r["family"] == family and r["table"] == "full size"}
+        choice = [r for r in rows if r["family"] == family and r["table"] == "choice"]
+        told = ", ".join(f"{r['variant']}: {float(r['value']):.3f}" for r in choice)
+        variants = list(dict.fromkeys(variant for variant, _ in found))
+        measures = [m for m in (*SELECTION, *QUALITY, *BEYOND) if any((v, m) in found for v in variants)]
+        lines = [[m, *(_show(found.get((v, m))) for v in variants)] for m in measures]
+        parts += [f"## A layer chosen on training questions: {family}\n", LAYERS.format(choice=told), _table([family, *variants], lines)]
+    return parts
 
 
 def _by_family(found: dict, table: str, measures: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ from reflective.checkpoints.default import HEAD, converted
 from reflective.model import Config, ReflectiveModel
 from reflective.scoring.sprm import SPRM
 from reflective.scoring.steps import StepTokens
+from reflective.scoring.taps import Tap
 from reflective.tasks import Question, split
 from reflective.train.data import Rollouts
 from reflective.train.rollout import View, recorded, roll_out_views
@@ -20,7 +21,7 @@ from .families import Family
 
 TRAIN, FIRST, EVAL, SEEDS = 1024, 512, 510, 3  # questions; those of evaluation are dealt to the seeds of joint training
 TRAIN_SAMPLES, EVAL_SAMPLES, TEMPERATURE, MAX_NEW_TOKENS = 12, 32, 0.8, 48
-LAYERS = tuple(range(-1, -11, -1))
+LAYERS = (*range(-1, -11, -1), -12, -14, -16, -20)  # of the model's 30
 RULES = {"blank line": "\n\n", "full stop": ".", "equals sign": "="}  # delimiters beside ".\n\n"
 
 
@@ -40,11 +41,11 @@ def policy(model: ReflectiveModel, family: Family) -> ReflectiveModel:
 
 
 def views(model: ReflectiveModel, *, all_of_them: bool) -> dict[str, View]:
-    """The published one, ``steps``, and beside it every layer, ``at="token"``, an outcome head's and other step rules'."""
-    found = {"steps": View(model.steps)}
+    """The published one, ``steps``, and ``layers``, all of ``LAYERS``; beside these ``at="token"``, an outcome head's and other step
+    rules'."""
+    found = {"steps": View(model.steps), "layers": View(model.steps, Tap(LAYERS))}
     if all_of_them:
-        found |= {f"layer{layer}": View(model.steps, layer=layer) for layer in LAYERS if layer != -2}
-        found |= {"token": View(model.steps, at="token"), "outcome": View(None)}
+        found |= {"token": View(model.steps, Tap(at="token")), "outcome": View(None)}
         for name, delimiter in RULES.items():
             found[name] = View(StepTokens.from_tokenizer(model.tokenizer, rule="text", delimiter=delimiter))
     return found

@@ -11,11 +11,13 @@ from reflective.checkpoints.default import HEAD
 from reflective.checkpoints.hub import CONFIG_NAME, write_card
 from reflective.model import ReflectiveModel
 from reflective.scoring.sprm import SPRM
+from reflective.scoring.taps import Tap
 from reflective.search.strategies.prune import Prune
 from reflective.train.head import fit
+from reflective.train.layers import choose_layer
 from reflective.train.metrics import Metric, evaluate
 
-from . import heads, joint, rollouts
+from . import heads, joint, layers, rollouts
 from .families import FAMILIES
 
 FAMILY, SEED, CALIBRATED = "sums", 0, 40  # the family that `reflective demo` asks; questions of the pruning rule
@@ -62,42 +64,52 @@ class Candidate:
 
 def candidates(work: Path) -> dict[str, Candidate]:
     """What could be shipped: the head of the frozen backbone; policy and head as joint training left them; that policy with
-    a head fitted to rollouts of its own."""
-    family, place = FAMILIES[FAMILY], work / "joint" / f"seed {SEED}"
+    heads fitted to rollouts of its own."""
+    place = work / "joint" / f"seed {SEED}"
     frozen = heads.head(work, FAMILY, heads.MAIN, SEED)
     held_out = heads.load(work / FAMILY / "eval", "steps")
     found = {"head alone": Candidate(frozen, None, evaluate(held_out, frozen), rollouts.EVAL)}
     if (place / FAMILY).is_dir():
-        own = heads.load(place / FAMILY, "steps")
-        together = SPRM.from_pretrained(place)
-        again = rollouts.rollouts(
-            joint.merged(place), family, rollouts.questions(family)[0], place / f"{FAMILY}, train",
-            samples=rollouts.TRAIN_SAMPLES, seed=5, all_views=False,
-        )["steps"]  # fmt: skip
-        refitted = fit(again, epochs=heads.MAIN.epochs, lr=heads.LR, seed=SEED)
-        for name, head in (("joint training", together), ("joint training, head fitted again", refitted)):
-            found[name] = Candidate(head, place, evaluate(own, head), len(own.question.unique()))
+        own, together = heads.load(place / FAMILY, "steps"), SPRM.from_pretrained(place)
+        found["joint training"] = Candidate(together, place, evaluate(own, together), len(own.question.unique()))
+        found |= refitted(place, place)
     return found
 
 
-def ship(work: Path, target: Path = HEAD) -> None:
-    """Write the best of them, by best of 8, into ``target``, measured there as it is shipped, in float32, on other questions."""
-    found = candidates(work)
+def refitted(policy: Path, kept: Path) -> dict[str, Candidate]:
+    """The policy whose adapter lies in ``policy`` with heads fitted to rollouts of its own, which are kept in ``kept``: where the paper's
+    reads, and of the layer that ``choose_layer`` finds on these rollouts, of training questions."""
+    family, model = FAMILIES[FAMILY], joint.merged(policy)
+    train, held_out = rollouts.questions(family)
+    asked = {f"{FAMILY}, train": (train, rollouts.TRAIN_SAMPLES, 5), FAMILY: (held_out[SEED :: rollouts.SEEDS], rollouts.EVAL_SAMPLES, 2 + SEED)}
+    learnt, own = (
+        rollouts.rollouts(model, family, questions, kept / name, samples=samples, seed=seed, all_views=False)["layers"]
+        for name, (questions, samples, seed) in asked.items()
+    )
+    chosen, _ = choose_layer(learnt, epochs=layers.CHOICE_EPOCHS, lr=heads.LR)
+    found = {}
+    for tap in dict.fromkeys((Tap(), chosen)):
+        head = fit(learnt.read(tap), epochs=heads.MAIN.epochs, lr=heads.LR, seed=SEED).use(trained_on=None)  # the model goes by two names
+        name = "joint training, head fitted again" + ("" if tap == Tap() else f", layer {tap.layers[0]}")
+        found[name] = Candidate(head, policy, evaluate(own, head), len(own.question.unique()))
+    return found
+
+
+def refit(work: Path, target: Path = HEAD) -> None:
+    """The policy that is shipped stays, and its head gives way to the better of two that are fitted to rollouts of it anew."""
+    ship(work, target, refitted(target, work / "refit"))
+
+
+def ship(work: Path, target: Path = HEAD, found: dict[str, Candidate] | None = None) -> None:
+    """Write the best of ``found``, by default of ``candidates``, by best of 8, into ``target``, measured there as it is shipped, in float32,
+    on other questions."""
+    found = found or candidates(work)
     name = max(found, key=lambda k: found[k].metrics["best_of@8"].value)
     best = found[name]
-    for file in ("adapter_model.safetensors", "adapter_config.json", "prune.json"):
-        (target / file).unlink(missing_ok=True)
+    (target / "prune.json").unlink(missing_ok=True)
     best.head.float().save_pretrained(target)
-    if best.adapter:
-        weights = safetensors.torch.load_file(best.adapter / "adapter_model.safetensors")
-        safetensors.torch.save_file(
-            {k: v.to(ADAPTER_DTYPE) for k, v in weights.items()}, target / "adapter_model.safetensors"
-        )
-        config = json.loads((best.adapter / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = BASE  # not the directory of this machine
-        # What is not set another peft may not know.
-        config = {name: value for name, value in config.items() if value is not None}
-        (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if best.adapter is None or best.adapter.resolve() != target.resolve():
+        _write_adapter(best.adapter, target)
     (target / CONFIG_NAME).write_text(json.dumps(asdict(FAMILIES[FAMILY].config), indent=2) + "\n")
     model = ReflectiveModel.default(head=target)
     held_out = rollouts.questions(FAMILIES[FAMILY])[1]
@@ -116,6 +128,22 @@ def ship(work: Path, target: Path = HEAD) -> None:
     finished = model.generate([q.text for q in held_out[:CALIBRATED]], n=8, seed=0, max_new_tokens=64, batch_rows=128)
     Prune.calibrate(finished, risk=0.05).save(target)
     write_card(target, title="The head and the adapter of the embedded model", license="apache-2.0", sections=CARD)
+
+
+def _write_adapter(source: Path | None, target: Path) -> None:
+    """That of ``source``, or none."""
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        (target / file).unlink(missing_ok=True)
+    if source is not None:
+        weights = safetensors.torch.load_file(source / "adapter_model.safetensors")
+        safetensors.torch.save_file(
+            {k: v.to(ADAPTER_DTYPE) for k, v in weights.items()}, target / "adapter_model.safetensors"
+        )
+        config = json.loads((source / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = BASE  # not the directory of this machine
+        # What is not set another peft may not know.
+        config = {name: value for name, value in config.items() if value is not None}
+        (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _plain(metrics: dict[str, Metric]) -> dict[str, dict[str, float]]:

@@ -49,7 +49,7 @@ class Tables:
     def __init__(self, work: Path) -> None:
         self.work = work
         self.rows: list[dict[str, Any]] = []
-        self.held_out = cache(lambda family, view: heads.load(work / family / "eval", view))
+        self.held_out = cache(lambda family, view, layers=(-2,): heads.load(work / family / "eval", view, layers))
 
     def add(
         self, table: str, family: str, variant: str, runs: Sequence[Run], measures: Iterable[str] | None = None, **how: Any
@@ -78,7 +78,7 @@ class Tables:
 
     def runs(self, family: str, variant: heads.Variant, trained_on: str | None = None) -> list[Run]:
         """The seeds of a variant, each with its log-scores of the family's held-out responses."""
-        rollouts = self.held_out(family, variant.view)
+        rollouts = self.held_out(family, variant.view, variant.layers)
         return [
             (rollouts, log_scores(rollouts, heads.head(self.work, trained_on or family, variant, s)))
             for s in range(SEEDS)

@@ -57,8 +57,19 @@ def train(
     class_balance: Annotated[
         bool, typer.Option(help="Weigh the outcomes of a batch against each other.")
     ] = Settings.class_balance,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="What the head reads: -9, or several as -9,-2; auto tries some on held-back training questions, auto:-2,-9 these. "
+            "Default: what the model's head reads, else -2."
+        ),
+    ] = Settings.layers,
+    at: Annotated[
+        str | None, typer.Option(help="Which token's state a step is scored by: predict, token or every; default the model's.")
+    ] = Settings.at,
     width: Annotated[
-        int | None, typer.Option(min=1, help="Hidden units of the head; default twice the hidden size.")
+        int | None,
+        typer.Option("--units", "--width", min=1, help="Hidden units of the head; default twice as many as it has inputs."),
     ] = Settings.width,
     continue_head: Annotated[
         str | None, typer.Option(help="Go on from this head, which may be a published one.")

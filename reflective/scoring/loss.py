@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.sprm_loss import loss_terms
+from .heads import Head
 from .ops import op
 from .sprm import SPRM
 
@@ -91,11 +92,13 @@ def sprm_loss_rows(
     return _mean(sums, counts, class_balance)
 
 
-def check_trainable(head: SPRM) -> None:
-    """Raise ValueError for a head that the op ``sprm_loss`` does not know: another activation than ReLU, or no biases."""
-    if head.activation != "relu" or head[0].bias is None:
-        kind = head.activation if head.activation != "relu" else "no biases"
-        raise ValueError(f"head: a head of {kind} scores, but cannot be trained here; give one of relu and with biases")
+def check_trainable(head: Head, name: str = "head") -> None:
+    """Raise ValueError for a head that the op ``sprm_loss`` does not know: no MLP, another activation than ReLU, no biases, no sigmoid."""
+    if not isinstance(head, SPRM) or head.activation != "relu" or head[0].bias is None or not head.sigmoid:
+        raise ValueError(
+            f"{name}: a {head.form} head ({type(head).__name__}, {head.activation}) scores, but is not trained here; trained are MLPs with ReLU "
+            "and biases whose score is a sigmoid, so begin with a new head"
+        )
 
 
 def _fused(head: SPRM, features: Tensor, scale: float, *labels: Any) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from .grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts
     from .head import fit
+    from .layers import choose_layer
     from .metrics import Metric, calibration, evaluate, evaluate_seeds, saturation
     from .objective import sprm_objective
     from .record import record_features
@@ -36,6 +37,7 @@ __all__ = [
     "Step",
     "Tuned",
     "calibration",
+    "choose_layer",
     "evaluate",
     "evaluate_seeds",
     "fit",
@@ -59,6 +61,7 @@ _NAMES = {
     "data": ("Rollouts", "question_weights", "read_questions", "read_rollouts", "split_questions", "write_rollouts"),
     "grpo": ("ReflectiveGRPOConfig", "ReflectiveGRPOTrainer", "shared_rollouts"),
     "head": ("fit",),
+    "layers": ("choose_layer",),
     "metrics": ("Metric", "calibration", "evaluate", "evaluate_seeds", "saturation"),
     "objective": ("sprm_objective",),
     "record": ("record_features",),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..engines.hf.backbone import Backbone
 from ..engines.hf.finished import read_positions
 from ..engines.hf.internals import Conv1D, checkpoints, set_checkpointing
+from ..engines.hf.parts import check_steps
 from ..model import CONFIG_NAME, ReflectiveModel
 from ..scoring.loss import sprm_loss_rows
 from ..scoring.sprm import SPRM
@@ -23,7 +24,7 @@ from ..utils.lengths import batches_by_length
 from ..utils.outputs import json_text, write_text
 from .checkpoint import Checkpoint
 from .data import Rollouts
-from .head import Batches, Standardised
+from .head import Batches, Standardised, check_trainable
 from .processes import Processes
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def tune(
         "gradient_checkpointing": gradient_checkpointing, "feature_gradient_scale": feature_gradient_scale,
         "standardise": standardise, "within_questions": within_questions, "class_balance": class_balance, "seed": seed,
         "processes": processes.count, "model": fingerprint(net.parameters()), "head": fingerprint(model.head.parameters()),
-        "rollouts": fingerprint(getattr(rollouts, f.name) for f in fields(rollouts)),
+        "rollouts": fingerprint(rollouts.tensors.values()),
     }  # fmt: skip
     kept = Checkpoint(checkpoint, settings)
     state = kept.load()
@@ -282,10 +283,11 @@ class _Reader:
     def __init__(
         self, model: ReflectiveModel, rollouts: Rollouts, autocast: torch.dtype | None, batch_tokens: int
     ) -> None:
-        self.backbone, self.at = Backbone.of(model.model), model.config.at
-        model.head.check_model(self.backbone.hidden_size, model.head.dtype, type(model.model).__name__)
-        model.steps.check_model(self.backbone.vocab_size)
-        self.steps = model.steps.resized(self.backbone.vocab_size).to("cpu")
+        check_trainable(model.head)
+        self.backbone, self.inputs = Backbone.of(model.model, model.tap), model.head.hidden_size
+        width, name = len(model.tap.layers) * self.backbone.hidden_size, type(model.model).__name__
+        model.head.check_model(width, model.head.dtype, name, model.tap)
+        self.steps = check_steps(self.backbone, model.steps).to("cpu")
         self.rollouts, self.autocast, self.batch_tokens = rollouts, autocast, batch_tokens
         self.n_steps, self.length = (torch.zeros(len(rollouts), dtype=torch.int64) for _ in range(2))
         for rows in map(torch.tensor, batches_by_length(rollouts.length.tolist(), _PLAN_TOKENS)):
@@ -310,11 +312,11 @@ class _Reader:
         with _autocast(self.backbone, self.autocast):
             hidden = self.backbone.hidden(ids[:, :end], None, shared)  # padding lies on the right
         row, read = row.to(hidden.device), read.to(hidden.device)
-        return hidden[row, read - shared], row
+        return hidden[row, read - shared][:, : self.inputs], row
 
     def _positions(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ids, mask, prompt_lengths = self.rollouts.padded(rows, _PAD)
-        row, _, read = read_positions(self.steps, ids, mask, prompt_lengths, self.at)
+        row, _, read = read_positions(self.steps, ids, mask, prompt_lengths, self.backbone.tap.at)
         return ids, row, read
 
 
@@ -343,9 +345,11 @@ def _in_training(
         if isinstance(lora, (int, peft.LoraConfig)):
             if isinstance(lora, int):
                 below = {
-                    m for layer in backbone.layers[:-1] for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))
+                    m for layer in backbone.below for m in layer.modules() if isinstance(m, (nn.Linear, Conv1D))
                 }
                 names = [name for name, m in net.named_modules() if m in below]
+                if not names:
+                    raise ValueError(_nothing(backbone))
                 lora = peft.LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=names, task_type="CAUSAL_LM")
             with seeded:
                 adapter = peft.get_peft_model(net, lora)
@@ -374,17 +378,21 @@ def _in_training(
 
 
 def _trained(net: nn.Module, backbone: Backbone) -> list[nn.Parameter]:
-    """The weights among those that require a gradient which the states below the last layer depend on; the others then
-    require none."""
-    within = {p for layer in backbone.layers[:-1] for p in layer.parameters()}  # experts: not all in every forward
+    """The weights among those that require a gradient which the states that are read depend on; the others then require none."""
+    within = {p for layer in backbone.below for p in layer.parameters()}  # experts: not all in every forward
     others = [p for p in net.parameters() if p.requires_grad and p not in within]
     hidden = backbone.hidden(torch.zeros(1, 2, dtype=torch.int64), None)
     if not hidden.requires_grad:
-        raise ValueError("lora: no layer below the last has one, so there is nothing of the backbone to train")
+        raise ValueError(_nothing(backbone))
     gradients = torch.autograd.grad(hidden.float().sum(), others, allow_unused=True) if others else ()
     for p, gradient in zip(others, gradients, strict=True):
         p.requires_grad_(gradient is not None)
     return [p for p in net.parameters() if p.requires_grad]
+
+
+def _nothing(backbone: Backbone) -> str:
+    deepest = backbone.places.deepest
+    return f"lora: no layer below hidden_states[{deepest}], the deepest that is read, has one, so nothing of the backbone is to be trained"
 
 
 def _described(lora: "peft.LoraConfig | peft.PeftModel | int | None") -> Any:

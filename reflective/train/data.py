@@ -4,16 +4,18 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..scoring.taps import Tap
 from ..search.strategies.votes import answer_numbers
 from ..tasks import Question
 from ..utils.outputs import partial, replacing
@@ -33,8 +35,11 @@ class Rollouts:
         outcome: [N] float32, 1 correct, 0 incorrect, NaN without a verdict.
         answer: [N] int64, equal numbers for equal answers to one question, -1 where none was given.
         count: [N] int64, how often it was drawn.
-        features: [M, H], the states that the head reads; None where none were recorded.
+        features: [M, K], the states that a head reads, of H values for each layer; None where none were recorded.
         trajectory, position: [M] int64, owner of each step, ascending, and its step-token's place in the owner's tokens.
+        tap: where the features were read; of several layers, a head may learn from some alone, see ``read``. None: not known,
+            as in files of before there were taps.
+        model: name of the model whose states they are; None: not known.
     """
 
     tokens: Tensor
@@ -47,6 +52,8 @@ class Rollouts:
     features: Tensor | None = None
     trajectory: Tensor | None = None
     position: Tensor | None = None
+    tap: Tap | None = None
+    model: str | None = None
 
     def __len__(self) -> int:
         return len(self.length)
@@ -80,38 +87,72 @@ class Rollouts:
             steps = keep[self.trajectory]
             chosen |= {n: getattr(self, n)[steps] for n in ("features", "position") if getattr(self, n) is not None}
             chosen["trajectory"] = (keep.cumsum(0) - 1)[self.trajectory[steps]]
-        return Rollouts(**chosen)
+        return replace(self, **chosen)
+
+    def read(self, tap: Tap) -> "Rollouts":
+        """The same with the features that a head at ``tap`` reads: of the layers that were recorded those that it names, in its
+        order. Rollouts of which it is not known what was recorded are returned as they are.
+
+        Raises:
+            ValueError: one of them was not recorded, or was with another ``norm`` or ``at``.
+        """
+        if self.features is None or self.tap is None or tap == self.tap:
+            return self
+        if not set(tap.layers) <= set(self.tap.layers) or replace(tap, layers=self.tap.layers) != self.tap:
+            raise ValueError(f"rollouts: features of {self.tap}, and the head reads {tap}; record them with that tap")
+        size = self.features.shape[1] // len(self.tap.layers)
+        places = [self.tap.layers.index(layer) for layer in tap.layers]
+        parts = [self.features[:, place * size : (place + 1) * size] for place in places]
+        return replace(self, features=torch.cat(parts, 1), tap=tap)
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The fields that are tensors, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _SAID}
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file.
+        """Write a safetensors file, ``tap`` and ``model`` as its metadata.
 
         Raises:
             OSError: it cannot be written.
         """
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: v.contiguous() for k, v in self.tensors.items() if v is not None}
+        said = {"tap": self.tap and json.dumps(self.tap.to_dict()), "model": self.model}
         with replacing(path, what="path"):  # by its name: as bytes, features would be in memory twice
             try:
-                safetensors.torch.save_file(
-                    {k: v.contiguous() for k, v in tensors.items() if v is not None}, partial(path)
-                )
+                safetensors.torch.save_file(tensors, partial(path), {k: v for k, v in said.items() if v} or None)
             except safetensors.SafetensorError as error:
                 raise OSError(f"path: {path} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Rollouts":
-        return cls(**safetensors.torch.load_file(path))
+        """What ``save`` wrote; files of before there were taps say nothing of theirs."""
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+        tap = Tap.from_dict(json.loads(said["tap"])) if "tap" in said else None
+        return cls(**safetensors.torch.load_file(path), tap=tap, model=said.get("model"))
 
     @classmethod
     def join(cls, parts: Sequence["Rollouts"]) -> "Rollouts":
-        """One behind the other. ``features`` are kept where all parts have them."""
-        kept = [f.name for f in fields(cls) if all(getattr(p, f.name) is not None for p in parts)]
-        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in kept}
+        """One behind the other. ``features`` are kept where all parts have them.
+
+        Raises:
+            ValueError: features of different taps.
+        """
+        kept = [name for name in parts[0].tensors if all(getattr(p, name) is not None for p in parts)]
+        joined: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in parts]) for name in kept}
+        for name in _SAID:
+            found = {said for said in (getattr(p, name) for p in parts) if said is not None}
+            if len(found) > 1 and name == "tap" and "features" in joined:
+                raise ValueError(f"parts: features of {' and of '.join(map(str, found))}; record them all with one tap")
+            joined[name] = found.pop() if len(found) == 1 else None
         if "trajectory" in joined:
             shift = torch.tensor([0, *(len(p) for p in parts)]).cumsum(0).tolist()
             joined["trajectory"] = torch.cat([p.trajectory + s for p, s in zip(parts, shift, strict=False)])
         return cls(**joined)
 
 
+_SAID = ("tap", "model")  # of the features, in words
 _PER_TRAJECTORY = ("length", "prompt_length", "question", "outcome", "answer", "count")
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,13 @@ from trl.models import unwrap_model_for_generation
 from ..engines.hf.backbone import Backbone
 from ..engines.hf.finished import read_positions
 from ..engines.hf.internals import with_cache
+from ..engines.hf.parts import check_steps
 from ..scoring.sprm import NAMES, SPRM
 from ..scoring.steps import StepTokens
-from ..scoring.taps import At
+from ..scoring.taps import AT, At, Tap
 from ..utils.arguments import one_of
 from .data import question_weights
+from .head import check_trainable
 from .objective import sprm_objective
 from .processes import Processes
 from .sampler import Sampler
@@ -56,7 +58,8 @@ class ReflectiveGRPOConfig(GRPOConfig):
         share_prompts: run what the prompts of a micro-batch begin with in common once, in the forward of the loss too; with
             200 tokens of worked examples before a question that is most of it. Needs ``scope="response"``, text alone,
             keys and values as the only state, and no gradient checkpointing; else every row runs whole.
-        at, scope: as for ``StreamScorer``.
+        at: which token's state is a step's, see ``Tap``; None: as the head says.
+        scope: as for ``StreamScorer``.
         save_score_module_pt: write ``score_module.pt``, which the published code reads, beside the safetensors.
     """
 
@@ -70,13 +73,14 @@ class ReflectiveGRPOConfig(GRPOConfig):
     outcome_reward: str | None = None
     outcome_threshold: float = 0.5
     share_prompts: bool = True
-    at: At = "predict"
+    at: At | None = None
     scope: Literal["response", "text"] = "response"
     save_score_module_pt: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("at", self.at, ("predict", "token"))
+        if self.at is not None:
+            one_of("at", self.at, AT)
         one_of("scope", self.scope, ("response", "text"))
         for name in ("sprm_weight", "head_learning_rate", "feature_gradient_scale"):
             if getattr(self, name) < 0:
@@ -86,7 +90,7 @@ class ReflectiveGRPOConfig(GRPOConfig):
 class ReflectiveGRPOTrainer(GRPOTrainer):
     """``L = L_policy + sprm_weight * L_sprm / gradient_accumulation_steps``, a micro-batch.
 
-    ``L_sprm`` is ``sprm_objective`` on what entered the last layer in the forward that computed ``L_policy``: the mean over
+    ``L_sprm`` is ``sprm_objective`` on the states that the head reads (``head.tap``) in the forward that computed ``L_policy``: the mean over
     the judged trajectories of one micro-batch of all processes, which also share its class balance. Of an accumulated batch
     it is thus the mean of its micro-batches. With ``num_iterations > 1`` every pass over a rollout is a step of the head as
     well, from that pass's own hidden states; as outcomes do not depend on the policy, nothing is importance-weighted.
@@ -104,7 +108,8 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
     Args:
         model, reward_funcs, args, **kwargs: as for ``GRPOTrainer``.
         steps: the step-tokens, from the model's tokenizer.
-        head: trained in place, for instance ``SPRM.from_pretrained(path)``; None: a new one.
+        head: trained in place, for instance ``SPRM.from_pretrained(path)``, or one for two layers,
+            ``SPRM(2 * hidden_size).use(tap=Tap((-9, -2)))``; None: a new one where the paper's reads.
 
     Attributes:
         head, steps, backbone: what is trained, what is scored, and where it is read.
@@ -141,13 +146,15 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
             raise ValueError(f"outcome_reward={name!r} is none of the rewards {', '.join(self.reward_func_names)}")
         self._outcome_column = self.reward_func_names.index(name)
 
-        self.backbone = Backbone.of(self.model)
-        steps.check_model(self.backbone.vocab_size)
-        self.steps = steps.resized(self.backbone.vocab_size).to(self.backbone.device)
+        tap = replace(Tap() if head is None else head.tap, **({} if args.at is None else {"at": args.at}))
+        self.backbone = Backbone.of(self.model, tap)
+        self.steps = check_steps(self.backbone, steps)
+        width = len(tap.layers) * self.backbone.hidden_size
         if head is None:
             with self._processes.seeded(args.seed):  # TRL's random numbers stay GRPO's own
-                head = SPRM(self.backbone.hidden_size, dtype=self.backbone.dtype)
-        head.check_model(self.backbone.hidden_size, head.dtype, type(self.model).__name__)
+                head = SPRM(width, dtype=self.backbone.dtype)
+        check_trainable(head)
+        head.use(tap=tap).check_model(width, head.dtype, type(self.model).__name__, tap)
         self.head = head.to(self.backbone.device, torch.float32 if args.head_float32 else None).requires_grad_(True)
         for p in self.head.parameters():
             broadcast(p.data)
@@ -198,7 +205,8 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
         shared = 0
         plain = not args and all(value is None for name, value in kwargs.items() if name not in _TEXT_ONLY)
         if self.args.share_prompts and self.args.scope == "response" and plain and not kwargs.get("compute_aux_loss"):
-            backbone = Backbone.of(self.accelerator.unwrap_model(model))  # perhaps of the reference model
+            # Perhaps of the reference model.
+            backbone = Backbone.of(self.accelerator.unwrap_model(model), self.backbone.tap)
             shared = _common_prefix(input_ids, attention_mask, logits_to_keep) if backbone.can_share() else 0
         if shared < _WORTH_SHARING:
             return super()._get_per_token_logps_and_entropies(
@@ -264,13 +272,14 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
 
         self.head.train(training)
         loss = self._processes.count * sprm_objective(
-            self.head, self.steps, hidden, ids, mask, prompts, outcomes, at=args.at, dynamic=warm,
+            self.head, self.steps, hidden, ids, mask, prompts, outcomes, dynamic=warm,
             class_balance=args.class_balance, trajectory_weight=inputs["sprm_weights"],
             feature_gradient_scale=args.feature_gradient_scale, all_reduce=all_reduce,
         )  # fmt: skip
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            row, _, read = read_positions(self.steps, ids, mask, prompts, args.at)
-            log_scores = F.logsigmoid(self.head.eval()(hidden[row, read].to(self.head.dtype)).float()).squeeze(-1)
+            row, _, read = read_positions(self.steps, ids, mask, prompts, self.backbone.tap.at)
+            features = hidden[row, read][:, : self.head.hidden_size].to(self.head.dtype)
+            log_scores = F.logsigmoid(self.head.eval()(features).float()).squeeze(-1)
         self._record(loss.detach(), kept[0], log_scores, row, outcomes, "train" if training else "eval")
         return loss
 

@@ -1,7 +1,7 @@
 """Way one: the head alone, from features recorded during the rollout."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,19 +59,22 @@ def fit(
         accelerator: shares every batch between its processes, which must hold the same rollouts; default: this one alone.
 
     Returns:
-        The head in float32, in eval mode, on the device of the features (with an accelerator: on its device).
+        The head in float32, in eval mode, on the device of the features (with an accelerator: on its device). Its tap is that of
+        the features, and ``trained_on`` their model.
 
     Raises:
-        ValueError: no features; nothing to learn from (no step, or one outcome only); ``init`` of another size;
-            ``checkpoint`` holds a run with other settings.
+        ValueError: no features; nothing to learn from (no step, or one outcome only); ``init`` of another size or tap, or of
+            a form that is not trained here; ``checkpoint`` holds a run with other settings.
     """
     if rollouts.features is None:
         raise ValueError("rollouts: without features; record them while rolling out, or train with the backbone")
     size = rollouts.features.shape[1]
     if init is not None:
-        check_trainable(init)
-    if init is not None and (init.hidden_size != size or width not in (None, init.width)):
-        raise ValueError(f"init: a head of {init.hidden_size} -> {init.width}; expected {size} -> {width or 'any'}")
+        check_trainable(init, "init")
+        if init.hidden_size != size or width not in (None, init.width):
+            raise ValueError(f"init: a head of {init.hidden_size} -> {init.width}; expected {size} -> {width or 'any'}")
+        if rollouts.tap is not None and (init.tap.layers, init.tap.norm) != (rollouts.tap.layers, rollouts.tap.norm):
+            raise ValueError(f"init: a head that reads {init.tap}, and the features are of {rollouts.tap}; record those that it reads")
     processes = Processes(accelerator, rollouts.features.device)
     n_steps = torch.bincount(rollouts.trajectory, minlength=len(rollouts))
     batches = Batches(rollouts, n_steps, batch, within_questions)
@@ -80,7 +83,7 @@ def fit(
         "epochs": epochs, "warmup": warmup, "lr": lr, "batch": batch, "width": width, "weight_decay": weight_decay,
         "within_questions": within_questions, "class_balance": class_balance, "seed": seed, "processes": processes.count,
         "init": None if init is None else fingerprint(init.parameters()),
-        "rollouts": fingerprint(getattr(rollouts, f.name) for f in fields(rollouts)),
+        "rollouts": fingerprint(rollouts.tensors.values()),
     }  # fmt: skip
     kept = Checkpoint(checkpoint, settings)
     if init is None:
@@ -90,6 +93,7 @@ def fit(
     else:
         scale = Standardised.none(size)
         head = scale.unfolded(init)
+    head.use(**{k: v for k, v in (("tap", rollouts.tap), ("trained_on", rollouts.model)) if v is not None})
     scale, head = scale.to(processes.device), head.to(processes.device).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     begin = 0
@@ -163,6 +167,7 @@ class Standardised:
             other = SPRM(head.hidden_size, head.width)
         other.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
         other[2].p = head[2].p
+        other.configure(head.configuration())
         return other.requires_grad_(False).eval()
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,15 @@ _ROWS = 16_384  # features a pass through the head
 def log_scores(rollouts: Rollouts, head: SPRM) -> Tensor:
     """``max(log sigmoid(head(features)), log 1e-10)``, [M] float32 on the CPU; the head as in scoring, without dropout.
 
+    Of features of several layers those are taken that the head reads.
+
     Raises:
-        ValueError: no features were recorded.
+        ValueError: no features were recorded, or not those that the head reads.
     """
     if rollouts.features is None:
         raise ValueError("rollouts: no features were recorded; give the log-scores of their steps instead of a head")
+    if rollouts.tap is not None:
+        rollouts = rollouts.read(replace(rollouts.tap, layers=head.tap.layers))
     device, weights, activation = head[0].weight.device, head.weights(), ACTIVATIONS[head.activation]
     rows = [score_rows(f.to(device, head.dtype), *weights, activation).cpu() for f in rollouts.features.split(_ROWS)]
     return torch.cat(rows)
@@ -62,6 +66,8 @@ def trajectory_scores(rollouts: Rollouts, log_scores: Tensor, aggregation: str =
         score = zeros.index_add(0, owner, log.exp()) / steps
     elif aggregation == "min":
         score = zeros.scatter_reduce(0, owner, log, "amin").exp()  # no logarithm of a score is above the zeros
+    elif aggregation == "max":
+        score = zeros.scatter_reduce(0, owner, log, "amax", include_self=False).exp()
     else:
         score = zeros.scatter(0, owner[_ends(steps)], log[_ends(steps)].exp())
     score = torch.where(steps > 0, score, 0.0)

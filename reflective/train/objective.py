@@ -20,7 +20,7 @@ def sprm_objective(
     prompt_lengths: Tensor | None,
     outcomes: Tensor,
     *,
-    at: At = "predict",
+    at: At | None = None,
     dynamic: bool = True,
     class_balance: bool = True,
     trajectory_weight: Tensor | None = None,
@@ -30,8 +30,10 @@ def sprm_objective(
     """``sprm_loss_rows`` of the steps of ``ids`` [B, T], whose states are those that ``rf.score`` would read.
 
     Args:
-        hidden: [B, T, H], what enters the last layer, with its graph.
+        hidden: [B, T, K], the states that the head reads, with their graph: what ``Backbone.listening`` gives, which may be filled up
+            with zeros beyond the head's inputs.
         attention_mask, prompt_lengths: as for ``rf.score``.
+        at: which token's state is a step's; None: the head's own.
         outcomes: [B], NaN without a verdict.
         dynamic ... all_reduce: as for ``sprm_loss_rows``.
 
@@ -39,8 +41,8 @@ def sprm_objective(
         The loss, float32 scalar, part of the graph also where there is no step (distributed training waits for gradients
         of every parameter).
     """
-    row, _, read = read_positions(steps, ids, attention_mask, prompt_lengths, at)
+    row, _, read = read_positions(steps, ids, attention_mask, prompt_lengths, at or head.tap.at)
     return sprm_loss_rows(
-        head, hidden[row, read], row, outcomes, dynamic=dynamic, class_balance=class_balance,
+        head, hidden[row, read][:, : head.hidden_size], row, outcomes, dynamic=dynamic, class_balance=class_balance,
         trajectory_weight=trajectory_weight, feature_gradient_scale=feature_gradient_scale, all_reduce=all_reduce,
     )  # fmt: skip

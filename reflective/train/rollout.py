@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engines.hf.backbone import Backbone
 from ..engines.hf.ends import end_tokens
 from ..engines.hf.finished import read_positions
+from ..engines.hf.parts import check_steps, name_of
 from ..model import ReflectiveModel
 from ..scoring.steps import StepTokens
-from ..scoring.taps import At
+from ..scoring.taps import Tap
 from ..search.strategies.votes import answer_numbers
 from ..search.verify import Verifier, verifier
 from ..tasks import Question
@@ -20,20 +22,59 @@ from ..utils.outputs import folder, json_text
 from .data import Rollouts
 from .sampler import Draw, Sampler
 
+_PAPER = Tap()
+
 
 @dataclass(frozen=True)
 class View:
     """Which states stand for a response.
 
     Attributes:
-        steps: its step-tokens; None: no steps, but one state, the last that was computed (an outcome head's).
-        at: as for ``StreamScorer``.
-        layer: index of ``hidden_states``; -2 is what published heads read.
+        steps: its step-tokens; None: no steps, but one state, the last that was computed (an outcome head's). Of no account
+            where the tap reads at every token.
+        tap: of which layers, and at which tokens.
     """
 
     steps: StepTokens | None
-    at: At = "predict"
-    layer: int = -2
+    tap: Tap = _PAPER
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A view of one model's draws."""
+
+    backbone: Backbone
+    steps: StepTokens | None
+
+    @classmethod
+    def of(cls, view: View, model: ReflectiveModel) -> "_Reader":
+        backbone = Backbone.of(model.model, view.tap)
+        every = view.tap.at == "every"
+        steps = None if view.steps is None and not every else check_steps(backbone, view.steps)
+        return cls(backbone, steps if steps is None else steps.to("cpu"))
+
+    def __call__(self, layers: list[int], prompt: list[int], draws: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+        """``(features [M, K], draw [M], position [M])`` of one question's draws; ``layers``: of the states that were kept."""
+        row, step, read = self._positions(prompt, draws)
+        states = [draws[r].state(c - len(prompt)) for r, c in zip(row.tolist(), read.tolist(), strict=True)]
+        kept = torch.stack(states) if states else draws[0].state(-1)[None][:0]  # [M, layers, H]
+        places = self.backbone.places
+        with torch.no_grad():
+            features = places.join({i: kept[:, layers.index(i)] for i in places.points})
+        return features[:, : len(places.points) * kept.shape[-1]].cpu(), row, step
+
+    def _positions(self, prompt: list[int], draws: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+        """``(draw, step, read)`` [M], columns counted from the prompt's first token."""
+        if self.steps is None:
+            length = torch.tensor([len(d.token_ids) for d in draws])
+            return torch.arange(len(draws)), len(prompt) + length - 1, len(prompt) + length - 2
+        at, width = self.backbone.tap.at, max(len(d.token_ids) for d in draws)
+        rows = [prompt + d.token_ids + [0] * (width - len(d.token_ids)) for d in draws]
+        real = [[1] * (len(prompt) + len(d.token_ids)) + [0] * (width - len(d.token_ids)) for d in draws]
+        found = read_positions(self.steps, torch.tensor(rows), torch.tensor(real), len(prompt), at)
+        # A token that was generated last has no state of its own, as in a stream.
+        known = found[2] < torch.tensor([len(prompt) + len(d.token_ids) - 1 for d in draws])[found[0]]
+        return tuple(x[known] for x in found)
 
 
 def roll_out(
@@ -47,6 +88,7 @@ def roll_out(
     batch_rows: int = 256,
     seed: int = 0,
     verify: Verifier | str = "answer",
+    tap: Tap | None = None,
     block: int = 256,
     first: int = 0,
     progress: Callable[[int], None] = lambda n: None,
@@ -58,13 +100,15 @@ def roll_out(
 
     Args:
         verify: says whether a response is right, see ``verifier``.
+        tap: where the model is read; None: where its head reads. Of several layers a head may learn from some alone, see
+            ``Rollouts.read``.
         batch_rows: as for ``Sampler``.
         progress: called with the number of responses that have just been decoded.
 
     Raises:
         ValueError: bad settings, named; a model that the sampler cannot run.
     """
-    views = {"steps": View(model.steps, model.config.at)}
+    views = {"steps": View(model.steps, tap or model.tap)}
     for found in roll_out_views(
         model, questions, views, samples=samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
         batch_rows=batch_rows, seed=seed, verify=verify, block=block, first=first, progress=progress,
@@ -90,7 +134,8 @@ def roll_out_views(
 ) -> Iterator[dict[str, Rollouts]]:
     """``roll_out`` with several views of the same responses: rollouts that differ in their features alone."""
     judge = verifier(verify, model.answer if model.config.answer else None)
-    layers = sorted({view.layer for view in views.values()})
+    readers = {name: _Reader.of(view, model) for name, view in views.items()}
+    layers = sorted({i for reader in readers.values() for i in reader.backbone.places.points})
     sampler = Sampler(
         model.model, model.tokenizer, ends=end_tokens(model.model, model.tokenizer), stop=model.config.stop,
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, batch_rows=batch_rows, layers=layers,
@@ -103,32 +148,13 @@ def roll_out_views(
             kept: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = [{} for _ in part]
             for q, draws in sampler.run(prompts, samples, seed=seed * 1_000_003 + number):
                 found[q] = draws
-                kept[q] = {name: _features(view, layers, prompts[q], draws) for name, view in views.items()}
+                kept[q] = {name: read(layers, prompts[q], draws) for name, read in readers.items()}
                 for draw in draws:
                     draw.forget()
                 progress(samples)
             yield _judged(model, judge, part, begin, prompts, found, kept, views)
         else:
             progress(samples * len(part))
-
-
-def _features(view: View, layers: list[int], prompt: list[int], draws: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
-    """``(features [M, H], draw [M], position [M])`` of one question's draws."""
-    if view.steps is None:
-        row = torch.arange(len(draws))
-        length = torch.tensor([len(d.token_ids) for d in draws])
-        step, read = len(prompt) + length - 1, len(prompt) + length - 2
-    else:
-        width = max(len(d.token_ids) for d in draws)
-        rows = [prompt + d.token_ids + [0] * (width - len(d.token_ids)) for d in draws]
-        real = [[1] * (len(prompt) + len(d.token_ids)) + [0] * (width - len(d.token_ids)) for d in draws]
-        found = read_positions(view.steps, torch.tensor(rows), torch.tensor(real), len(prompt), view.at)
-        # With at="token" a step-token that was generated last has no state, as in a stream.
-        known = found[2] < torch.tensor([len(prompt) + len(d.token_ids) - 1 for d in draws])[found[0]]
-        row, step, read = (x[known] for x in found)
-    layer = layers.index(view.layer)
-    states = [draws[r].state(c - len(prompt))[layer] for r, c in zip(row.tolist(), read.tolist(), strict=True)]
-    return (torch.stack(states) if states else draws[0].state(-1)[:0]).cpu(), row, step
 
 
 def _judged(
@@ -156,10 +182,12 @@ def _judged(
     }
     shift = torch.tensor([0, *map(len, found)]).cumsum(0).tolist()
     out = {}
-    for name in views:
+    for name, view in views.items():
         parts = [(f, row + s, at) for (f, row, at), s in zip((k[name] for k in kept), shift, strict=False)]
         features, trajectory, position = (torch.cat(x) for x in zip(*parts, strict=True))
-        out[name] = Rollouts(**common, features=features, trajectory=trajectory, position=position)
+        out[name] = Rollouts(
+            **common, features=features, trajectory=trajectory, position=position, tap=view.tap, model=name_of(model.model)
+        )
     return out
 
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +21,19 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import __version__
+from ..engines.hf.backbone import Backbone
 from ..model import CONFIG_NAME, ReflectiveModel
 from ..scoring.sprm import NAMES, SPRM
+from ..scoring.taps import Tap
 from ..search.verify import Verifier, verifier
 from ..tasks import TASKS, Question, gym, split
 from ..utils.fingerprint import fingerprint
 from ..utils.outputs import finite, folder, json_text, write_text
 from . import extras
 from .data import Rollouts, read_questions, read_rollouts, split_questions
-from .head import fit
-from .metrics import evaluate
+from .head import check_trainable, fit
+from .layers import candidates, choose_layer
+from .metrics import Metric, evaluate
 from .processes import Processes
 from .record import record_features
 from .rollout import recorded, roll_out
@@ -46,6 +49,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl")
 _GYM = "reasoning-gym:"
 _WATCHED = 64  # questions of the evaluation that the progress bar's numbers are of
 _BLOCK = 4096  # trajectories read before their features are written down
+_LATER = ("layers", "at")  # settings that runs of before do not have; where they are not given nothing has changed
 _DAY = timedelta(days=1)  # processes that are done with their share of the rollouts wait for the others
 
 
@@ -74,9 +78,9 @@ def train(
         bars: shows every stage; None: nothing is shown.
 
     Returns:
-        ``run`` (settings; fingerprints of model and files), ``versions``, ``rollouts`` (counts), ``seconds`` (of each
-        stage, since the last start), ``metrics`` and ``before``: by name ``value``, ``low`` and ``high`` as from
-        ``evaluate``, None for NaN.
+        ``run`` (settings; fingerprints of model and files), ``versions``, ``tap`` (where the head reads), ``layers`` (where one was
+        chosen: of each the AUC within held-back training questions), ``rollouts`` (counts), ``seconds`` (of each stage, since the
+        last start), ``metrics`` and ``before``: by name ``value``, ``low`` and ``high`` as from ``evaluate``, None for NaN.
 
     Raises:
         ValueError: an unknown task, too few questions, no way to judge answers, nothing to learn from, or ``output``
@@ -124,7 +128,12 @@ class _Run:
         }  # fmt: skip
         self.start = SPRM.from_pretrained(s.continue_head).float() if s.continue_head else None
         start = self.start and fingerprint(self.start.parameters())
-        self.run = json.loads(json_text(self.policy | asdict(s) | {"start": start}))
+        self.tap = self._recorded_tap()
+        given = {k: v for k, v in asdict(s).items() if v is not None or k not in _LATER}
+        self.run = json.loads(json_text(self.policy | given | {"start": start}))
+        # Of all that is recorded; where it is as it always was, nothing is said of it.
+        self.policy |= {} if self.tap == Tap(at=model.config.at) else {"tap": self.tap.to_dict()}
+        self.choice: dict[int, Metric] = {}
         name = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()[:8]
         self.unfinished = output / f"unfinished-{name}"
 
@@ -136,7 +145,7 @@ class _Run:
             self.model.model.to(self.processes.device)
         tables = self._train()
         report = {
-            "run": self.run, "versions": _versions(), "rollouts": self.counts,
+            "run": self.run, "versions": _versions(), "tap": self.tap.to_dict(), **self._chosen(), "rollouts": self.counts,
             "seconds": {name: round(seconds, 1) for name, seconds in self.seconds.items()}, **tables,
         }  # fmt: skip
         self._write(file, report)
@@ -154,20 +163,27 @@ class _Run:
             learnt, held_out = None, self._answers("eval")
         if self.start is None or s.way == "head":
             learnt = self._features("train", learnt) if s.data else self._answers("train")
+            if s.automatic:
+                self._choose(learnt)
+            learnt, held_out = learnt.read(self.tap), held_out.read(self.tap)
             head = self._fit(learnt, held_out)
         else:
-            head = self.start.to(self.processes.device)
+            head = self.start.to(self.processes.device).use(tap=self.tap)
             if s.way == "backbone" and not s.data:
                 learnt = self._answers("train")
         found = self._measure(held_out, head)
+        config = replace(self.model.config, at=self.tap.at)
         if s.way == "head":
             if self.processes.main:
                 for name in NAMES[: 1 + s.published]:
                     head.to(self.model.model.dtype).save_pretrained(self.output / name)
-            self._write(self.output / CONFIG_NAME, asdict(self.model.config))
+            self._write(self.output / CONFIG_NAME, asdict(config))
             return {"metrics": found}
-        self.model.head = head
+        self.model.head, self.model.config = head, config
         trained = self._tune(learnt) if s.way == "backbone" else self._joint()
+        if trained.adapter is None:  # of the model beside it, whatever the name that it will have
+            for one in (trained.head, self.model.head):
+                one.use(trained_on=None)
         if self.processes.main:
             trained.save(self.output, published=s.published)
             self.model.tokenizer.save_pretrained(self.output)
@@ -175,6 +191,42 @@ class _Run:
             self.model.model = trained.adapter.merge_and_unload()
         held_out = self._features("after", held_out) if s.data else self._answers("after")
         return {"metrics": self._measure(held_out, trained.head), "before": found}
+
+    def _recorded_tap(self) -> Tap:
+        """Where features are recorded: where the head will read, or all layers among which one is chosen."""
+        s, own = self.settings, self.model.tap
+        if self.start is not None:
+            check_trainable(self.start, "continue_head")
+            if s.layers not in (None, self.start.tap.layers):
+                raise ValueError(f"layers={s.layers}: continue_head reads {self.start.tap.layers}, and nothing else")
+            own = replace(self.start.tap, at=own.at)
+        layers = own.layers if s.layers is None else s.layers
+        if s.automatic:
+            layers = s.candidates or candidates(len(Backbone.of(self.model.model).layers))
+        tap = replace(own, layers=layers, at=s.at or own.at)
+        _ = Backbone.of(self.model.model, tap).places  # before hours of work
+        if s.published and (tap.layers != (-2,) or tap.norm or tap.at == "every"):
+            raise ValueError(f"published: the published code reads layer -2, and score_module.pt cannot say that it is {tap}")
+        return tap
+
+    def _choose(self, learnt: Rollouts) -> None:
+        """Of the recorded layers that which is worth most on training questions that are held back; the evaluation has no say."""
+        s = self.settings
+
+        def on_layer(layer: int, auc: Metric) -> None:
+            self.choice[layer] = auc
+            tell(len(self.choice), layer=layer, auc_within=auc.value)
+
+        with self._stage("choose a layer", len(self.tap.layers)) as tell:
+            self.tap, self.choice = choose_layer(
+                learnt, epochs=s.epochs, warmup=s.warmup if s.way == "head" else None, lr=s.lr, batch=s.batch, width=s.width,
+                within_questions=s.within_questions, class_balance=s.class_balance, seed=s.seed,
+                checkpoint=self.unfinished / "choose", accelerator=self.accelerator, on_layer=on_layer,
+            )  # fmt: skip
+
+    def _chosen(self) -> dict[str, Any]:
+        """What the report says of the choice, if there was one."""
+        return {"layers": {str(layer): finite(asdict(auc)) for layer, auc in self.choice.items()}} if self.choice else {}
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
@@ -212,7 +264,7 @@ class _Run:
         def make(first: int) -> Iterator[dict[str, Rollouts]]:
             for block in roll_out(
                 _cast(self.model, s.dtype), questions, **sampling, seed=(2 * s.seed + (part == "eval")) * count + index,
-                verify=self._verifier(), first=first, progress=tell.advance,
+                verify=self._verifier(), tap=self.tap, first=first, progress=tell.advance,
             ):  # fmt: skip
                 block.question = block.question * count + index
                 yield {"steps": block}
@@ -230,7 +282,8 @@ class _Run:
             model = _cast(self.model, self.settings.dtype)
             tell.advance(int((block < first).sum()))
             for number in range(first, -(-len(mine) // _BLOCK)):
-                yield {"steps": record_features(model, mine.select(block == number), progress=tell.advance)}
+                part = mine.select(block == number)
+                yield {"steps": record_features(model, part, tap=self.tap, progress=tell.advance)}
 
         with self._stage(f"read {name}", len(mine)) as tell:
             return self._shared(name, {"of": fingerprint([mine.tokens, mine.length, mine.outcome])}, make)
@@ -266,7 +319,7 @@ class _Run:
                 learnt, epochs=s.epochs, warmup=s.warmup if s.way == "head" else None, lr=s.lr, batch=s.batch,
                 width=s.width, within_questions=s.within_questions, class_balance=s.class_balance, seed=s.seed,
                 init=self.start, on_epoch=on_epoch, checkpoint=self.unfinished / "fit", accelerator=self.accelerator,
-            )  # fmt: skip
+            ).use(tap=self.tap)  # fmt: skip
 
     def _tune(self, learnt: Rollouts) -> "Tuned":
         from .backbone import tune

@@ -107,6 +107,11 @@ class Backbone:
         return Places({i: self._point(i) for i in indices}, norm, self.hidden_size)
 
     @property
+    def below(self) -> Sequence[nn.Module]:
+        """The layers on which what is read depends."""
+        return self.layers[: self.places.deepest]
+
+    @property
     def width(self) -> int:
         """Values of what is read of a token, K."""
         return self.places.width

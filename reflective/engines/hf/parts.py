@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Collection
 from pathlib import Path
 
+from torch import nn
+
 from ...scoring.heads import Head
 from ...scoring.steps import StepTokens
 from . import internals
@@ -25,6 +27,16 @@ def check_parts(backbone: Backbone, head: Head, steps: StepTokens | None) -> Ste
             "states may mean something else",
             stacklevel=3,
         )
+    return check_steps(backbone, steps)
+
+
+def check_steps(backbone: Backbone, steps: StepTokens | None) -> StepTokens:
+    """What ``check_parts`` returns, for who has no head yet.
+
+    Raises:
+        ValueError: steps and model do not fit together.
+    """
+    tap = backbone.tap
     if tap.at == "every":
         return StepTokens.every(backbone.vocab_size, _no_text(backbone)).to(backbone.device)
     if steps is None:
@@ -39,6 +51,12 @@ def _no_text(backbone: Backbone) -> Collection[int]:
     ends = config.eos_token_id
     ends = ends if isinstance(ends, list | tuple) else [ends]
     return {token for token in (*ends, config.pad_token_id) if token is not None and 0 <= token < backbone.vocab_size}
+
+
+def name_of(model: nn.Module) -> str | None:
+    """By what name a head says that it was trained on ``model``: of a directory the last part. None: it has none."""
+    name = str(getattr(model, "name_or_path", None) or "")
+    return (Path(name).name if Path(name).is_dir() else name) or None
 
 
 def _alike(a: str, b: str) -> bool:
