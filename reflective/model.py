@@ -72,12 +72,23 @@ class ReflectiveModel:
         host: "VLLMHost | None" = None,
     ) -> None:
         self._model, self.tokenizer, self.home = model, tokenizer, home
-        self.head, self.config = agreed(head, config or Config())
+        self.config = config or Config()
+        self._said_at = self.config.at  # for heads that do not say themselves
+        self.head = head
         self.further: dict[str, Head] = {}
         self._further_steps: dict[str, StepTokens] = {}
         self.host = host
         self._kept: tuple[tuple, TransformersEngine] | None = None  # of the last ``generate``
         self.steps = StepTokens.from_tokenizer(tokenizer, **self.config.step_rule)
+
+    @property
+    def head(self) -> Head:
+        """What scores. One that is put here reads the tokens that it says, or, where it says nothing, those that the configuration did."""
+        return self._head
+
+    @head.setter
+    def head(self, head: Head) -> None:
+        self._head, self.config = agreed(head, dataclasses.replace(self.config, at=self._said_at))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -199,8 +210,8 @@ class ReflectiveModel:
 
     @property
     def tap(self) -> Tap:
-        """Where the head reads the model, at the tokens that ``config`` says."""
-        return dataclasses.replace(self.head.tap, at=self.config.at)
+        """Where the head reads the model."""
+        return self.head.tap
 
     @property
     def max_length(self) -> int | None:

@@ -12,6 +12,7 @@ from ..scoring.forms import Form, with_metadata
 from ..scoring.heads import Head
 from ..scoring.loading import found_form, head_of
 from ..scoring.sprm import SPRM
+from ..scoring.taps import Tap
 from ..utils.repository import directory
 from .config import Config
 from .files import ADAPTER, CONFIG_NAME
@@ -61,9 +62,8 @@ def used(head: Head, config: Config, said: bool) -> tuple[Head, Config]:
 
 
 def agreed(head: Head, config: Config) -> tuple[Head, Config]:
-    """The same where ``at`` was said by one of them: by ``config``, if both."""
-    usual = Config().at
-    if config.at != usual:
+    """The same where ``at`` was said by one of them: by the head, if both."""
+    if head.tap.at == Tap().at:
         head.use(tap=replace(head.tap, at=config.at))
     return head, replace(config, at=head.tap.at)
 
