@@ -198,7 +198,7 @@ def test_a_model_keeps_its_heads_tap(tmp_path):
     from test_search import reflective_model
 
     model = reflective_model()
-    model.head = test_taps.head(rf.Tap((-3, -1), at="token")).use(aggregation="mean", trained_on="tiny")
+    model.head = test_taps.head(rf.Tap((-3, -1), at="token")).use(aggregation="mean", trained_on=tmp_path.name)
     model.save_pretrained(tmp_path)
     loaded = rf.ReflectiveModel.from_pretrained(tmp_path)
     assert loaded.head.tap == rf.Tap((-3, -1), at="token") and loaded.config.at == "token"
