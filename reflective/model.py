@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from .checkpoints.config import Config
 from .checkpoints.files import CONFIG_NAME
 from .checkpoints.hub import save_head
-from .checkpoints.loading import agreed, load, load_used
+from .checkpoints.loading import agreed, load, load_used, told
 from .engines.base import Engine
 from .engines.hf.backbone import Backbone
 from .engines.hf.ends import end_tokens, pad_token
@@ -202,7 +202,7 @@ class ReflectiveModel:
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         self.head.save_pretrained(path)
-        write_text(Path(path) / CONFIG_NAME, json_text(self.config.to_dict(), indent=2) + "\n")
+        write_text(Path(path) / CONFIG_NAME, json_text(told(self.head, self.config), indent=2) + "\n")
 
     def save_head(self, path: str | Path, **given: Any) -> Path:
         """Write the head, and the adapter that it came with, as a repository with a model card: ``hub.save_head``."""
@@ -408,7 +408,7 @@ class ReflectiveModel:
         share = (engine.scoring_seconds - before) / max(1, sum(q.tokens for q in done))
         found = [self.generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
         for generation in found:
-            generation.engine = engine.how
+            generation.engine, generation.aggregation = engine.how, self.head.in_progress
         return found[0] if single else found
 
     @contextlib.contextmanager

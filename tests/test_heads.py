@@ -301,3 +301,31 @@ def test_what_is_no_head():
         rf.StreamScorer(test_taps.model(), [torch.nn.Linear(64, 1)], tiny.steps())
     with pytest.raises(ValueError, match="head: there is none"):
         rf.StreamScorer(test_taps.model(), {}, tiny.steps())
+
+
+# -- on the command line ----------------------------------------------------------------------------------------------------
+
+
+def test_reflective_score_with_published_heads(reasoning, tmp_path):
+    from test_checkpoints import publish
+    from test_cli import run
+
+    net, tokenizer, ids, prompt = reasoning
+    path = publish("xbai", tmp_path / "model", torch.float32)
+    state = published.step_checkpoint(H)
+    torch.save(state, tmp_path / "STEP.pt")
+    text = {"prompt": tokenizer.decode(ids[:prompt]), "response": tokenizer.decode(ids[prompt:])}
+    (tmp_path / "in.jsonl").write_text(json.dumps(text) + "\n" + json.dumps({"prompt": "x", "response": ""}) + "\n")
+    both = run("score", "--model", path, "--head", path, "--head", f"step={tmp_path / 'STEP.pt'}", tmp_path / "in.jsonl", check=False)
+    row, fault = map(json.loads, both.stdout.splitlines())
+    alone = [
+        json.loads(run("score", "--model", path, *head, tmp_path / "in.jsonl", check=False).stdout.splitlines()[0])
+        for head in ((), ("--head", tmp_path / "STEP.pt"))
+    ]
+    expected = published.oracle_step(net, ids, prompt, state, tokenizer=tokenizer)
+    assert row["score_step"] == pytest.approx(expected.score, rel=1e-4) == alone[1]["score"]
+    assert row["n_steps_step"] == len(expected.positions) and row["step_spans_step"] == alone[1]["step_spans"]
+    assert row["score"] == pytest.approx(alone[0]["score"], rel=1e-4) and row["error"] is None
+    assert fault["error"] == "the response is empty" and fault["score_step"] is None and both.returncode == 1
+    taken = run("score", "--model", path, "--head", path, "--head", path, tmp_path / "in.jsonl", check=False)
+    assert taken.returncode == 2 and "is taken; give NAME=PATH" in taken.stderr

@@ -77,6 +77,11 @@ class Head(nn.Module):
         """The heads that are run, each of one logit; several are gathered by ``aggregation``."""
         return {"": self}
 
+    @property
+    def in_progress(self) -> str:
+        """The aggregation for steps of a trajectory that goes on, by their scores alone."""
+        return "mean" if self.aggregation == "gated" else self.aggregation
+
     # -- how it is used ----------------------------------------------------------------------------------------------
 
     def use(self, **settings: Any) -> Self:

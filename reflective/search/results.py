@@ -78,6 +78,7 @@ class Generation:
         prompt_logprobs: the chances of the prompt's tokens, where the server was asked for them.
         engine: what decoded it: ``"batch"``, transformers' forwards one by one; ``"seats"``, a step of fixed shape; ``"captured"``, the
             same as a CUDA graph; ``"compiled"``, its forward compiled besides; ``"vllm"``.
+        aggregation: of the steps that a candidate has so far, as its head has it.
     """
 
     prompt: str
@@ -93,6 +94,7 @@ class Generation:
     chosen_by: str = "score"
     prompt_logprobs: list[Chance] | None = field(default=None, repr=False)
     engine: str = ""
+    aggregation: str = "geometric_mean"
 
     @property
     def text(self) -> str:
