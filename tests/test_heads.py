@@ -316,16 +316,16 @@ def test_reflective_score_with_published_heads(reasoning, tmp_path):
     torch.save(state, tmp_path / "STEP.pt")
     text = {"prompt": tokenizer.decode(ids[:prompt]), "response": tokenizer.decode(ids[prompt:])}
     (tmp_path / "in.jsonl").write_text(json.dumps(text) + "\n" + json.dumps({"prompt": "x", "response": ""}) + "\n")
-    both = run("score", "--model", path, "--head", path, "--head", f"step={tmp_path / 'STEP.pt'}", tmp_path / "in.jsonl", check=False)
+    both = run("score", "--model", path, "--head", path, "--head", f"step={tmp_path / 'STEP.pt'}", tmp_path / "in.jsonl", code=1)
     row, fault = map(json.loads, both.stdout.splitlines())
     alone = [
-        json.loads(run("score", "--model", path, *head, tmp_path / "in.jsonl", check=False).stdout.splitlines()[0])
+        json.loads(run("score", "--model", path, *head, tmp_path / "in.jsonl", code=1).stdout.splitlines()[0])
         for head in ((), ("--head", tmp_path / "STEP.pt"))
     ]
     expected = published.oracle_step(net, ids, prompt, state, tokenizer=tokenizer)
     assert row["score_step"] == pytest.approx(expected.score, rel=1e-4) == alone[1]["score"]
     assert row["n_steps_step"] == len(expected.positions) and row["step_spans_step"] == alone[1]["step_spans"]
     assert row["score"] == pytest.approx(alone[0]["score"], rel=1e-4) and row["error"] is None
-    assert fault["error"] == "the response is empty" and fault["score_step"] is None and both.returncode == 1
-    taken = run("score", "--model", path, "--head", path, "--head", path, tmp_path / "in.jsonl", check=False)
-    assert taken.returncode == 2 and "is taken; give NAME=PATH" in taken.stderr
+    assert fault["error"] == "the response is empty" and fault["score_step"] is None
+    taken = run("score", "--model", path, "--head", path, "--head", path, tmp_path / "in.jsonl", code=2)
+    assert "is taken; give NAME=PATH" in taken.stderr
