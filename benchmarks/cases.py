@@ -27,6 +27,29 @@ GATE_ROWS, GATE_STEPS = 64, 16  # the definition of what keeps tallies takes a r
 
 
 @dataclass(frozen=True)
+class Form:
+    """A head: its hidden units, what it does with them, and of how many layers' states, side by side, it reads.
+
+    ``linear``: ``w . f + b`` as the ops take it, ``relu(z) - relu(-z)`` of two units.
+    """
+
+    units: int
+    activation: int = layout.RELU
+    layers: int = 1
+    linear: bool = False
+
+
+# Heads as others publish them, by the variant of ``decode_step`` that has them; at FORM_WIDTHS, unless others are asked for.
+FORMS = {
+    "mlp 512 relu": Form(512),
+    "mlp 512 gelu": Form(512, layout.GELU),
+    "mlp 1024 silu of 3 layers": Form(1024, layout.SILU, layers=3),
+    "linear": Form(2, linear=True),
+}
+FORM_WIDTHS, FORM_ROWS = (2560, 4096, 5120), range(1, 65)
+
+
+@dataclass(frozen=True)
 class Cell:
     """One line of the suite: ``rows`` is what the op is about: rows scored, sequences that end a step, or texts."""
 
@@ -77,7 +100,7 @@ class Case(ABC):
     @property
     def flops(self) -> int:
         """Of the head's two products."""
-        return 2 * self.cell.rows * self.K * (self.cell.H + 1)
+        return 2 * self.cell.rows * self.K * (self.H + 1)
 
     @property
     @abstractmethod
@@ -86,12 +109,18 @@ class Case(ABC):
 
     @property
     def weight_bytes(self) -> int:
-        H, K = self.cell.H, self.K
+        H, K = self.H, self.K
         rest = 4 if self.cell.dtype == FLOAT8 else self.cell.dtype.itemsize
         return K * H * self.cell.dtype.itemsize + (2 * K + 1) * rest
 
     @property
+    def H(self) -> int:
+        """Columns of a row."""
+        return self.cell.H
+
+    @property
     def K(self) -> int:
+        """Hidden units."""
         return 2 * self.cell.H
 
     @property
@@ -146,7 +175,7 @@ class Case(ABC):
 
     def weights(self, seed: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """``w1, b1, w2, b2`` of a random head; ``dtype`` instead of the cell's gives the head before it was rounded."""
-        H, K = self.cell.H, self.K
+        H, K = self.H, self.K
         shapes = ((K, H), H**-0.5), ((K,), 0.1), ((1, K), 4 * K**-0.5), ((1,), 0.1)
         head = [self.random(seed, i, *shape, dtype=torch.float32) * scale for i, (shape, scale) in enumerate(shapes)]
         if (dtype or self.cell.dtype) == FLOAT8:
@@ -241,16 +270,37 @@ class LogitRows(ScoreRows):
 
 
 class DecodeStep(Case):
-    """One token of each of ``max(8, rows)`` sequences, of which the first ``rows`` end a step."""
+    """One token of each of ``max(8, rows)`` sequences, of which the first ``rows`` end a step. Variants but ``deferred`` are
+    immediate; those of ``FORMS`` with other heads than the published one.
+    """
 
     op = "decode_step"
-    variants = ("immediate", "deferred")
+    variants = ("immediate", "deferred", *FORMS)
     idle = True
     gate_rows = GATE_STEPS
 
     @property
     def immediate(self) -> bool:
-        return self.cell.variant == "immediate"
+        return self.cell.variant != "deferred"
+
+    @property
+    def form(self) -> Form:
+        return FORMS.get(self.cell.variant, Form(2 * self.cell.H))
+
+    @property
+    def H(self) -> int:
+        return self.cell.H * self.form.layers
+
+    @property
+    def K(self) -> int:
+        return self.form.units
+
+    def weights(self, seed: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        if not self.form.linear:
+            return super().weights(seed, dtype)
+        w, b = (self.random(seed, i, *shape, dtype=torch.float32) for i, shape in enumerate(((1, self.H), (1,))))
+        head = torch.cat([w, -w]) * self.H**-0.5, torch.cat([b, -b]) * 0.1, w.new_tensor([[1, -1]]), w.new_zeros(1)
+        return tuple(t.to(dtype or self.cell.dtype) for t in head)
 
     @property
     def batch(self) -> int:
@@ -262,7 +312,7 @@ class DecodeStep(Case):
 
     @property
     def bytes(self) -> int:
-        row = self.cell.H * self.row_dtype.itemsize
+        row = self.H * self.row_dtype.itemsize
         moved = 2 * self.batch * row  # hidden to last_hidden
         if not self.cell.rows:
             return moved
@@ -298,7 +348,7 @@ class DecodeStep(Case):
         return (torch.arange(self.batch, device=self.device) < rows).long()[:, None]
 
     def hidden(self, name: str, seed: int) -> Tensor:
-        rows = self.random(seed, 9, self.batch, 1, self.cell.H, dtype=self.row_dtype)
+        rows = self.random(seed, 9, self.batch, 1, self.H, dtype=self.row_dtype)
         return rows.double() if name == "truth" else rows
 
     def stream(self, name: str, weights: tuple[Tensor, ...]) -> tuple[Callable[[Tensor, Tensor], None], Any]:
@@ -306,14 +356,15 @@ class DecodeStep(Case):
         tables = one_id_automaton(self.device)
         if name in PEERS:
             state, step, head = self.peer_state(), self.peer(name), weights if self.immediate else ()
-            return lambda ids, hidden: step(ids, hidden, *tables, *head, *state.values()), state
+            rest = (None if self.form.linear else self.form.activation,) if self.immediate else ()
+            return lambda ids, hidden: step(ids, hidden, *tables, *head, *state.values(), *rest), state
         state, step = self.new_state(name), self.functions(name).decode_step
-        tensors = state.tensors()
-        return lambda ids, hidden: step(ids, hidden, *tables, *weights, *tensors, True, self.immediate), state
+        tensors, rest = state.tensors(), (True, self.immediate, None, None, 0, self.form.activation)
+        return lambda ids, hidden: step(ids, hidden, *tables, *weights, *tensors, *rest), state
 
     def new_state(self, name: str) -> StreamState:
         state = StreamState.allocate(
-            self.batch, self.cell.H, self.K, buffer_rows=self.buffer_rows, max_steps=MAX_STEPS,
+            self.batch, self.H, self.K, buffer_rows=self.buffer_rows, max_steps=MAX_STEPS,
             dtype=torch.float64 if name == "truth" else self.row_dtype, device=self.device,
         )  # fmt: skip
         state.seq[:, layout.SEEN] = 2  # the first two tokens of a text end no step
@@ -327,14 +378,14 @@ class DecodeStep(Case):
         state = {
             "state": count(B),
             "column": torch.full((), 2, device=device),
-            "last_hidden": torch.zeros(B, self.cell.H, dtype=self.row_dtype, device=device),
+            "last_hidden": torch.zeros(B, self.H, dtype=self.row_dtype, device=device),
             "n_steps": count(B),
         }
         if self.immediate:
             return state | {"log_sum": torch.zeros(B, dtype=torch.float64, device=device)}
         # Ours empties a full buffer by itself, a peer needs room for both steps of its gate.
         R = max(self.buffer_rows, 2 * self.cell.rows) + 1
-        slots = torch.zeros(R, self.cell.H, dtype=self.row_dtype, device=device)
+        slots = torch.zeros(R, self.H, dtype=self.row_dtype, device=device)
         return state | {"slots": slots, "owner": count(R), "n_slots": count(())}
 
     def outcome(self, name: str, weights: tuple[Tensor, ...], seed: int) -> dict[str, Tensor]:
@@ -542,15 +593,21 @@ def make(cell: Cell, device: torch.device) -> Case:
 
 
 def cells(
-    ops: tuple[str, ...], widths: tuple[int, ...], rows: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
-) -> Iterator[Cell]:
-    """Every combination that makes sense."""
+    ops: tuple[str, ...], widths: tuple[int, ...], rows: tuple[int, ...], dtypes: tuple[torch.dtype, ...],
+    form_widths: tuple[int, ...] = (),
+) -> Iterator[Cell]:  # fmt: skip
+    """Every combination that makes sense. ``form_widths``: those of the ``FORMS``; none: ``widths``."""
     for op in ops:
         case = CASES[op]
         wide = op not in WITHOUT_WIDTH
         for variant in case.variants:
             for dtype in dtypes if wide else (WITHOUT_WIDTH[op],):
                 if op == "sprm_loss" and dtype == FLOAT8:
+                    continue
+                if variant in FORMS:
+                    if dtype != FLOAT8:
+                        widths_here = form_widths or widths
+                        yield from (Cell(op, variant, H, n, dtype) for H in widths_here for n in rows if n in FORM_ROWS)
                     continue
                 for H in widths if wide else (0,):
                     yield from (Cell(op, variant, H, n, dtype) for n in rows if n or case.idle)

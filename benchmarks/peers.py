@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reflective.kernels import layout
 from reflective.kernels.layout import LOG_FLOOR, NEXT_STATE, STEP
+from reflective.kernels.logit_rows import ACTIVATIONS
 
 
 def in_one_dtype(head: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -24,18 +25,26 @@ def in_one_dtype(head: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t.to(dtype) for t in (w1, b1, w2, b2)]
 
 
-def logit_rows(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """``w2 . relu(W1 f + b1) + b2`` [M] float32. A float8 ``W1`` is widened to the features' dtype first."""
+def logit_rows(
+    features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: int | None = layout.RELU
+) -> Tensor:
+    """``w2 . act(W1 f + b1) + b2`` [M] float32; with ``activation`` None, of a linear head, whose second unit is the first one
+    negated, ``W1[0] . f + b1[0]``. A float8 ``W1`` is widened to the features' dtype first.
+    """
+    if activation is None:
+        return F.linear(features, w1[:1], b1[:1]).squeeze(-1).float()
     if w1.dtype == features.dtype:
         z = F.linear(features, w1, b1)
     else:
         z = F.linear(features, w1.to(features.dtype)).to(b1.dtype) + b1
-    return F.linear(F.relu(z), w2, b2).squeeze(-1).float()
+    return F.linear(ACTIVATIONS[activation](z), w2, b2).squeeze(-1).float()
 
 
-def score_rows(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+def score_rows(
+    features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: int | None = layout.RELU
+) -> Tensor:
     """``max(logsigmoid(logit), ln 1e-10)`` [M] float32."""
-    return F.logsigmoid(logit_rows(features, w1, b1, w2, b2)).clamp_min(LOG_FLOOR)
+    return F.logsigmoid(logit_rows(features, w1, b1, w2, b2, activation)).clamp_min(LOG_FLOOR)
 
 
 def logit_rows_cublas(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -59,6 +68,7 @@ def published_score_rows(states: Tensor, is_step: Tensor, w1: Tensor, b1: Tensor
 def decode_step(
     ids: Tensor, hidden: Tensor, token_class: Tensor, transition: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     state: Tensor, column: Tensor, last_hidden: Tensor, n_steps: Tensor, log_sum: Tensor,
+    activation: int | None = layout.RELU,
 ) -> None:  # fmt: skip
     """One immediate step at ``at="predict"``: detect by table, pick the rows that end a step, score them.
 
@@ -66,17 +76,19 @@ def decode_step(
     """
     is_step = _detect(ids, token_class, transition, state, column, n_steps)
     if is_step.any():
-        log_sum.index_add_(0, is_step.nonzero().squeeze(1), score_rows(last_hidden[is_step], w1, b1, w2, b2).double())
+        scores = score_rows(last_hidden[is_step], w1, b1, w2, b2, activation)
+        log_sum.index_add_(0, is_step.nonzero().squeeze(1), scores.double())
     last_hidden.copy_(hidden[:, 0])
 
 
 def decode_step_masked(
     ids: Tensor, hidden: Tensor, token_class: Tensor, transition: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     state: Tensor, column: Tensor, last_hidden: Tensor, n_steps: Tensor, log_sum: Tensor,
+    activation: int | None = layout.RELU,
 ) -> None:  # fmt: skip
     """``decode_step`` without data-dependent shapes, so that it is one graph: every row goes through the head each time."""
     is_step = _detect(ids, token_class, transition, state, column, n_steps)
-    log_sum += score_rows(last_hidden, w1, b1, w2, b2).double().where(is_step, 0.0)
+    log_sum += score_rows(last_hidden, w1, b1, w2, b2, activation).double().where(is_step, 0.0)
     last_hidden.copy_(hidden[:, 0])
 
 

@@ -42,6 +42,7 @@ class Settings:
     device: torch.device
     ops: tuple[str, ...] = tuple(cases.CASES)
     widths: tuple[int, ...] = WIDTHS
+    form_widths: tuple[int, ...] = ()  # of decode_step with other heads; none: widths
     rows: tuple[int, ...] = ROWS
     dtypes: tuple[str, ...] = tuple(DTYPES)
     implementations: tuple[str, ...] = ()  # none: all that there are
@@ -53,13 +54,14 @@ class Settings:
     @classmethod
     def default(cls, device: torch.device, **given: Any) -> "Settings":
         """On CPU: the widths, rows and dtypes that a CPU decodes with."""
+        forms = {} if "widths" in given else {"form_widths": cases.FORM_WIDTHS}
         if device.type == "cpu":
             on_cpu = {
                 "widths": WIDTHS[:2], "rows": ROWS[:7], "dtypes": ("float32", "bfloat16"),
                 "ceiling_bytes": 1 << 28, "ceiling_matmul": 1024,
             }  # fmt: skip
             given = on_cpu | given
-        return cls(device, **given)
+        return cls(device, **forms | given)
 
     @classmethod
     def quick(cls, device: torch.device, **given: Any) -> "Settings":
@@ -104,7 +106,8 @@ def plan(settings: Settings) -> list[Item]:
     On CPU all implementations of a cell take turns. On a GPU, whose state is steady, first come all cells of what is compiled
     already, with the peers that need no compiler; then Triton's, which take a second each; then ``torch.compile``, several.
     """
-    chosen = tuple(cases.cells(settings.ops, settings.widths, settings.rows, tuple(DTYPES[d] for d in settings.dtypes)))
+    dtypes = tuple(DTYPES[d] for d in settings.dtypes)
+    chosen = tuple(cases.cells(settings.ops, settings.widths, settings.rows, dtypes, settings.form_widths))
     compiled_late = LATE if settings.device.type == "cuda" else {}
     ranked: list[tuple[int, int, int, Item]] = []
     for number, cell in enumerate(chosen):

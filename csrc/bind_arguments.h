@@ -137,8 +137,16 @@ inline HeadType head_type(const Tensor& w1, const Tensor& features) {
 
 inline const void* make_b2(const Tensor& b2, HeadType type) { return Argument("b2", b2, bias_type(type), {1}).data; }
 
-inline Head make_head(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor* b2, const Tensor& features) {
+inline Head make_head(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor* b2, const Tensor& features,
+                      int64_t activation) {
+  const std::string given = "activation is " + std::to_string(activation);
+  if (activation < RELU || activation > SILU) {
+    throw std::runtime_error(given + "; expected 0 (relu), 1 (gelu), 2 (gelu_tanh) or 3 (silu)");
+  }
   const HeadType type = head_type(w1, features);
+  if (is_e4m3(type) && activation != RELU) {
+    throw std::runtime_error(given + "; the scales of w1 in float8_e4m3fn are folded in by relu (0) alone");
+  }
   const Argument weights("w1", w1, weight_type(type), {ANY, ANY});
   const int64_t units = weights.sizes[0], width = weights.sizes[1];
   if (units == 0) weights.fail("must have at least one row");
@@ -149,7 +157,8 @@ inline Head make_head(const Tensor& w1, const Tensor& b1, const Tensor& w2, cons
           b2 ? make_b2(*b2, type) : nullptr,
           units,
           width,
-          type};
+          type,
+          activation};
 }
 
 // Rows of features: `tensor`'s last dimension is one.
@@ -220,10 +229,11 @@ inline DecodeStep make_decode_step(const Tensor& ids, const Tensor& hidden, cons
                             const Tensor& b2, const Tensor& seq, const Tensor& tally, const Tensor& last_hidden,
                             const Tensor& step_column, const Tensor& step_region, const Tensor& step_score,
                             const Tensor& slots, const Tensor& slot_owner, const Tensor& n_slots,
-                            const Tensor& workspace, const Optional& rows, const Optional& cu_seqlens, int64_t quiet) {
+                            const Tensor& workspace, const Optional& rows, const Optional& cu_seqlens, int64_t quiet,
+                            int64_t activation) {
   if (quiet < 0) throw std::runtime_error("quiet is " + std::to_string(quiet) + "; expected columns, 0 or more");
   Ids tokens = make_ids(ids);
-  const Head head = make_head(w1, b1, w2, &b2, hidden);
+  const Head head = make_head(w1, b1, w2, &b2, hidden, activation);
   const Argument states = features_of("hidden", hidden, head, {tokens.batch, tokens.length, head.width});
   Hidden at{states.dense(2).data, states.strides[0], states.strides[1]};
   Segments segments{};
@@ -282,8 +292,8 @@ struct HeadOnRows {
 };
 
 inline HeadOnRows make_head_on_rows(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                             const Tensor* b2) {
-  const Head head = make_head(w1, b1, w2, b2, features);
+                             const Tensor* b2, int64_t activation) {
+  const Head head = make_head(w1, b1, w2, b2, features, activation);
   const Argument rows = features_of("features", features, head, {ANY, head.width});
   return {head, {rows.dense(1).data, rows.strides[0], rows.sizes[0]}, new_floats(features, rows.sizes[0])};
 }
@@ -297,10 +307,11 @@ inline const float* make_logits(const Tensor& logits, const Stream& stream) {
       const Tensor &b1, const Tensor &w2, const Tensor &b2, const Tensor &seq, const Tensor &tally,               \
       const Tensor &last_hidden, const Tensor &step_column, const Tensor &step_region, const Tensor &step_score,  \
       const Tensor &slots, const Tensor &slot_owner, const Tensor &n_slots, const Tensor &workspace,              \
-      bool at_predict, bool immediate, const Optional &rows, const Optional &cu_seqlens, int64_t quiet
+      bool at_predict, bool immediate, const Optional &rows, const Optional &cu_seqlens, int64_t quiet,         \
+      int64_t activation
 #define DECODE_STEP_NAMES                                                                                        \
   token_class, transition, w1, b1, w2, b2, seq, tally, last_hidden, step_column, step_region, step_score, slots, \
-      slot_owner, n_slots, workspace, rows, cu_seqlens, quiet
+      slot_owner, n_slots, workspace, rows, cu_seqlens, quiet, activation
 
 }  // namespace reflective
 

@@ -21,15 +21,16 @@ Tensor step_mask_cpu(const Tensor& ids, const Tensor& token_class, const Tensor&
   return call.mask;
 }
 
-Tensor score_rows_cpu(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
-  const HeadOnRows call = make_head_on_rows(features, w1, b1, w2, &b2);
+Tensor score_rows_cpu(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                      int64_t activation) {
+  const HeadOnRows call = make_head_on_rows(features, w1, b1, w2, &b2, activation);
   score_rows(call.head, call.rows, static_cast<float*>(call.out.data_ptr()));
   return call.out;
 }
 
 Tensor logit_rows_cpu(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                      const Optional& b2) {
-  const HeadOnRows call = make_head_on_rows(features, w1, b1, w2, b2 ? &*b2 : nullptr);
+                      const Optional& b2, int64_t activation) {
+  const HeadOnRows call = make_head_on_rows(features, w1, b1, w2, b2 ? &*b2 : nullptr, activation);
   logit_rows(call.head, call.rows, static_cast<float*>(call.out.data_ptr()));
   return call.out;
 }
@@ -42,8 +43,8 @@ void decode_step_cpu(DECODE_STEP_ARGUMENTS) {
 
 void flush_cpu(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& tally,
                const Tensor& step_score, const Tensor& slots, const Tensor& slot_owner, const Tensor& n_slots,
-               const Tensor& workspace) {
-  const Head head = make_head(w1, b1, w2, &b2, slots);
+               const Tensor& workspace, int64_t activation) {
+  const Head head = make_head(w1, b1, w2, &b2, slots, activation);
   flush(head, make_buffer(head, tally, step_score, slots, slot_owner, n_slots, workspace));
 }
 

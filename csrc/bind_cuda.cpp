@@ -73,23 +73,24 @@ Tensor step_mask_cuda(const Tensor& ids, const Tensor& token_class, const Tensor
 
 // `op`: gpu::score_rows or gpu::logit_rows.
 Tensor head_on_rows_cuda(decltype(gpu::score_rows)* op, const Tensor& features, const Tensor& w1, const Tensor& b1,
-                         const Tensor& w2, const Tensor* b2) {
+                         const Tensor& w2, const Tensor* b2, int64_t activation) {
   const OnDeviceOf device(features);
   const Tensor rows = readable(features);
-  const HeadOnRows call = make_head_on_rows(rows, w1, b1, w2, b2);
+  const HeadOnRows call = make_head_on_rows(rows, w1, b1, w2, b2, activation);
   const Tensor sums = new_floats(features, gpu::row_sums_size(call.head, call.rows.count));
   op(call.head, call.rows, static_cast<float*>(sums.data_ptr()), static_cast<float*>(call.out.data_ptr()),
      device.stream());
   return call.out;
 }
 
-Tensor score_rows_cuda(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2) {
-  return head_on_rows_cuda(gpu::score_rows, features, w1, b1, w2, &b2);
+Tensor score_rows_cuda(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                       int64_t activation) {
+  return head_on_rows_cuda(gpu::score_rows, features, w1, b1, w2, &b2, activation);
 }
 
 Tensor logit_rows_cuda(const Tensor& features, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                       const Optional& b2) {
-  return head_on_rows_cuda(gpu::logit_rows, features, w1, b1, w2, b2 ? &*b2 : nullptr);
+                       const Optional& b2, int64_t activation) {
+  return head_on_rows_cuda(gpu::logit_rows, features, w1, b1, w2, b2 ? &*b2 : nullptr, activation);
 }
 
 void decode_step_cuda(DECODE_STEP_ARGUMENTS) {
@@ -106,9 +107,9 @@ void decode_step_cuda(DECODE_STEP_ARGUMENTS) {
 
 void flush_cuda(const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, const Tensor& tally,
                 const Tensor& step_score, const Tensor& slots, const Tensor& slot_owner, const Tensor& n_slots,
-                const Tensor& workspace) {
+                const Tensor& workspace, int64_t activation) {
   const OnDeviceOf device(slots);
-  const Head head = make_head(w1, b1, w2, &b2, slots);
+  const Head head = make_head(w1, b1, w2, &b2, slots, activation);
   gpu::flush(head, make_buffer(head, tally, step_score, slots, slot_owner, n_slots, workspace), device.stream());
 }
 

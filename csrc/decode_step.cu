@@ -146,7 +146,11 @@ void launch_step(const Device& on, Step<H> step, cudaStream_t stream) {
   const Rows3 kept{state.last_hidden, 2, state.sequences, 2 * step.head.width};
   step.maps = maps_of(step.head, {state.slots, 1, state.slot_capacity, step.head.width},
                       step.at_predict ? kept : Rows3{step.hidden, 1, step.ids.batch, step.hidden_stride});
-  launch_on<step_kernel<H>, H::CLUSTER>(on, blocks_for<H>(on, step.head.tiles), H::THREADS, on.shared_bytes, stream, step);
+  // Blocks beyond the tiles, of which a linear head has one, help to copy hidden: each thread takes its share of the pieces.
+  constexpr int64_t PIECES_A_BLOCK = 4 * H::COPIERS;
+  const int64_t copying = (step.ids.batch * step.pieces + PIECES_A_BLOCK - 1) / PIECES_A_BLOCK;
+  const int grid = blocks_for<H>(on, std::max<int64_t>(step.head.tiles, copying));
+  launch_on<step_kernel<H>, H::CLUSTER>(on, grid, H::THREADS, on.shared_bytes, stream, step);
 }
 
 }  // namespace

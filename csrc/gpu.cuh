@@ -119,6 +119,16 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t x, uint32_t y, uint32
   return z;
 }
 
+// 2^x, within 2 units of the last place; infinity or 0 where float32 has no room.
+__device__ __forceinline__ float power_of_two(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+// x / y, within 2 units of the last place; 0 where y is beyond 2^126, NaN where both are infinite.
+__device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
+
 // counter += 1, ordered on the whole device with all that the block did before its last barrier; returns the old value.
 __device__ __forceinline__ unsigned arrive(unsigned* counter) {
   unsigned before;

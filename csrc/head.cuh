@@ -1,5 +1,5 @@
-// The SPRM head on a GPU: W1 streamed once through shared memory, over tensor cores, into one partial sum a row and a
-// tile of units. Shared by the kernels of score_rows, logit_rows, flush and decode_step.
+// A head of one hidden layer on a GPU: W1 streamed once through shared memory, over tensor cores, into one partial sum a
+// row and a tile of units. Shared by the kernels of score_rows, logit_rows, flush and decode_step.
 //
 // A block owns a tile of up to 5 groups of 16 units. Four of its warps load: a ring of stages of W1's rows and the
 // features' columns, 16 bytes a copy, up to 15 stages ahead. Four multiply: mma.m16n8k16 with the units as its rows and
@@ -65,14 +65,14 @@ __device__ __forceinline__ void TilePass<H, S>::consume() const {
 template <class W, class T>
 __device__ __forceinline__ void prepare(const DeviceHead<W, T>&, const Ring&) {}
 
-// sums[m, tile] = sum over the tile's units u of w2[u] relu(W1[u] . f[m] + b1[u]) for every row m < count, f[m] =
+// sums[m, tile] = sum over the tile's units u of w2[u] act(W1[u] . f[m] + b1[u]) for every row m < count, f[m] =
 // feature_row(m); NaN if f[m] is not finite. All threads of all blocks call it with the same arguments; sums [count,
 // line] are complete when all blocks are through.
 template <class H, class FeatureRow>
 __device__ void partial_sums(const H& head, const typename H::Maps&, const FeatureRow& feature_row, int count, float* sums,
                              const Ring& ring) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (H::TENSOR_CORES && std::is_same_v<typename H::W, typename H::T>) {
+  if constexpr (H::TENSOR_CORES && std::is_same_v<typename H::W, typename H::T> && !H::CURVED) {
     __trap();  // head_sm90.cuh has these
     return;
   }
@@ -91,9 +91,13 @@ __device__ void partial_sums(const H& head, const typename H::Maps&, const Featu
     run(Shape<2, true, 2>{});
   } else {
     if (count <= 16) return run(Shape<2, true, 2>{});
-    if (count <= 64) return run(Shape<8, true, 2>{});
-    if (count <= 128) return run(Shape<4, false, 2>{});
-    run(Shape<8, false, 1>{});
+    if constexpr (H::CURVED) {  // no larger tiles: heads of other activations are small, and compiling them takes as long
+      run(Shape<8, true, 2>{});
+    } else {
+      if (count <= 64) return run(Shape<8, true, 2>{});
+      if (count <= 128) return run(Shape<4, false, 2>{});
+      run(Shape<8, false, 1>{});
+    }
   }
 }
 

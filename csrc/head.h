@@ -1,7 +1,9 @@
-// The SPRM head and the rows it is used on, as every kernel takes them.
+// A head of one hidden layer and the rows it is used on, as every kernel takes them.
 #pragma once
 
 #include <cstdint>
+
+#include "layout.h"
 
 namespace reflective {
 
@@ -16,6 +18,7 @@ struct Head {
   const void* b2;  // [1], or null for none
   int64_t units, width;
   HeadType type;
+  int64_t activation = RELU;
 
   bool is_bfloat16() const { return type == HeadType::bfloat16; }
 };

@@ -1,4 +1,4 @@
-// From products to a row's score: w2 relu(z + b1) over 16 units, over a tile's groups, over the tiles, then b2 and the
+// From products to a row's score: w2 act(z + b1) over 16 units, over a tile's groups, over the tiles, then b2 and the
 // logarithm of the sigmoid. The order of every sum is fixed, see head.cuh.
 #pragma once
 
@@ -10,9 +10,19 @@ namespace reflective {
 
 // -- over a tile -----------------------------------------------------------------------------------------------------
 
-// sum over a group's 16 units of w2 relu(z + b1), in every thread of the quad column that has the row.
+// act(z), see curve.h.
+__device__ __forceinline__ float activated(const Curve& curve, float z) {
+  float s = z * z;
+  if (s > Curve::MOST) s = Curve::MOST;  // not fminf, which turns a NaN into MOST
+  float y = curve.p[Curve::DEGREE];
+#pragma unroll
+  for (int i = Curve::DEGREE - 1; i >= 0; --i) y = fmaf(y, s, curve.p[i]);
+  return quotient(z, 1 + power_of_two(-z * y));
+}
+
+// sum over a group's 16 units of w2 act(z + b1), in every thread of the quad column that has the row.
 template <class H>
-__device__ __forceinline__ float group_sum(float low, float high, float b1_low, float b1_high, float w2_low,
+__device__ __forceinline__ float group_sum(const H& head, float low, float high, float b1_low, float b1_high, float w2_low,
                                            float w2_high) {
   if constexpr (!H::TENSOR_CORES) {
 #pragma unroll
@@ -22,9 +32,13 @@ __device__ __forceinline__ float group_sum(float low, float high, float b1_low, 
     }
   }
   low += b1_low, high += b1_high;
-  // Not fmaxf, which turns a NaN into 0.
-  float sum = fmaf(w2_high, high < 0 ? 0 : high, w2_low * (low < 0 ? 0 : low));
-  sum = fmaf(low, 0.0f, sum);  // a feature that is not finite makes every product so, also those that ReLU swallows
+  float sum;
+  if constexpr (H::CURVED) {
+    sum = fmaf(w2_high, activated(head.curve, high), w2_low * activated(head.curve, low));
+  } else {  // not fmaxf, which turns a NaN into 0
+    sum = fmaf(w2_high, high < 0 ? 0 : high, w2_low * (low < 0 ? 0 : low));
+  }
+  sum = fmaf(low, 0.0f, sum);  // a feature that is not finite makes every product so, also those that it swallows
 #pragma unroll
   for (int mask = 4; mask < WARP; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
   return sum;
@@ -47,7 +61,7 @@ __device__ __forceinline__ void TilePass<H, S>::reduce(
       for (int tile = 0; tile < S::TILES; ++tile) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          const float sum = group_sum<H>(products[i][tile].sums[r], products[i][tile].sums[r + ROWS], b1_low, b1_high,
+          const float sum = group_sum(head, products[i][tile].sums[r], products[i][tile].sums[r + ROWS], b1_low, b1_high,
                                       w2_low, w2_high);
           if constexpr (S::SPLIT_UNITS) {
             const int row = row_of(tile) + (H::TENSOR_CORES ? 2 * quad + r : r);

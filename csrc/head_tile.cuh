@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "curve.h"
 #include "gpu.cuh"
 #include "head.h"
 #include "layout.h"
@@ -42,12 +43,21 @@ struct DeviceHead : Tiling {
   static constexpr int THREADS = 2 * COMPUTE_THREADS;  // of a block: as many load
   static constexpr int COPIERS = COMPUTE_THREADS;      // of them, the first ones, that have time for something else
   static constexpr int CLUSTER = 1;
+  static constexpr bool CURVED = false;
   struct Maps {};
   using Bias = std::conditional_t<sizeof(W) == 1, float, W>;
 
   const W* w1;  // [units, width]
   const Bias *b1, *w2, *b2;
   int units, width;
+};
+
+// The same with another activation than ReLU. As an argument of the kernel the curve costs no register.
+template <class W_, class T_>
+struct CurvedHead : DeviceHead<W_, T_> {
+  static constexpr bool CURVED = true;
+
+  Curve curve;
 };
 
 // Rows of 32 columns, 16-byte piece by piece, in an order in which reads meet no bank twice: of 16-bit rows 8 below

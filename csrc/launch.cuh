@@ -79,6 +79,11 @@ H device_head(const Head& head, const Device& device) {
           static_cast<int>(head.width)};
 }
 
+template <class T>
+CurvedHead<T, T> curved_head(const Head& head, const Device& device) {
+  return {device_head<DeviceHead<T, T>>(head, device), curve_of(head.activation)};
+}
+
 // Rows of a head's width in device memory, [rows, planes, width].
 struct Rows3 {
   const void* data;
@@ -155,6 +160,14 @@ typename Sm90Head<T>::Maps maps_of(const Sm90Head<T>& head, const Rows3& in_orde
 // use(head), the head typed and tiled.
 template <class Use>
 void with_head(const Head& head, const Device& device, Use use) {
+  if (head.activation != RELU) {
+    switch (head.type) {
+      case HeadType::float32: return use(curved_head<float>(head, device));
+      case HeadType::bfloat16: return use(curved_head<Bfloat16>(head, device));
+      case HeadType::float16: return use(curved_head<Float16>(head, device));
+      default: throw std::runtime_error("float8 weights go with relu alone");
+    }
+  }
 #if defined(__CUDACC__) && defined(REFLECTIVE_SM90A)
   if (device.capability == 90 && head.type == HeadType::bfloat16) return use(device_head<Sm90Head<Bfloat16>>(head, device));
   if (device.capability == 90 && head.type == HeadType::float16) return use(device_head<Sm90Head<Float16>>(head, device));

@@ -44,6 +44,11 @@ inline int64_t workspace_size(int64_t rows, int64_t units) {
   return WORKSPACE_HEADER + rows * ((units + UNIT_GROUP - 1) / UNIT_GROUP + 4);
 }
 
+constexpr int64_t RELU = 0;
+constexpr int64_t GELU = 1;
+constexpr int64_t GELU_TANH = 2;
+constexpr int64_t SILU = 3;
+
 constexpr uint64_t HASH_FACTOR = 6364136223846793005;
 constexpr double LOG_FLOOR = -23.025850929940457;  // ln 1e-10
 

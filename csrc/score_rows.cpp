@@ -14,6 +14,8 @@ namespace reflective {
 namespace {
 
 constexpr int64_t ROWS_PER_PASS = 256;  // one pass over W1; bounds the scratch
+constexpr int64_t PASS_WIDTH = 8192;    // of wider rows fewer, lest packed ones grow beyond 8 MiB, but no fewer than a tile's
+constexpr int64_t LEAST_ROWS = 32;
 // Multiply-adds worth waking a thread for. One row at width 576 is 2.5 times as many: 35 us on one thread, 20 us on 2.
 constexpr int64_t WORK_PER_THREAD = 256 * 1024;
 
@@ -75,9 +77,11 @@ void score_passes(const Head& head, const Rows& rows, Finish finish, float* out)
   const Capability& path = capability();
   const ScoreKernel& kernel = head.is_bfloat16() ? *path.bfloat16 : *path.float32;
   const int64_t row_bytes = rows.stride * (head.is_bfloat16() ? sizeof(bfloat16) : sizeof(float));
-  for (int64_t m = 0; m < rows.count; m += ROWS_PER_PASS) {
+  const int64_t narrowed = ROWS_PER_PASS * PASS_WIDTH / std::max(head.width, PASS_WIDTH);
+  const int64_t pass_rows = std::max(LEAST_ROWS, narrowed / LEAST_ROWS * LEAST_ROWS);
+  for (int64_t m = 0; m < rows.count; m += pass_rows) {
     const Rows pass{static_cast<const char*>(rows.data) + m * row_bytes, rows.stride,
-                    std::min(ROWS_PER_PASS, rows.count - m)};
+                    std::min(pass_rows, rows.count - m)};
     score_pass(head, pass, kernel, finish, out + m);
   }
 }

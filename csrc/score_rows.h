@@ -19,14 +19,14 @@ inline float to_float(bfloat16 x) {
   return value;
 }
 
-// out[m] = max(logsigmoid(w2 . relu(W1 rows[m] + b1) + b2), LOG_FLOOR); NaN for a row that is not finite.
+// out[m] = max(logsigmoid(w2 . act(W1 rows[m] + b1) + b2), LOG_FLOOR); NaN for a row that is not finite.
 //
 // The order of every sum is fixed by the row alone: a row has the same bits in any batch, at any place, on any number
 // of threads. Each (row, unit) dot product walks the width once in its own vector of lanes; UNIT_BLOCK units give one
-// partial sum of relu(z) * w2; partial sums are added in block order in float64.
+// partial sum of act(z) * w2; partial sums are added in block order in float64.
 void score_rows(const Head& head, const Rows& rows, float* out);
 
-// out[m] = w2 . relu(W1 rows[m] + b1) + b2, the latter if there is one; NaN for a row that is not finite.
+// out[m] = w2 . act(W1 rows[m] + b1) + b2, the latter if there is one; NaN for a row that is not finite.
 void logit_rows(const Head& head, const Rows& rows, float* out);
 
 // max(logsigmoid(logit), LOG_FLOOR); a NaN stays one.

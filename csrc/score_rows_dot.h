@@ -1,13 +1,14 @@
 // The dot-product kernel, over the vectors `V` of one instruction set. Included once by each such file, after its
 // target pragma: the anonymous namespace keeps one file's instructions out of another's code.
 //
-//     partial[m, block] = sum over the block's units k of relu(W1[k] . rows[m] + b1[k]) * w2[k]
+//     partial[m, block] = sum over the block's units k of act(W1[k] . rows[m] + b1[k]) * w2[k]
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "score_rows.h"
+#include "score_rows_curve.h"
 
 namespace reflective {
 namespace {
@@ -54,12 +55,16 @@ inline void group_dots(const Row* rows, int64_t stride, int64_t count, const Wei
   if constexpr (R > 1) group_dots<V, R / 2>(rows, stride, count, w, width, z);
 }
 
+// One chain of sums over more columns than this would gather more rounding than a BLAS, which adds up pieces.
+constexpr int64_t CHAIN = 16384;
+
 template <class V, class Row, class Weight>
 void dot_partial_sums(const Head& head, const Rows& rows, int64_t begin, int64_t end, float* partial) {
   constexpr int64_t ROW_TILE = 32;  // rows that stay in the second-level cache while a block of W1 passes
   const auto* data = static_cast<const Row*>(rows.data);
   const auto* w1 = static_cast<const Weight*>(head.w1);
   const int64_t blocks = unit_blocks(head.units);
+  const Curve curve = head.activation == RELU ? Curve{} : curve_of(head.activation);
   for (int64_t block = begin; block < end; ++block) {
     const Weight* w[UNIT_BLOCK];
     float b1[UNIT_BLOCK], w2[UNIT_BLOCK];
@@ -73,13 +78,24 @@ void dot_partial_sums(const Head& head, const Rows& rows, int64_t begin, int64_t
     const int64_t units = head.units - block * UNIT_BLOCK;
     for (int64_t m = 0; m < rows.count; m += ROW_TILE) {
       const int64_t tile = rows.count - m < ROW_TILE ? rows.count - m : ROW_TILE;
-      float z[ROW_TILE * UNIT_BLOCK];
+      float z[ROW_TILE * UNIT_BLOCK], more[ROW_TILE * UNIT_BLOCK];
       for (int64_t u = 0; u < UNIT_BLOCK && u < units; u += UNITS_TOGETHER) {
-        group_dots<V, V::ROWS>(data + m * rows.stride, rows.stride, tile, w + u, head.width, z + u);
+        int64_t h = 0;
+        do {
+          const Weight* weights[UNITS_TOGETHER];
+          for (int i = 0; i < UNITS_TOGETHER; ++i) weights[i] = w[u + i] + h;
+          const int64_t width = head.width - h < CHAIN ? head.width - h : CHAIN;
+          group_dots<V, V::ROWS>(data + m * rows.stride + h, rows.stride, tile, weights, width, h > 0 ? more : z + u);
+          for (int64_t r = 0; h > 0 && r < tile; ++r) {
+            for (int i = 0; i < UNITS_TOGETHER; ++i) z[r * UNIT_BLOCK + u + i] += more[r * UNIT_BLOCK + i];
+          }
+        } while ((h += CHAIN) < head.width);
       }
       for (int64_t r = 0; r < tile; ++r) {
         for (int64_t u = units; u < UNIT_BLOCK; ++u) z[r * UNIT_BLOCK + u] = 0;
-        partial[(m + r) * blocks + block] = V::relu_dot(z + r * UNIT_BLOCK, b1, w2);
+        const float* const of_row = z + r * UNIT_BLOCK;
+        partial[(m + r) * blocks + block] =
+            head.activation == RELU ? V::relu_dot(of_row, b1, w2) : curve_dot(curve, of_row, b1, w2);
       }
     }
   }

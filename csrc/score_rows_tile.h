@@ -1,7 +1,7 @@
 // The matrix-tile kernel for bfloat16, over a tile engine `T`: AMX, or its emulation in plain C++.
 //
 //     Z[u, m] = sum over h of W1[u, h] * rows[m, h]          a block of 32 units by 32 rows at a time
-//     partial[m, block] = sum over u of relu(Z[u, m] + b1[u]) * w2[u]
+//     partial[m, block] = sum over u of act(Z[u, m] + b1[u]) * w2[u]
 //
 // W1 is the left operand as it lies in memory. The rows are packed once: pairs of features next to each other, 32 rows
 // side by side, padded with zeros. Used for every number of rows, so that a row's bits do not depend on it.
@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "score_rows.h"
+#include "score_rows_curve.h"
 
 namespace reflective {
 namespace {
@@ -44,6 +45,7 @@ void tile_partial_sums(const Head& head, const Rows& rows, int64_t begin, int64_
   const auto* w2 = static_cast<const bfloat16*>(head.w2);
   const auto* packed = static_cast<const bfloat16*>(rows.data);
   const int64_t blocks = unit_blocks(head.units), depth = round_up(head.width, TILE_DEPTH);
+  const Curve curve = head.activation == RELU ? Curve{} : curve_of(head.activation);
   T tiles;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * UNIT_BLOCK;
@@ -72,6 +74,10 @@ void tile_partial_sums(const Head& head, const Rows& rows, int64_t begin, int64_
       float sums[TILE_ROWS] = {};
       for (int64_t u = 0; u < units; ++u) {
         const float bias = to_float(b1[first + u]), weight = to_float(w2[first + u]);
+        if (head.activation != RELU) {
+          for (int64_t r = 0; r < TILE_ROWS; ++r) sums[r] += activated(curve, z[u][r] + bias) * weight;
+          continue;
+        }
         for (int64_t r = 0; r < TILE_ROWS; ++r) {
           const float activation = z[u][r] + bias;
           sums[r] += (activation < 0 ? 0 : activation) * weight;  // a NaN is not below zero and stays

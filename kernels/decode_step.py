@@ -19,11 +19,13 @@ from .layout import (
     OWNER_SEQUENCE,
     OWNER_STEP,
     PAD,
+    RELU,
     SEEN,
     START,
     STEP,
     THINK,
 )
+from .logit_rows import check_activation
 
 
 def decode_step(
@@ -34,7 +36,7 @@ def decode_step(
     step_column: Tensor, step_region: Tensor, step_score: Tensor,
     slots: Tensor, slot_owner: Tensor, n_slots: Tensor, workspace: Tensor,
     at_predict: bool, immediate: bool, rows: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    quiet: int = 0,
+    quiet: int = 0, activation: int = RELU,
 ) -> None:  # fmt: skip
     """Consume ``q`` tokens of each of ``B`` sequences, or of each as many as ``cu_seqlens`` says.
 
@@ -65,12 +67,15 @@ def decode_step(
         quiet: so many columns of ``ids`` at the beginning hold no step that counts, of any sequence: kernels need no slots for
             them and consume them in one piece. A step there does not count, even if it is in scope. 0, more than there are,
             and all between are allowed.
+        activation: of the head, see ``logit_rows``.
 
     Raises:
-        ValueError: ``quiet`` is negative; RuntimeError, where compiled.
+        ValueError: ``quiet`` is negative, or see ``logit_rows``; RuntimeError, where compiled.
     """
     if quiet < 0:
         raise ValueError(f"quiet={quiet}: expected columns, 0 or more")
+    check_activation(activation, w1)
+    head_and_slots = w1, b1, w2, b2, tally, step_score, slots, slot_owner, n_slots, workspace, activation
     log_capacity = step_column.shape[1]
     B = len(ids) if cu_seqlens is None else len(cu_seqlens) - 1
     row = torch.arange(B, device=ids.device) if rows is None else rows.long()
@@ -95,7 +100,7 @@ def decode_step(
 
             for b in is_step.nonzero().flatten().tolist():
                 if int(n_slots) == slots.shape[0]:
-                    flush(w1, b1, w2, b2, tally, step_score, slots, slot_owner, n_slots, workspace)
+                    flush(*head_and_slots)
                 slot, step = int(n_slots), int(s[b, N_STEPS])
                 slots[slot] = feature[b]
                 slot_owner[slot, OWNER_SEQUENCE] = row[b]
@@ -116,4 +121,4 @@ def decode_step(
             seq[row] = s
             last_hidden[row, s[:, SEEN] & 1] = h[:, -1]
     if immediate:
-        flush(w1, b1, w2, b2, tally, step_score, slots, slot_owner, n_slots, workspace)
+        flush(*head_and_slots)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import layout
 from .flush_triton import flush, flush_for
+from .logit_rows import check_activation
 from .logit_rows_triton import (
     BLOCK_R,
     OPTIONS,
@@ -106,7 +107,8 @@ def _feature(
 def _step(
     ids, hidden, token_class, transition, w1, b1, w2, b2, seq, tally, last_hidden, step_column, step_region, step_score,
     slots, slot_owner, n_slots, workspace, rows,
-    B, N, R, C, V, n_states, ids_b, hidden_b, H: tl.constexpr, K: tl.constexpr, LINE: tl.constexpr,
+    B, N, R, C, V, n_states, ids_b, hidden_b,
+    H: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, LINE: tl.constexpr,
     AT_PREDICT: tl.constexpr, IMMEDIATE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +155,9 @@ def _step(
         for first in range(0, n, BLOCK_M):
             m = first + tl.arange(0, BLOCK_M)
             f_row = _feature(m, n, waiting, scored, STRIDE, source, source_b, seq, slots, H, AT_PREDICT, ALIGN)
-            head_partials(program, first, n, f_row, w1, b1, w2, sums, H, K, LINE, BLOCK_U, BLOCK_M, BLOCK_H, STAGES)
+            head_partials(
+                program, first, n, f_row, w1, b1, w2, sums, H, K, ACTIVATION, LINE, BLOCK_U, BLOCK_M, BLOCK_H, STAGES
+            )  # fmt: skip
     else:
         for t in range(program, (n - waiting) * TILES, n_programs):
             t = tl.cast(t, tl.int64)
@@ -303,7 +307,7 @@ def decode_step(
     step_column: Tensor, step_region: Tensor, step_score: Tensor,
     slots: Tensor, slot_owner: Tensor, n_slots: Tensor, workspace: Tensor,
     at_predict: bool, immediate: bool, rows: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    quiet: int = 0,
+    quiet: int = 0, activation: int = layout.RELU,
 ) -> None:  # fmt: skip
     """Consume ``q`` tokens of each of ``B`` sequences, or those that ``cu_seqlens`` gives it; semantics and arguments as in
     the definition.
@@ -314,10 +318,12 @@ def decode_step(
     ``hidden`` is not contiguous in its last dimension: then it is copied.
 
     Raises:
-        ValueError: the slot buffer has fewer rows than a dense call has sequences; ``quiet`` is negative.
+        ValueError: the slot buffer has fewer rows than a dense call has sequences; ``quiet`` is negative; see
+            ``check_activation``.
     """
     if quiet < 0:
         raise ValueError(f"quiet={quiet}: expected columns, 0 or more")
+    check_activation(activation, w1)
     B, q = ids.shape
     R, H = slots.shape
     N, C, V, n_states = *step_column.shape, len(token_class), transition.shape[1]
@@ -337,7 +343,7 @@ def decode_step(
             _step[(triton.cdiv(len(w1), tile["BLOCK_U"]),)](
                 ids, hidden, token_class, transition, weight_bits(w1), b1, w2, b2, seq, tally, last_hidden,
                 step_column, step_region, step_score, slots, slot_owner, n_slots, workspace, rows,
-                B, N, R, C, V, n_states, ids.stride(0), hidden.stride(0), H, len(w1), head_line(w1),
+                B, N, R, C, V, n_states, ids.stride(0), hidden.stride(0), H, len(w1), activation, head_line(w1),
                 at_predict, immediate, math.gcd(16, *pitches), min(512, max(128, triton.next_power_of_2(B))), **tile, **OPTIONS,
             )  # fmt: skip
             return
@@ -351,11 +357,11 @@ def decode_step(
             counting = max(begin, quiet)  # from here on a column may want slots
             end = min(counting + piece, q)
             if counting < end:
-                flush_for(B * (end - counting), *head_and_slots)
+                flush_for(B * (end - counting), activation, *head_and_slots)
             _walk[(sequences,)](
                 ids, hidden, token_class, transition, seq, last_hidden, step_column, step_region, slots, slot_owner, n_slots,
                 rows, cu_seqlens, begin, end, quiet, N, V, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H, at_predict, **OPTIONS,
             )  # fmt: skip
             begin = end
         if immediate:
-            flush(*head_and_slots)
+            flush(*head_and_slots, activation)

@@ -37,6 +37,9 @@ STEP, THINK, END = 1 << 16, 1 << 17, 1 << 18
 WORKSPACE_HEADER = 64
 UNIT_GROUP = 16  # units that share a line of partial sums at the least: one tile of the tensor cores' product
 
+# What a head does with its hidden units, the ops' argument ``activation``. GELU is the exact one, by the error function.
+RELU, GELU, GELU_TANH, SILU = range(4)
+
 HASH_FACTOR = 6364136223846793005  # Knuth's MMIX multiplier; hash <- hash * factor + id + 1, modulo 2**64
 LOG_FLOOR = math.log(1e-10)  # a step's log-score is never below this (paper section 3.2: scores clamped at 1e-10)
 

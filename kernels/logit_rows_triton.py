@@ -1,4 +1,4 @@
-"""logit_rows: the SPRM head on gathered rows, before the sigmoid. In Triton; the definition is ``logit_rows.py``.
+"""logit_rows: a head of one hidden layer on gathered rows, before the sigmoid. In Triton; the definition is ``logit_rows.py``.
 
 A row's bits depend on nothing but the row and the head. A unit's sum over ``h`` goes 16 columns at a time through the same
 tensor-core instruction whatever the tile, because tiles of one head are either all 64 units or more (wgmma, tcgen05) or all
@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from . import layout
+from .logit_rows import check_activation
 
 # Of two products that are added the compiler may fuse either, in every tile another; dots in float32 stay fused.
 OPTIONS = {"enable_fp_fusion": False}
@@ -21,6 +22,10 @@ OPTIONS = {"enable_fp_fusion": False}
 NAN_PROPAGATES = tl.constexpr(tl.PropagateNan.ALL)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 UNIT_GROUP = tl.constexpr(layout.UNIT_GROUP)
+RELU, GELU, GELU_TANH = map(tl.constexpr, (layout.RELU, layout.GELU, layout.GELU_TANH))
+# Columns of float32 from which one chain of sums, a column after the other, would gather more rounding than a BLAS, and after
+# how many the sum is then put aside.
+CHAIN, FOLD = tl.constexpr(16384), tl.constexpr(1024)
 BLOCK_R, BLOCK_P = tl.constexpr(16), tl.constexpr(256)  # rows, and partial sums of each, that are read at once
 
 
@@ -39,15 +44,29 @@ def _weights(w, dtype: tl.constexpr):
 
 
 @triton.jit
+def _activated(z, ACTIVATION: tl.constexpr):
+    """``act(z)`` in float32, see the definition."""
+    if ACTIVATION == RELU:
+        a = tl.maximum(z, 0.0)
+    elif ACTIVATION == GELU:
+        a = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == GELU_TANH:  # (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y))
+        a = z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+    else:
+        a = z / (1.0 + tl.exp(-z))
+    return a
+
+
+@triton.jit
 def head_partials(
     program, first, n, f_row, w1, b1, w2, sums,
-    H: tl.constexpr, K: tl.constexpr, LINE: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, LINE: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``sums[m, p] = sum_{u in line p} w2[u] (relu(z[u]) + 0 z[u])``, ``z[u] = sum_h W1[u, h] f[m, h] + b1[u]``, for one block
+    """``sums[m, p] = sum_{u in line p} w2[u] (act(z[u]) + 0 z[u])``, ``z[u] = sum_h W1[u, h] f[m, h] + b1[u]``, for one block
     of units and the rows ``m`` in ``[first, min(first + BLOCK_M, n))``; a line is ``LINE`` units.
 
-    ``0 z`` because ReLU would let minus infinity pass for an innocent 0: of a row that is not finite no ``z`` is, so every
+    ``0 z`` because an activation would let minus infinity pass for an innocent 0: of a row that is not finite no ``z`` is, so every
     sum is NaN; of any other row it changes no bit.
 
     f_row: [BLOCK_M] pointers to the rows' ``f``, of the dtype in which products are taken; w1: [K, H] of the same, or
@@ -62,18 +81,27 @@ def head_partials(
     w_ptr = w1 + unit.to(tl.int64)[:, None] * H + h[None, :]  # [BLOCK_U, BLOCK_H]
     f_ptr = f_row[None, :] + h[:, None]  # [BLOCK_H, BLOCK_M]
     z = tl.zeros((BLOCK_U, BLOCK_M), tl.float32)
-    for done in tl.range(0, H, BLOCK_H, num_stages=STAGES):
-        w = tl.load(w_ptr + done, mask=(unit[:, None] < K) & (h[None, :] < H - done), other=0.0)
-        f = tl.load(f_ptr + done, mask=(row[None, :] < n) & (h[:, None] < H - done), other=0.0)
-        w = _weights(w, dtype)
-        if INTERPRETED:  # its dot takes bfloat16 for integers
-            w, f = w.to(tl.float32), f.to(tl.float32)
-        z = tl.dot(w, f, z, input_precision="ieee")
+    if H > CHAIN and dtype == tl.float32:
+        for begin in range(0, H, FOLD):
+            piece = tl.zeros((BLOCK_U, BLOCK_M), tl.float32)
+            for done in tl.range(begin, min(begin + FOLD, H), BLOCK_H, num_stages=STAGES):
+                w = tl.load(w_ptr + done, mask=(unit[:, None] < K) & (h[None, :] < H - done), other=0.0)
+                f = tl.load(f_ptr + done, mask=(row[None, :] < n) & (h[:, None] < H - done), other=0.0)
+                piece = tl.dot(w, f, piece, input_precision="ieee")
+            z += piece
+    else:
+        for done in tl.range(0, H, BLOCK_H, num_stages=STAGES):
+            w = tl.load(w_ptr + done, mask=(unit[:, None] < K) & (h[None, :] < H - done), other=0.0)
+            f = tl.load(f_ptr + done, mask=(row[None, :] < n) & (h[:, None] < H - done), other=0.0)
+            w = _weights(w, dtype)
+            if INTERPRETED:  # its dot takes bfloat16 for integers
+                w, f = w.to(tl.float32), f.to(tl.float32)
+            z = tl.dot(w, f, z, input_precision="ieee")
     bias = tl.load(b1 + unit, mask=unit < K, other=0.0).to(tl.float32)[:, None]
     # z + bias, which the compiler would begin the product's sum with where the loop has a single step, and only there.
     z = tl.fma(z, 1.0, bias)
     weight = tl.load(w2 + unit, mask=unit < K, other=0.0).to(tl.float32)[:, None]
-    product = weight * (tl.maximum(z, 0.0) + z * 0.0)
+    product = weight * (_activated(z, ACTIVATION) + z * 0.0)
     partial = tl.sum(tl.reshape(product, (BLOCK_U // UNIT_GROUP, UNIT_GROUP, BLOCK_M)), 1)
     for i in tl.static_range(0 if LINE == UNIT_GROUP else 1 if LINE == 2 * UNIT_GROUP else 2):
         pairs = tl.reshape(partial, (BLOCK_U // UNIT_GROUP // 2 ** (i + 1), 2, BLOCK_M))
@@ -103,7 +131,7 @@ def head_logits(row, n, b2, sums, N_LINES: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "room"])
 def _partials(
     features, w1, b1, w2, sums, n_slots, M, room,
-    H: tl.constexpr, K: tl.constexpr, LINE: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, LINE: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``head_partials`` for the unit block and the row tile of this program, of ``M`` rows; or, with ``n_slots``, of the rows
@@ -115,7 +143,9 @@ def _partials(
     first, program = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     if (n + room > M) & (first < n):
         f_row = features + (first + tl.arange(0, BLOCK_M)).to(tl.int64) * H
-        head_partials(program, first, n, f_row, w1, b1, w2, sums, H, K, LINE, BLOCK_U, BLOCK_M, BLOCK_H, STAGES)
+        head_partials(
+            program, first, n, f_row, w1, b1, w2, sums, H, K, ACTIVATION, LINE, BLOCK_U, BLOCK_M, BLOCK_H, STAGES
+        )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -156,10 +186,11 @@ def weight_bits(w1: Tensor) -> Tensor:
 
 
 def partials(
-    features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, sums: Tensor | None = None, n_slots: Tensor | None = None,
-    room: int = 1,
+    features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, activation: int, sums: Tensor | None = None,
+    n_slots: Tensor | None = None, room: int = 1,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """Launch ``_partials``. Returns the sums and the number of lines of each row."""
+    """Launch ``_partials``. Returns the sums and the number of lines of each row. Raises what ``check_activation`` does."""
+    check_activation(activation, w1)
     M, H = features.shape
     K, line, tile = w1.shape[0], head_line(w1), head_tile(w1, M)
     lines = triton.cdiv(K, line)
@@ -167,29 +198,32 @@ def partials(
         sums = torch.empty(M, lines + 2, dtype=torch.float32, device=features.device)
     grid = triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(K, tile["BLOCK_U"])
     _partials[grid](
-        features.contiguous(), weight_bits(w1), b1, w2, sums, n_slots, M, room, H, K, line, **tile, **OPTIONS
+        features.contiguous(), weight_bits(w1), b1, w2, sums, n_slots, M, room, H, K, activation, line, **tile, **OPTIONS
     )  # fmt: skip
     return sums, lines
 
 
 def finished(
-    finish: triton.JITFunction, features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None
+    finish: triton.JITFunction, features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, activation: int
 ) -> Tensor:
     """Launch ``_partials`` on ``features`` [M, H] and ``finish``, ``_logits`` or its like, on their sums. Returns what that
     writes, [M] float32.
     """
+    check_activation(activation, w1)
     M = features.shape[0]
     out = torch.empty(M, dtype=torch.float32, device=features.device)
     if M:
         with torch.cuda.device_of(features):
-            sums, lines = partials(features, w1, b1, w2)
+            sums, lines = partials(features, w1, b1, w2, activation)
             finish[(triton.cdiv(M, BLOCK_R.value),)](out, b2, sums, M, lines, **OPTIONS)
     return out
 
 
-def logit_rows(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None = None) -> Tensor:
-    """``w2 . relu(W1 f + b1) + b2`` for every row ``f``; NaN for a row that is not finite. Arguments as in the definition.
+def logit_rows(
+    features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None = None, activation: int = layout.RELU
+) -> Tensor:
+    """``w2 . act(W1 f + b1) + b2`` for every row ``f``; NaN for a row that is not finite. Arguments as in the definition.
 
     Activations and sums are float32 and never leave registers before the product with ``w2``.
     """
-    return finished(_logits, features, w1, b1, w2, b2)
+    return finished(_logits, features, w1, b1, w2, b2, activation)

@@ -1,4 +1,4 @@
-"""score_rows: the SPRM head on gathered rows. In Triton; the definition is ``score_rows.py``."""
+"""score_rows: a head of one hidden layer on gathered rows. In Triton; the definition is ``score_rows.py``."""
 
 import triton
 import triton.language as tl
@@ -30,10 +30,12 @@ def _scores(out, b2, sums, M, N_LINES: tl.constexpr):
     tl.store(out + row, log_score(head_logits(row, M, b2, sums, N_LINES)), mask=row < M)
 
 
-def score_rows(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """``max(logsigmoid(w2 . relu(W1 f + b1) + b2), ln 1e-10)`` for every row ``f``; NaN for a row that is not finite.
+def score_rows(
+    features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: int = layout.RELU
+) -> Tensor:
+    """``max(logsigmoid(w2 . act(W1 f + b1) + b2), ln 1e-10)`` for every row ``f``; NaN for a row that is not finite.
 
     Activations and sums are float32, and activations never leave registers; every sum has a fixed order, so a row's bits
     depend on nothing but the row. Arguments as in the definition.
     """
-    return finished(_scores, features, w1, b1, w2, b2)
+    return finished(_scores, features, w1, b1, w2, b2, activation)

@@ -8,10 +8,12 @@ if TYPE_CHECKING:
     from .engines.hf.scorer import StreamScorer
     from .model import ReflectiveModel
     from .scoring.backend import backends
+    from .scoring.loading import load_head
     from .scoring.loss import sprm_loss, sprm_loss_rows
     from .scoring.scores import NonFiniteWarning, TrajectoryScores
     from .scoring.sprm import SPRM
     from .scoring.steps import StepTokens
+    from .scoring.taps import Tap
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,8 +22,10 @@ __all__ = [
     "ReflectiveModel",
     "StepTokens",
     "StreamScorer",
+    "Tap",
     "TrajectoryScores",
     "backends",
+    "load_head",
     "score",
     "sprm_loss",
     "sprm_loss_rows",
@@ -32,8 +36,10 @@ _HOME = {
     "ReflectiveModel": "model",
     "StepTokens": "scoring.steps",
     "StreamScorer": "engines.hf.scorer",
+    "Tap": "scoring.taps",
     "TrajectoryScores": "scoring.scores",
     "backends": "scoring.backend",
+    "load_head": "scoring.loading",
     "score": "engines.hf.finished",
     "sprm_loss": "scoring.loss",
     "sprm_loss_rows": "scoring.loss",

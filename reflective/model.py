@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -20,7 +19,7 @@ from typing_extensions import Unpack
 from .checkpoints.config import Config
 from .checkpoints.files import CONFIG_NAME
 from .checkpoints.hub import save_head
-from .checkpoints.loading import load
+from .checkpoints.loading import agreed, load, load_used, told
 from .engines.base import Engine
 from .engines.hf.backbone import Backbone
 from .engines.hf.ends import end_tokens, pad_token
@@ -30,7 +29,7 @@ from .engines.hf.internals import attention_of
 from .engines.hf.pace import Pace
 from .engines.hf.parts import check_parts
 from .engines.hf.scorer import Schedule, StreamScorer
-from .scoring.sprm import SPRM
+from .scoring.heads import Head
 from .scoring.steps import StepTokens
 from .scoring.taps import Tap
 from .search.candidates import Ask, Live, Question, SamplingSettings
@@ -59,6 +58,7 @@ class ReflectiveModel:
         head: of the model's hidden size and dtype.
         config: how the two are used together.
         home: directory of the head, where a calibrated strategy finds its rule.
+        further: other heads, by which finished texts are scored too, see ``add_head``.
         host: where the weights are, if not here: vLLM. ``model`` is None then.
     """
 
@@ -66,15 +66,29 @@ class ReflectiveModel:
         self,
         model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
-        head: SPRM,
+        head: Head,
         config: Config | None = None,
         home: Path | None = None,
         host: "VLLMHost | None" = None,
     ) -> None:
-        self._model, self.tokenizer, self.head, self.config, self.home = model, tokenizer, head, config or Config(), home
+        self._model, self.tokenizer, self.home = model, tokenizer, home
+        self.config = config or Config()
+        self._said_at = self.config.at  # for heads that do not say themselves
+        self.head = head
+        self.further: dict[str, Head] = {}
+        self._further_steps: dict[str, StepTokens] = {}
         self.host = host
         self._kept: tuple[tuple, TransformersEngine] | None = None  # of the last ``generate``
-        self.steps = StepTokens.from_tokenizer(tokenizer, rule=self.config.rule, delimiter=self.config.delimiter)
+        self.steps = StepTokens.from_tokenizer(tokenizer, **self.config.step_rule)
+
+    @property
+    def head(self) -> Head:
+        """What scores. One that is put here reads the tokens that it says, or, where it says nothing, those that the configuration did."""
+        return self._head
+
+    @head.setter
+    def head(self, head: Head) -> None:
+        self._head, self.config = agreed(head, dataclasses.replace(self.config, at=self._said_at))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -188,7 +202,7 @@ class ReflectiveModel:
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
         self.head.save_pretrained(path)
-        write_text(Path(path) / CONFIG_NAME, json_text(asdict(self.config), indent=2) + "\n")
+        write_text(Path(path) / CONFIG_NAME, json_text(told(self.head, self.config), indent=2) + "\n")
 
     def save_head(self, path: str | Path, **given: Any) -> Path:
         """Write the head, and the adapter that it came with, as a repository with a model card: ``hub.save_head``."""
@@ -196,8 +210,8 @@ class ReflectiveModel:
 
     @property
     def tap(self) -> Tap:
-        """Where the head reads the model, at the tokens that ``config`` says."""
-        return dataclasses.replace(self.head.tap, at=self.config.at)
+        """Where the head reads the model."""
+        return self.head.tap
 
     @property
     def max_length(self) -> int | None:
@@ -227,16 +241,21 @@ class ReflectiveModel:
             ValueError: the head does not fit the model.
         """
         self.check_head()
-        use = asdict(self.config)
+        use = self.config.to_dict()
+        if said := {name: h.metadata() for name, h in {"": self.head, **self.further}.items() if name or h.metadata()}:
+            use["heads"] = said
         if self.host is not None:
             return {**self.host.identity(), "head": fingerprint(self.head.parameters()), "use": use}
-        weights = [*self.model.parameters(), *self.head.parameters()]
+        heads = [self.head, *self.further.values()]
+        weights = [*self.model.parameters(), *(p for head in heads for p in head.parameters())]
         return {"model": fingerprint(weights), "dtype": str(self.model.dtype), "use": use}
 
-    def check_head(self) -> None:
-        """Raises ValueError for a head that does not fit the model. vLLM has refused it when it was started."""
-        if self.host is None:
-            check_parts(Backbone.of(self.model), self.head, self.steps)
+    def check_head(self) -> StepTokens:
+        """The steps that its scores are of, all tokens where the head reads every one. Raises ValueError for a head that does not fit the model;
+        vLLM has refused it when it was started."""
+        if self.host is not None:
+            return self.host.steps
+        return check_parts(Backbone.of(self.model, self.head.tap), self.head, self.steps)
 
     def forget(self) -> None:
         """Have vLLM forget the beginnings of what it has run, so that the last bits of what comes do not depend on them."""
@@ -389,7 +408,7 @@ class ReflectiveModel:
         share = (engine.scoring_seconds - before) / max(1, sum(q.tokens for q in done))
         found = [self.generation(prompt, q, q.tokens * share) for prompt, q in zip(prompts, done, strict=True)]
         for generation in found:
-            generation.engine = engine.how
+            generation.engine, generation.aggregation = engine.how, self.head.in_progress
         return found[0] if single else found
 
     @contextlib.contextmanager
@@ -420,7 +439,7 @@ class ReflectiveModel:
         """
         if self.host is not None:
             return self.host.engine(batch_rows=batch_rows, **scoring)
-        scorer = StreamScorer(self.model, self.head, self.steps, at=self.config.at, **scoring)
+        scorer = StreamScorer(self.model, self.head, self.steps, **scoring)
         return TransformersEngine(
             self.model, scorer, ends=end_tokens(self.model, self.tokenizer), pad=pad_token(self.tokenizer) or 0,
             batch_rows=batch_rows or 64, pace=pace, decoding=decoding, kv_tokens=kv_tokens,
@@ -468,14 +487,20 @@ class ReflectiveModel:
         """What ``generate`` makes of these arguments.
 
         Raises:
-            ValueError: unknown effort or strategy, ``n`` below 1.
+            ValueError: unknown effort or strategy, ``n`` below 1; a head whose high scores are bad.
         """
+        if not self.head.higher_is_better:
+            raise ValueError(
+                "head: its scores are of risk, and a search would keep the riskiest; use it with rf.score, StreamScorer or add_head"
+            )
         if effort is not None and (not isinstance(effort, str) or effort not in EFFORT):
             raise ValueError(f"effort={effort!r}; expected one of {', '.join(EFFORT)}")
         n = EFFORT.get(effort) if n is None else n
-        given = {} if n is None else {"n": n}
+        given: dict[str, Any] = {} if n is None else {"n": n}
         if isinstance(strategy, Strategy):
             return dataclasses.replace(strategy, **given) if given else strategy
+        if self.head.aggregation != "geometric_mean":
+            given["aggregation"] = self.head.aggregation
         return by_name(strategy or "best_of_n", self.home, **given)
 
     def generation(self, prompt: str, question: Question, scoring_seconds: float = 0.0) -> Generation:
@@ -556,13 +581,35 @@ class ReflectiveModel:
         rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, responses, strict=True)]
         # Behind an empty prompt the whole text counts, as it does where rf.score is told of no prompts.
         scores = score(
-            self.model, self.head, self.steps, rows, at=self.config.at, prompt_lengths=[len(p) for p in prompts],
-            batch_tokens=batch_tokens, backend=backend, w1_dtype=w1_dtype, process_group=process_group,
+            self.model, {"": self.head, **self.further}, {"": self.steps, **self._further_steps}, rows,
+            prompt_lengths=[len(p) for p in prompts], batch_tokens=batch_tokens, backend=backend, w1_dtype=w1_dtype,
+            process_group=process_group,
         )  # fmt: skip
-        return [
-            candidate(self.reader, r, of_text(scores, i, len(p)))
-            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
-        ]
+        found = []
+        for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+            found.append(candidate(self.reader, r, of_text(scores[""], i, len(p))))
+            found[-1].further = {
+                name: candidate(self.reader, r, of_text(scores[name], i, len(p))) for name in self.further
+            }
+        return found
+
+    def add_head(self, name: str, path: str | Path, **where: Any) -> None:
+        """Have finished texts scored by another head too, in the same forward: ``Candidate.further[name]`` of what ``score`` returns.
+
+        Args:
+            path, where: as for ``rf.load_head``; ``reflective.json`` beside it is read as everywhere.
+
+        Raises:
+            FileNotFoundError, ValueError: as there; a name that is taken; weights that are in vLLM, which reads one head.
+        """
+        if self.host is not None:
+            raise ValueError(f"head {name}: vLLM reads one head; load the model without engine='vllm' for several")
+        if not name or name in self.further:
+            raise ValueError(f"head {name!r}: the name is empty or taken; give each head a name of its own")
+        head, config = load_used(path, self.model, **where)
+        steps = StepTokens.from_tokenizer(self.tokenizer, **config.step_rule)
+        check_parts(Backbone.of(self.model, head.tap), head, steps)
+        self.further[name], self._further_steps[name] = head, steps
 
     @property
     def vocab_size(self) -> int:
@@ -601,7 +648,7 @@ class ReflectiveModel:
         if not response:
             raise ValueError("response: it is empty")
         return Reading(
-            self.model, self.head, self.steps, [*prompt, *response], at=self.config.at, prompt_length=len(prompt)
+            self.model, self.head, self.steps, [*prompt, *response], prompt_length=len(prompt)
         )
 
     def read_candidate(self, reading: Reading, prompt: Sequence[int], response: Sequence[int]) -> Candidate:

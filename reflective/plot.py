@@ -31,6 +31,7 @@ class Generation(Protocol):
     strategy: str
     tokens: int
     alive: list[tuple[float, int]]
+    aggregation: str
 
 
 def plot_trajectory(candidate: Candidate, path: str | Path, *, title: str = "") -> None:
@@ -81,7 +82,7 @@ def plot_generation(generation: Generation, path: str | Path | None = None) -> "
     fig, (scores, alive) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(3, 2))
     colours = {"stop": "#4477aa", "length": "#ccbb44", "stopped": "#bbbbbb", "interrupted": "#bbbbbb"}
     for c in sorted(generation.candidates, key=lambda c: (c is generation.best, c.status != "stopped")):
-        running = [aggregate(c.step_scores[:k]) for k in range(1, len(c.step_scores) + 1)]
+        running = [aggregate(c.step_scores[:k], generation.aggregation) for k in range(1, len(c.step_scores) + 1)]
         colour = "#cc3311" if c is generation.best else colours[c.status]
         scores.plot(range(1, len(running) + 1), running, "-o", ms=3, color=colour, lw=2 if c is generation.best else 1)
     for label, colour in {"chosen": "#cc3311", **colours}.items():
@@ -89,7 +90,9 @@ def plot_generation(generation: Generation, path: str | Path | None = None) -> "
             name = {"stop": "finished", "length": "cut at its length"}.get(label, label)
             scores.plot([], [], "-o", ms=3, color=colour, label=name)
     title = f"{generation.strategy}: {generation.tokens} tokens"
-    scores.set(xlabel="step", ylabel="score (geometric mean)", ylim=(0, 1), title=title)
+    scores.set(xlabel="step", ylabel=f"score ({generation.aggregation.replace('_', ' ')})", title=title)
+    if all(0 <= s <= 1 for c in generation.candidates for s in c.step_scores):
+        scores.set_ylim(0, 1)
     seconds, counts = zip(*generation.alive, strict=True) if generation.alive else ((), ())
     alive.step(seconds, counts, where="post", color="#4477aa")
     alive.set(xlabel="seconds", ylabel="candidates alive", ylim=(0, None))

@@ -16,6 +16,7 @@ def second_pass(model: ReflectiveModel, ids: Tensor, prompt_length: int | None) 
         [n_steps] scores in (0, 1), the head's dtype.
     """
     with torch.no_grad():
-        hidden = model.model(ids, output_hidden_states=True).hidden_states[-2]  # [1, T, H]
+        states = model.model(ids, output_hidden_states=True).hidden_states
+        hidden = torch.cat([states[layer] for layer in model.head.tap.layers], -1)  # [1, T, H]
         steps = model.steps.mask(ids, prompt_lengths=prompt_length)[0].nonzero().flatten()
-        return model.head(hidden[0, steps - int(model.config.at == "predict")]).squeeze(-1).sigmoid()
+        return model.head(hidden[0, steps - int(model.head.tap.at == "predict")]).squeeze(-1).sigmoid()

@@ -25,23 +25,27 @@ from typing import Any
 
 from .checkpoints.vllm import for_vllm
 from .engines.vllm.core import check_version
-from .engines.vllm.options import Options
+from .engines.vllm.options import Options, no_text
 from .engines.vllm.results import collect
 from .engines.vllm.worker import logs_of
+from .scoring.heads import Head
 from .scoring.scores import TrajectoryScores
 from .scoring.steps import StepTokens
 
 __all__ = ["ascores", "scores", "settings", "start"]
 
+_NO_TEXT: dict[tuple[Any, ...], frozenset[int]] = {}  # tokens of no text, by model
 
-def settings(path: str | Path, *, head: str | Path | None = None, **options: Any) -> dict[str, Any]:
+
+def settings(path: str | Path, *, head: str | Path | Head | None = None, **options: Any) -> dict[str, Any]:
     """Keywords for ``vllm.LLM`` or ``AsyncEngineArgs``: ``model``, ``hf_overrides``, ``worker_extension_cls``, ``additional_config``. Others may stand
     beside them.
 
     Args:
         path: directory or repository of the model, and of the head unless ``head`` says otherwise; as for
             ``ReflectiveModel.from_pretrained``.
-        options: ``rule``, ``delimiter``, ``at`` in place of what ``reflective.json`` says; ``max_steps``, ``backend``, ``w1_dtype``, ``prune``: see
+        head: a place, or a head itself, of one logit. Which layers are read, what a step's score is and how they are gathered, it says.
+        options: ``rule``, ``delimiter``, ``at`` in place of what head or ``reflective.json`` say; ``max_steps``, ``backend``, ``w1_dtype``, ``prune``: see
             ``reflective.engines.vllm.options.Options``.
 
     Raises:
@@ -106,7 +110,7 @@ def _scores(config: Any, outputs: Sequence[Any], answer: list[Any]) -> list[Traj
         found.append(
             collect(
                 [logs[c.index] for c in output.outputs], [prompt + list(c.token_ids) for c in output.outputs],
-                [len(prompt)] * len(output.outputs), steps, options.at,
+                [len(prompt)] * len(output.outputs), steps, **options.reading,
             )
         )  # fmt: skip
     return found
@@ -115,21 +119,28 @@ def _scores(config: Any, outputs: Sequence[Any], answer: list[Any]) -> list[Traj
 def steps_for(config: Any) -> StepTokens:
     """The step-tokens that a vLLM with this ``vllm_config`` uses."""
     options, model = Options.of(config.additional_config), config.model_config
-    delimiter = options.delimiter if isinstance(options.delimiter, str) else tuple(options.delimiter)
     return _steps(
-        str(model.tokenizer), model.tokenizer_revision, model.trust_remote_code, options.rule, delimiter,
-        model.get_vocab_size(),
+        str(model.tokenizer), model.tokenizer_revision, model.trust_remote_code, json.dumps(options.record(), sort_keys=True),
+        model.get_vocab_size(), _no_text(model) if options.at == "every" else frozenset(),
     )  # fmt: skip
+
+
+def _no_text(model: Any) -> frozenset[int]:
+    """Of a vLLM ``model_config``; read once, as it may lie on the Hub."""
+    name = str(model.model), model.revision, model.generation_config
+    if name not in _NO_TEXT:
+        _NO_TEXT[name] = frozenset(no_text(model.try_get_generation_config()))
+    return _NO_TEXT[name]
 
 
 @lru_cache(maxsize=8)
 def _steps(
-    tokenizer: str, revision: str | None, trust: bool, rule: str, delimiter: str | tuple[str, ...], size: int
+    tokenizer: str, revision: str | None, trust: bool, options: str, size: int, but: frozenset[int]
 ) -> StepTokens:
     from transformers import AutoTokenizer
 
     made = AutoTokenizer.from_pretrained(tokenizer, revision=revision, trust_remote_code=trust)
-    return StepTokens.from_tokenizer(made, rule=rule, delimiter=delimiter).resized(size)
+    return Options(**json.loads(options)).load_steps(made, size, but)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

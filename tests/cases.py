@@ -5,6 +5,7 @@ Whatever has yet to be written is poisoned, and behind the last weight and behin
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,15 @@ V, CLASSES, STATES = 50, 6, 7
 NEVER = 2**63 - 1  # a scope that never begins
 FLOAT8 = torch.float8_e4m3fn
 NAN = float("nan")
+ACTIVATIONS = [
+    pytest.param(layout.RELU, id="relu"),
+    pytest.param(layout.GELU, id="gelu"),
+    pytest.param(layout.GELU_TANH, id="gelu_tanh"),
+    pytest.param(layout.SILU, id="silu"),
+]
+# Width and units of heads as they are published: probes of one layer, of three side by side, and linear ones, of one layer
+# and of all 33 states of a model.
+FORMS = [(2560, 512), (4096, 512), (5120, 512), (3 * 4096, 1024), (4096, 2), (33 * 4096, 2)]
 STATE = (
     "seq", "tally", "last_hidden", "step_column", "step_region", "step_score", "slots", "slot_owner", "n_slots", "workspace",
 )  # fmt: skip
@@ -41,6 +51,31 @@ def random_head(
 
     rest = torch.float32 if fp8 else dtype
     return [guarded(w1, FLOAT8 if fp8 else dtype), guarded(b1, rest), guarded(w2, rest), guarded(b2, rest)]
+
+
+def linear_head(H: int, dtype: torch.dtype, *, seed: int = 0, device: torch.device | str = "cpu") -> list[Tensor]:
+    """``w . f + b`` as the ops take it: ``relu(z) - relu(-z)``."""
+    w, b, *_ = random_head(H, 1, dtype, seed=seed, device=device)
+    return [torch.cat([w, -w]), torch.cat([b, -b]), w.new_tensor([[1, -1]]), w.new_zeros(1)]
+
+
+def check_form(
+    score_rows: Callable, logit_rows: Callable, H: int, K: int, dtype: torch.dtype, activation: int, most: int = 64,
+    device: torch.device | str = "cpu",
+) -> None:  # fmt: skip
+    """A head of ``K`` units, linear if they are two, on ``most`` rows, of which one is not finite: the 2x rule, and a row's bits
+    in a batch of one and of all."""
+    make = linear_head if K == 2 and activation == layout.RELU else partial(random_head, K=K)
+    head, rows = make(H, dtype=dtype, device=device), random_rows(most, H, dtype=dtype, device=device)
+    rows[most // 2, H - 1] = -float("inf")
+    double = [t.double() for t in (rows, *head)]
+    for op, definition in ((score_rows, kernels.score_rows), (logit_rows, kernels.logit_rows)):
+        ours = op(rows, *head, activation)
+        assert ours.isnan().nonzero().flatten().tolist() == [most // 2]
+        assert_2x(ours, definition(rows, *head, activation), definition(*double, activation))
+        for row in (0, most // 2, most - 1):
+            assert_identical(op(rows[row : row + 1], *head, activation), ours[row : row + 1])
+        assert op(rows[:0], *head, activation).shape == (0,)
 
 
 def random_rows(*shape: int, dtype: torch.dtype, seed: int = 1, device: torch.device | str = "cpu") -> Tensor:
@@ -175,6 +210,7 @@ class Stream:
     N: int | None = None
     device: torch.device | str = "cpu"
     sizes: dict = field(default_factory=dict)  # keywords of ``new_state``
+    activation: int = layout.RELU
 
     def __post_init__(self) -> None:
         self.units = 2 * self.H if self.units is None else self.units
@@ -199,7 +235,9 @@ class Stream:
         begin = 0
         for q in chunks:
             part = self.ids[:, begin : begin + q], self.hidden[:, begin : begin + q].to(dtype or self.dtype)
-            decode_step(*part, *self.automaton, *head, *state.values(), at_predict, immediate)
+            decode_step(
+                *part, *self.automaton, *head, *state.values(), at_predict, immediate, None, None, 0, self.activation
+            )  # fmt: skip
             begin += q
         return state
 
@@ -225,7 +263,7 @@ class Stream:
             bounds = torch.tensor([0, *call.lengths], **int32).cumsum(0, dtype=torch.int32) if call.packed else None
             decode_step(
                 join(ids), join(hidden).to(dtype or self.dtype), *self.automaton, *head, *state.values(), at_predict, immediate,
-                rows, bounds,
+                rows, bounds, 0, self.activation,
             )  # fmt: skip
         assert at == [self.T] * self.B
         return state
@@ -257,7 +295,7 @@ class Stream:
         assert_identical(newest_hidden(states[0]), newest_hidden(alone))
 
     def flush(self, flush: Callable, state: State, dtype: torch.dtype | None = None) -> State:
-        flush(*self.head_as(dtype, flush is kernels.flush), *flush_arguments(state))
+        flush(*self.head_as(dtype, flush is kernels.flush), *flush_arguments(state), self.activation)
         return state
 
     def head_as(self, dtype: torch.dtype | None, defined: bool) -> list[Tensor]:
@@ -410,8 +448,12 @@ def check_quiet(decode_step: Callable, flush: Callable, device: torch.device | s
         run(decode_step, [-1], [T], True, [0] * 3)
 
 
-def opcheck_arguments(device: torch.device | str = "cpu", fp8: bool = False) -> dict[str, tuple]:
-    """Arguments for every op by its name."""
+def opcheck_arguments(
+    device: torch.device | str = "cpu", fp8: bool = False, activation: int = layout.RELU
+) -> dict[str, tuple]:
+    """Arguments for every op by its name, as few as it can do with."""
+    another = (activation,) if activation != layout.RELU else ()
+    last = (None, None, 0, *another) if another else ()
     dtype = torch.bfloat16 if fp8 else torch.float32
     case = Stream(3, 9, 16, dtype, seed=5, fp8=fp8, device=device)
     state = case.feed(kernels.decode_step, case.state(), [9], True, False)
@@ -421,10 +463,10 @@ def opcheck_arguments(device: torch.device | str = "cpu", fp8: bool = False) -> 
     rest = [buffer[name] for name in ("tally", "step_score", "slot_owner", "n_slots")]
     return {
         "step_mask": (case.ids, *case.automaton, columns, columns + 9, columns),
-        "score_rows": (case.hidden[0], *case.head),
-        "logit_rows": (case.hidden[0], *case.head[:3]),
-        "decode_step": (case.ids, case.hidden, *case.automaton, *case.head, *state.values(), True, True),
-        "flush": (*case.head, *flush_arguments(state)),
+        "score_rows": (case.hidden[0], *case.head, *another),
+        "logit_rows": (case.hidden[0], *case.head[:3], *((None, *another) if another else ())),
+        "decode_step": (case.ids, case.hidden, *case.automaton, *case.head, *state.values(), True, True, *last),
+        "flush": (*case.head, *flush_arguments(state), *another),
         "tally_slots": (logits, case.head[3], *rest),
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import reflective as rf
 from reflective.engines.base import Sampling
@@ -47,16 +48,19 @@ class LikeVLLM:
         draft: tokens a step, at most.
         cached: columns of a prompt that need not be run, unless a request says so.
         uniform: what a request of this seed draws with at a place.
+        at: in place of what the head says.
     """
 
     def __init__(
-        self, model: rf.ReflectiveModel, *, at: str = "predict", seats: int = 8, piece: int = 1000, preempt: float = 0.0,
+        self, model: rf.ReflectiveModel, *, at: str | None = None, seats: int = 8, piece: int = 1000, preempt: float = 0.0,
         ahead: bool = False, draft: int = 1, cached: int = 0, blocks: int = 10_000, rule: Any = None, ends: tuple[int, ...] = (2,),
         uniform: Callable[[int, int], float] = lambda seed, place: np.random.default_rng([seed, place]).random(),
     ) -> None:  # fmt: skip
         net = self.model = model.model
         placed = ShardedHead(model.head, torch.device("cpu"), net.dtype, None, None, None).load()
-        steps = model.steps.resized(net.config.vocab_size)
+        self.layers, at = model.head.tap.layers, at or model.head.tap.at
+        every = at == "every"
+        steps = rf.StepTokens.every(net.config.vocab_size, [0, *ends]) if every else model.steps.resized(net.config.vocab_size)
         past = 2 * draft if draft > 1 else 1
         self.requests = Requests(steps, placed, at=at, seats=seats, past=past, rule=rule, ends=ends)
         self.seats, self.piece, self.preempt, self.ahead, self.draft = seats, piece, preempt, ahead, draft
@@ -183,7 +187,8 @@ class LikeVLLM:
                 out = self.model(torch.tensor([ids]), output_hidden_states=True)
             if len(self._kept) > 2000:
                 self._kept.clear()
-            self._kept[ids] = out.logits[0], out.hidden_states[-2][0]
+            read = torch.cat([out.hidden_states[i][0] for i in self.layers], -1)
+            self._kept[ids] = out.logits[0], F.pad(read, (0, -read.shape[-1] % 8))
         return self._kept[ids]
 
     def _draw(self, r: _Request, logits: torch.Tensor) -> int:

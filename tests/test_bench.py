@@ -162,7 +162,7 @@ def test_quick_command(tmp_path):
     with open(tmp_path / "suite_cpu.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(r["op"], r["variant"]) for r in rows} == {
-        *(("decode_step", v) for v in ("immediate", "deferred")),
+        *(("decode_step", v) for v in ("immediate", "deferred", *cases.FORMS)),
         *((op, "") for op in CASES if op not in ("decode_step", "sprm_loss")),  # the loss has no compiled CPU kernel
     }
     for row in rows:

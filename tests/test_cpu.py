@@ -8,12 +8,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import (
+    ACTIVATIONS,
+    FORMS,
     STATE,
     STATES,
     Stream,
     V,
     assert_2x,
     assert_identical,
+    check_form,
     check_quiet,
     check_resting,
     check_step_mask,
@@ -56,11 +59,12 @@ def stream_case(H: int, dtype: torch.dtype, T: int = 9, **sizes: int) -> tuple:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("H", "K"), SHAPES)
-def test_score_rows(capability: str, H: int, K: int, dtype: torch.dtype) -> None:
-    head, rows = random_head(H, K, dtype), random_rows(300, H, dtype=dtype)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_score_rows(capability: str, activation: int, H: int, K: int, dtype: torch.dtype) -> None:
+    head, rows = (*random_head(H, K, dtype), activation), random_rows(300, H, dtype=dtype)
     scores = cpu.score_rows(rows, *head)
     assert scores.dtype == torch.float32
-    truth = kernels.score_rows(*(t.double() for t in (rows, *head)))
+    truth = kernels.score_rows(rows.double(), *(t.double() for t in head[:4]), activation)
     assert_2x(scores, kernels.score_rows(rows, *head), truth)
 
     # A row's bits do not depend on the company it keeps, its place or the number of threads.
@@ -76,9 +80,53 @@ def test_score_rows(capability: str, H: int, K: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_that_is_not_finite_harms_no_other(capability: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("H", "K"), FORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_published_forms(capability: str, activation: int, H: int, K: int, dtype: torch.dtype) -> None:
+    check_form(cpu.score_rows, cpu.logit_rows, H, K, dtype, activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_every_activation_is_that_of_pytorch(capability: str, activation: int) -> None:
+    """One unit, whose input is the row's only feature: within 2 ulp of the input, and of 1e-7 where they vanish."""
+    z = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([0.0, -1e30, 1e30, 1e-30, -88.5, -104.0])])
+    one, zero = torch.ones(1, 1), torch.zeros(1)
+    found = cpu.logit_rows(z[:, None], one, zero, one, None, activation)
+    truth = kernels.logit_rows(z[:, None].double(), one.double(), zero.double(), one.double(), None, activation)
+    limit = 2 * torch.finfo(torch.float32).eps * z.abs().double() * (z > -5) + 1e-7 * (z <= -5)
+    assert ((found - truth).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("activation", [-1, 4])
+def test_an_activation_that_there_is_not(activation: int) -> None:
+    case, message = stream_case(16, torch.float32), rf"activation\b.*{activation}.*expected 0 \(relu\)"
+    head, before = case[4:8], [t.clone() for t in case]
+    buffer = flush_arguments(dict(zip(STATE, case[8:], strict=True)))
+    for name, arguments in (
+        ("score_rows", (case[1][0], *head, activation)),
+        ("logit_rows", (case[1][0], *head, activation)),
+        ("decode_step", (*case, True, True, None, None, 0, activation)),
+        ("flush", (*head, *buffer, activation)),
+    ):
+        for ops_of in (cpu, kernels):
+            with pytest.raises((ValueError, RuntimeError), match=message):
+                getattr(ops_of, name)(*arguments)
+    for ours, expected in zip(case, before, strict=True):
+        assert_identical(ours, expected)
+
+
+def test_float8_weights_go_with_relu_alone() -> None:
+    head, rows = random_head(16, 32, torch.bfloat16, fp8=True), random_rows(3, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="activation=3: the scales of w1 in float8_e4m3fn"):
+        kernels.score_rows(rows, *head, layout.SILU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_row_that_is_not_finite_harms_no_other(capability: str, activation: int, dtype: torch.dtype) -> None:
     head, rows = random_head(577, 70, dtype), random_rows(20, 577, dtype=dtype)
-    head[0].copy_(-head[0].abs())  # every unit's ReLU swallows +inf
+    head[0].copy_(-head[0].abs())  # every unit's activation swallows +inf
+    head.append(activation)
     broken = rows.clone()
     broken[3, 576], broken[5, 0], broken[19, 300] = float("nan"), float("inf"), float("-inf")
     expected = cpu.score_rows(rows, *head)
@@ -87,15 +135,16 @@ def test_a_row_that_is_not_finite_harms_no_other(capability: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_extreme_logits(capability: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_logits(capability: str, activation: int, dtype: torch.dtype) -> None:
     w1, b1, w2, _ = random_head(40, 80, dtype)
     rows = random_rows(5, 40, dtype=dtype)
     for b2 in (1e4, -1e4, -20.0, float("nan")):
         head = w1, b1, w2, torch.tensor([b2], dtype=dtype)
-        truth = kernels.score_rows(*(t.double() for t in (rows, *head)))
-        torch.testing.assert_close(cpu.score_rows(rows, *head), truth.float(), equal_nan=True)
-    b1[7] = float("nan")  # a ReLU that swallowed it would hide a broken head
-    assert cpu.score_rows(rows, w1, b1, w2, b1[:1]).isnan().all()
+        truth = kernels.score_rows(*(t.double() for t in (rows, *head)), activation)
+        torch.testing.assert_close(cpu.score_rows(rows, *head, activation), truth.float(), equal_nan=True)
+    b1[7] = float("nan")  # an activation that swallowed it would hide a broken head
+    assert cpu.score_rows(rows, w1, b1, w2, b1[:1], activation).isnan().all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -117,6 +166,16 @@ def test_stream(seed: int, dtype: torch.dtype, at_predict: bool, immediate: bool
     assert (ours["seq"][:, layout.N_STEPS] > ours["step_score"].shape[1]).any()  # steps past the log's capacity
     for name in ("slot_owner", "slots"):
         assert_identical(ours[name], definition[name])
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_stream_of_another_activation(activation: int, dtype: torch.dtype, immediate: bool) -> None:
+    """Also with buffers that overflow, and of two units."""
+    for units in (2, 66):
+        case = Stream(3, 24, 33, dtype, units=units, sizes={"slots": 3}, activation=activation)
+        case.check(cpu.decode_step, cpu.flush, [1, 9, 1, 13], True, immediate)
 
 
 @pytest.mark.parametrize("immediate", [False, True])
@@ -194,7 +253,7 @@ def test_an_id_outside_the_vocabulary_changes_nothing(token: int) -> None:
 
 def test_bad_arguments_are_named() -> None:
     names = [a.name for a in cpu.decode_step.default._schema.arguments]
-    case = dict(zip(names, (*stream_case(16, torch.float32, slots=3), True, True, None, None, 0), strict=True))
+    case = dict(zip(names, (*stream_case(16, torch.float32, slots=3), True, True, None, None, 0, 0), strict=True))
     wrong = {
         "hidden": [case["hidden"].bfloat16(), case["hidden"].mT.contiguous().mT, case["hidden"][:, :4]],
         "ids": [case["ids"].int(), case["ids"].repeat(2, 1)],
@@ -209,6 +268,7 @@ def test_bad_arguments_are_named() -> None:
         "transition": [case["transition"][:1], case["transition"].long()],
         "rows": [torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)],
         "quiet": [-1],
+        "activation": [-1, 4],
         "cu_seqlens": [torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)],  # ids have three rows
     }
     for name, values in wrong.items():
@@ -267,6 +327,11 @@ def test_opcheck_of_a_packed_call() -> None:
 @pytest.mark.parametrize(("op", "arguments"), opcheck_arguments().items())
 def test_opcheck(op: str, arguments: tuple) -> None:
     torch.library.opcheck(getattr(cpu, op).default, arguments)
+
+
+@pytest.mark.parametrize("op", ["score_rows", "logit_rows", "decode_step", "flush"])
+def test_opcheck_of_another_activation(op: str) -> None:
+    torch.library.opcheck(getattr(cpu, op).default, opcheck_arguments(activation=layout.SILU)[op])
 
 
 def test_compiles_as_one_graph() -> None:

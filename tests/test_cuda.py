@@ -9,10 +9,13 @@ import test_scorer
 import tiny
 import torch
 from cases import (
+    ACTIVATIONS,
+    FORMS,
     NEVER,
     Stream,
     assert_2x,
     assert_identical,
+    check_form,
     check_quiet,
     check_resting,
     check_step_mask,
@@ -79,9 +82,69 @@ def test_score_rows(cuda, dtype, fp8, H, K):
         assert_2x(cuda.logit_rows(rows, *head[:3]), *without_b2)
 
 
-@pytest.mark.parametrize(("dtype", "fp8"), DTYPES)
-def test_a_row_has_the_same_bits_in_any_company(cuda, schedule, dtype, fp8):
-    head = random_head(144, 288, dtype, fp8=fp8, device=DEVICE)
+@pytest.mark.parametrize(("dtype", "fp8"), DTYPES[:3])
+@pytest.mark.parametrize(("H", "K"), [(64, 128), (16, 1), (24, 3), (80, 1000)])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_another_activation(cuda, activation, dtype, fp8, H, K):
+    head = random_head(H, K, dtype, device=DEVICE)
+    for M in (0, 1, 8, 9, 17, 64, 65, 129, 300):
+        rows = random_rows(M, H, dtype=dtype, seed=M, device=DEVICE)
+        for op in ("score_rows", "logit_rows"):
+            ours, definition = getattr(cuda, op), getattr(kernels, op)
+            truth = definition(rows.double(), *double(head), activation)
+            assert_2x(ours(rows, *head, activation), definition(rows, *head, activation), truth)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_every_activation_is_that_of_pytorch(cuda, activation):
+    """One unit, whose input is the row's first feature: within 3 ulp of the input, and of 1e-7 where they vanish."""
+    z = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([0.0, -1e30, 1e30, 1e-30, -88.5, -104.0])]).to(DEVICE)
+    rows = torch.zeros(len(z), 4, device=DEVICE)
+    rows[:, 0] = z
+    w1, w2, zero = torch.ones(1, 4, device=DEVICE), torch.ones(1, 1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    found = cuda.logit_rows(rows, w1, zero, w2, None, activation)
+    truth = kernels.logit_rows(rows.double(), w1.double(), zero.double(), w2.double(), None, activation)
+    limit = 3 * torch.finfo(torch.float32).eps * z.abs().double() * (z > -5) + 1e-7 * (z <= -5)
+    assert ((found - truth).abs() <= limit).all()
+
+
+@pytest.mark.parametrize(("dtype", "fp8"), DTYPES[:3])
+@pytest.mark.parametrize(("H", "K"), FORMS)
+@pytest.mark.parametrize("activation", [ACTIVATIONS[0], ACTIVATIONS[1]])
+def test_published_forms(cuda, activation, dtype, fp8, H, K):
+    """Emulated, which takes seconds, fewer units, and of the widest few rows."""
+    if not ON_GPU:
+        H, K = (H, 2) if K == 2 else (H, K // 16)
+    most = (1, 8, 64) if ON_GPU else (3,)
+    for M in most:
+        check_form(cuda.score_rows, cuda.logit_rows, H, K, dtype, activation, M, DEVICE)
+
+
+def test_float8_weights_go_with_relu_alone(cuda):
+    head = random_head(64, 32, torch.bfloat16, fp8=True, device=DEVICE)
+    with pytest.raises(RuntimeError, match="activation is 1; the scales of w1 in float8_e4m3fn"):
+        cuda.score_rows(random_rows(3, 64, dtype=torch.bfloat16, device=DEVICE), *head, layout.GELU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_stream_of_another_activation(cuda, schedule, activation, dtype):
+    """Of many units, and of two, where more blocks copy than have a tile."""
+    for seed, (units, B, H) in enumerate([(66, 5, 64), (2, 9, 2048)]):
+        sizes = {"slots": 2 * B}
+        stream = Stream(B, 8, H, dtype, seed=seed, units=units, sizes=sizes, activation=activation, device=DEVICE)
+        for immediate in (True, False):
+            schedule(seed)
+            stream.check(cuda.decode_step, cuda.flush, [1] * 5 + [3], True, immediate)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fp8", "activation"),
+    [(*case.values, layout.RELU) for case in DTYPES]
+    + [(*case.values, activation.values[0]) for case in DTYPES[:3] for activation in ACTIVATIONS[1:]],
+)
+def test_a_row_has_the_same_bits_in_any_company(cuda, schedule, dtype, fp8, activation):
+    head = (*random_head(144, 288, dtype, fp8=fp8, device=DEVICE), activation)
     rows = random_rows(270, 144, dtype=dtype, device=DEVICE)
     alone = torch.cat([cuda.score_rows(row[None], *head) for row in rows[:20]])
     for M in (8, 13, 20, 50, 100, 270):
@@ -117,10 +180,12 @@ def test_other_gpus(cuda, multiprocessors, shared):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_that_is_not_finite_is_nan_and_alone(cuda, dtype, value):
-    """Also where ReLU swallows it: the last column's weights send an infinity to below zero in every unit."""
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_row_that_is_not_finite_is_nan_and_alone(cuda, activation, dtype, value):
+    """Also where the activation swallows it: the last column's weights send an infinity to below zero in every unit."""
     head = random_head(64, 128, dtype, device=DEVICE)
     head[0][:, 63] = -1 if value > 0 else 1
+    head.append(activation)
     for M in (3, 80, 200):
         rows = random_rows(M, 64, dtype=dtype, device=DEVICE)
         expected = cuda.score_rows(rows, *head)
@@ -130,9 +195,11 @@ def test_a_row_that_is_not_finite_is_nan_and_alone(cuda, dtype, value):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_that_is_not_finite_is_not_swallowed(cuda, dtype):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_weight_that_is_not_finite_is_not_swallowed(cuda, activation, dtype):
     head = random_head(64, 128, dtype, device=DEVICE)
     head[0][77, 5] = float("nan")
+    head.append(activation)
     for M in (3, 80, 200):
         assert cuda.score_rows(random_rows(M, 64, dtype=dtype, device=DEVICE), *head).isnan().all()
 
@@ -316,6 +383,10 @@ def test_bad_arguments_are_named(cuda):
                 for t in (torch.ones(2, 32, device=DEVICE), *random_head(32, 64, torch.float32, device=DEVICE))
             )
         )
+    for activation in (-1, 4):
+        head = random_head(32, 64, torch.bfloat16, device=DEVICE)
+        with pytest.raises(RuntimeError, match=rf"activation is {activation}; expected 0 \(relu\)"):
+            cuda.score_rows(random_rows(2, 32, dtype=torch.bfloat16, device=DEVICE), *head, activation)
     with pytest.raises(RuntimeError, match="features must be bfloat16"):
         cuda.score_rows(torch.ones(2, 32, device=DEVICE), *random_head(32, 64, torch.bfloat16, device=DEVICE))
 
@@ -356,6 +427,13 @@ def test_opcheck_of_a_packed_call():
 @pytest.mark.parametrize("op", emulated.OPS)
 def test_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.reflective, op), cases.opcheck_arguments(DEVICE)[op])
+
+
+@needs_gpu
+@pytest.mark.parametrize("op", ["score_rows", "logit_rows", "decode_step", "flush"])
+def test_opcheck_of_another_activation(op):
+    arguments = cases.opcheck_arguments(DEVICE, activation=layout.SILU)[op]
+    torch.library.opcheck(getattr(torch.ops.reflective, op), arguments)
 
 
 @needs_gpu

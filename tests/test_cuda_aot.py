@@ -32,6 +32,9 @@ HEADS = {  # types of the weights and of the features, mangled
 }
 
 
+CURVED = 3  # of these types that have other activations than ReLU: all but float8
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What one kernel may use, by the name that is written in its source."""
@@ -43,10 +46,10 @@ class Kernel:
 
 # 255 registers at 256 threads is one block a multiprocessor, which is how the streaming kernels are launched.
 KERNELS = {
-    "partial_sums_kernel": Kernel(instances=7, registers=255, streams=True),
-    "step_kernel": Kernel(instances=7, registers=255, streams=True),
-    "finish_kernel": Kernel(instances=14, registers=40),
-    "detect_kernel": Kernel(instances=7, registers=64),
+    "partial_sums_kernel": Kernel(instances=10, registers=255, streams=True),
+    "step_kernel": Kernel(instances=10, registers=255, streams=True),
+    "finish_kernel": Kernel(instances=20, registers=40),
+    "detect_kernel": Kernel(instances=10, registers=64),
     "tally_slots_kernel": Kernel(instances=3, registers=48),
     "step_mask_kernel": Kernel(instances=1, registers=40),
 }
@@ -72,7 +75,12 @@ class Code:
     @property
     def head(self) -> str:
         """The types of the head that a streaming kernel is for: its weights' and its features'."""
-        return next(types for types in HEADS if f"DeviceHeadI{HEADS[types]}E" in self.mangled)
+        return next(types for types in HEADS if re.search(f"(Device|Curved)HeadI{HEADS[types]}E", self.mangled))
+
+    @property
+    def is_curved(self) -> bool:
+        """Whether the kernel is one of other activations than ReLU."""
+        return "CurvedHead" in self.mangled
 
     @property
     def is_hopper_s(self) -> bool:
@@ -157,8 +165,11 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> list[Code]:
 def streaming(codes: list[Code]) -> list[Code]:
     """Those that stream W1 by threads. On sm_90 the heads in bfloat16 and float16 have kernels of their own."""
     found = [code for code in codes if KERNELS[code.name].streams and not code.is_hopper_s]
-    assert len({(code.capability, code.name, code.head) for code in found}) == 2 * len(CAPABILITIES) * len(HEADS)
-    return [code for code in found if code.capability != 90 or code.head not in ("bfloat16", "float16")]
+    kinds = {(code.capability, code.name, code.head, code.is_curved) for code in found}
+    assert len(kinds) == 2 * len(CAPABILITIES) * (len(HEADS) + CURVED)
+    return [
+        code for code in found if code.capability != 90 or code.is_curved or code.head not in ("bfloat16", "float16")
+    ]
 
 
 def instructions(section: str) -> list[tuple[int, str]]:

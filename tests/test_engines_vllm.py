@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,17 +13,22 @@ import tiny
 import torch
 from like_vllm import LikeVLLM
 from test_search import QUESTIONS, reflective_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import reflective as rf
+from reflective.engines.base import Appended, Ended, Prompt, Sampling, Stepped
 from reflective.engines.vllm import modes, requests, sequences
 from reflective.engines.vllm.engine import VLLMEngine
 from reflective.engines.vllm.finished import Finished
-from reflective.engines.vllm.options import Options
+from reflective.engines.vllm.options import Options, no_text
 from reflective.engines.vllm.pruning import PruneRule
 from reflective.engines.vllm.requests import Requests, Wanted
 from reflective.engines.vllm.results import MissingSteps, check_ids, collect
 from reflective.engines.vllm.walk import Walk
+from reflective.scoring.heads import GatedLinear, Head, LinearHead
+from reflective.scoring.scores import aggregate
 from reflective.scoring.sharded import ShardedHead
+from reflective.scoring.taps import Tap
 from reflective.search import strategies as search
 from reflective.search.strategies import prune
 
@@ -113,6 +119,133 @@ def test_who_lacks_memory_waits_the_worst_first(monkeypatch):
 
 
 # -- the worker's rows ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Headed:
+    """What ``LikeVLLM`` reads of a ``ReflectiveModel``."""
+
+    model: torch.nn.Module
+    head: Head
+    steps: rf.StepTokens
+
+
+def headed(name: str) -> Headed:
+    """A model with a head that reads it elsewhere than the paper's, or says something else."""
+    small = name == "three layers of 20"
+    net = tiny.model("llama")
+    if small:
+        sizes = {"hidden_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 10}
+        net = AutoModelForCausalLM.from_config(LlamaConfig(**{**tiny.CONFIGS["llama"].to_dict(), **sizes})).eval()
+    net.generation_config.eos_token_id, net.generation_config.pad_token_id = 2, 0
+    tap, said = {
+        "behind the final norm": (Tap((-1,), at="token"), {"aggregation": "min"}),
+        "three layers of 20": (Tap((-2, 0, -1)), {"aggregation": "max"}),
+        "every token": (Tap((-2,), at="every"), {"aggregation": "mean"}),
+        "a linear probe": (Tap((3, 1), at="token"), {"aggregation": "last", "sigmoid": False}),
+    }[name]
+    torch.manual_seed(3)
+    K = len(tap.layers) * net.config.hidden_size
+    head = LinearHead(K) if name == "a linear probe" else rf.SPRM(K)
+    steps = rf.StepTokens(tiny.STEP_IDS, tiny.THINK, tiny.END_THINK, vocab_size=tiny.VOCAB)
+    return Headed(net, head.use(tap=tap, **said).requires_grad_(False).eval(), steps)
+
+
+HEADS = ["behind the final norm", "three layers of 20", "every token", "a linear probe"]
+
+
+def expected_of(model: Headed, ids: list[int], start: int, *, fed: bool = False) -> tuple[list[int], list[float], float]:
+    """Columns and scores of the steps, and the score, by ``rf.score``; without that of a token that came last, which has no state unless it
+    was ``fed``, for an end to be drawn behind it."""
+    head, (found,) = model.head, [rf.score(model.model, model.head, model.steps, [ids], prompt_lengths=[start])]
+    columns, scores = found.step_positions[0].tolist(), found.step_scores[0].tolist()
+    if head.tap.at != "predict" and not fed and columns and columns[-1] == len(ids) - 1:
+        columns, scores = columns[:-1], scores[:-1]
+    return columns, scores, aggregate(scores, head.aggregation)
+
+
+@pytest.mark.parametrize("how", [{}, {"ahead": True, "preempt": 0.1}, {"draft": 3, "piece": 3}])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_other_taps(name, how):
+    """Through preemptions, tokens past an end, drafts and prompts in pieces: as ``rf.score`` reads the finished text."""
+    model = headed(name)
+    like, head = LikeVLLM(model, **how), model.head
+    core, prompt = like.core(), [5, 6, 7, 8]
+    names = [core.add(prompt, max_tokens=24, temperature=1.0, seed=s, stop_token_ids=[2]) for s in range(4)]
+    out = {name: list(prompt) for name in names}
+    while core.under_way:
+        core.step()
+        for n in names:
+            for output in core.fetch(n):
+                out[n] += output.outputs[0].token_ids
+    texts, steps = list(out.values()), like.requests.steps
+    found = collect(core.logs(names, forget=True), texts, [4] * 4, steps, head.tap.at, head.aggregation, head.sigmoid)
+    assert int(found.n_steps.sum()) > (60 if name == "every token" else 8)
+    for i, ids in enumerate(texts):
+        columns, scores, score = expected_of(model, ids, 4)
+        assert found.step_positions[i].tolist() == columns
+        assert found.step_scores[i].tolist() == pytest.approx(scores, abs=1e-5)
+        assert float(found.score[i]) == pytest.approx(score, abs=1e-5)
+    assert ("preempt" not in how) or like.preemptions
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_other_taps_behind_forks_and_rests(name):
+    model = headed(name)
+    like, head = LikeVLLM(model, piece=5), model.head
+    reading = {"at": head.tap.at, "aggregation": head.aggregation, "sigmoid": head.sigmoid}
+    engine = VLLMEngine(like.core(), like.requests.steps, ends=[2], **reading)
+    sampling = [Sampling((c,), 1.0, 0.9, max_tokens=20) for c in range(6)]
+    prompt, tokens, told, ended = [5, 6, 7, 8], {}, {}, {}
+
+    def advance(turns):
+        while turns and (events := engine.advance()) is not None:
+            turns -= 1
+            for e in events:
+                if isinstance(e, Appended):
+                    tokens.setdefault(e.sequence, []).append(e.chance.token)
+                elif isinstance(e, Stepped):
+                    told[e.sequence] = e.step_scores, list(tokens[e.sequence])
+                elif isinstance(e, Ended):
+                    ended[e.sequence] = e
+
+    with engine:
+        (prefix,) = engine.open([Prompt(prompt, steps="told")])
+        first, second = engine.start(prefix, sampling[:2])
+        advance(8)
+        for parent in (first, second):
+            tokens |= {fork: list(tokens[parent]) for fork in engine.fork(parent, sampling[2:4])}
+        engine.rest([second])
+        advance(4)
+        engine.force(first, [10, 30, 11])
+        engine.resume([second])
+        advance(-1)
+        engine.close([prefix])
+    assert len(ended) == 6
+    for s, end in ended.items():
+        score, fed = end.score, end.reason == "stop"
+        columns, scores, value = expected_of(model, [*prompt, *tokens[s]], 4, fed=fed)
+        assert [p + 4 for p in score.positions] == columns and score.error is None
+        assert score.step_scores == pytest.approx(scores, abs=1e-5) and score.score == pytest.approx(value, abs=1e-5)
+    for scores, of in told.values():
+        assert not any(np.isnan(scores)) and len(scores) <= len(of)
+        n = len(scores) - 1
+        assert scores[:n] == pytest.approx(expected_of(model, [*prompt, *of], 4)[1][:n], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_finished_texts_of_other_taps(name):
+    """By the prefill, in pieces, some of it cached."""
+    model = headed(name)
+    like, head = LikeVLLM(model, piece=5, cached=9), model.head
+    draw = random.Random(1)
+    texts = [([draw.randrange(5, 60) for _ in range(4 + 7 * i)], 3) for i in range(5)]
+    reading = {"at": head.tap.at, "aggregation": head.aggregation, "sigmoid": head.sigmoid}
+    found = Finished(like.core(), like.requests.steps, texts=texts, **reading).run()
+    for (ids, start), scores in zip(texts, found, strict=True):
+        columns, expected, score = expected_of(model, ids, start)
+        assert scores.step_positions[0].tolist() == columns and float(scores.score[0]) == pytest.approx(score, abs=1e-5)
+        assert scores.step_scores[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def requests_of(*, seats=2, **how) -> tuple[Requests, rf.StepTokens]:
@@ -334,6 +467,61 @@ def test_options_that_are_none():
         Options.of({"reflective": {"head": "h", "margin": 1}})
     with pytest.raises(ValueError, match="max_steps"):
         Options("h", max_steps=0)
+    with pytest.raises(ValueError, match="aggregation='median'"):
+        Options("h", aggregation="median")
+    with pytest.raises(ValueError, match="aggregation='gated': a head of two logits"):
+        Options("h", aggregation="gated")
+    with pytest.raises(ValueError, match="sigmoid=False says that scores are none"):
+        Options("h", sigmoid=False)
+    with pytest.raises(ValueError, match="activation='tanh'"):
+        Options("h", activation="tanh")
+    with pytest.raises(ValueError, match="is named twice"):
+        Options("h", layers=[-1, -1])
+    with pytest.raises(ValueError, match="prune: the worker compares geometric means.*aggregation='mean'"):
+        Options("h", aggregation="mean", prune={"threshold": 0.5})
+
+
+def test_options_of_before_there_were_taps_mean_the_papers():
+    said = {"reflective": {"head": "h", "rule": "exact", "at": "token", "max_steps": 77}}
+    old = Options.of(said)
+    assert old.tap == Tap((-2,), False, "token") and old.reading == {"at": "token", "aggregation": "geometric_mean", "sigmoid": True}
+    assert old.record() == said["reflective"] and old.logged(100) == 77
+    assert Options("h").logged(100_000) == 4096 and Options("h", at="every").logged(100_000) == 100_000
+    every = Options("h", at="every").load_steps(None, 9, no_text({"eos_token_id": [2, 8], "pad_token_id": 0}))
+    assert every.step_ids == (1, 3, 4, 5, 6, 7) and no_text({"eos_token_id": 3}) == {3} and no_text(None) == set()
+    new = Options("h", layers=(-1, 3), aggregation="mean", consecutive="all")
+    assert Options.of({"reflective": json.loads(json.dumps(new.record()))}) == new
+
+
+def test_a_head_is_written_down_as_vllm_reads_it(tmp_path, monkeypatch):
+    """A linear one, from memory, with the rule that it was trained by; several and gated ones are refused."""
+    import reflective.vllm
+
+    monkeypatch.setenv("REFLECTIVE_CACHE", str(tmp_path / "cache"))
+    tiny.model("llama").save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    rule = {"rule": "contains", "delimiter": "\n\n", "consecutive": "all", "think_start_id": None, "think_end_id": None}
+    tap, said = Tap((-1, 2), at="token"), {"aggregation": "last", "sigmoid": False}
+    head = LinearHead(2 * tiny.HIDDEN).use(tap=tap, step_rule=rule, **said)
+    found = reflective.vllm.settings(tmp_path, head=head)["additional_config"]
+    assert reflective.vllm.settings(tmp_path, head=head)["additional_config"] == found, "written once"
+    options = Options.of(json.loads(json.dumps(found)))
+    assert options.tap == tap and options.reading == {"at": "token", **said} and options.prune is None
+    assert {name: getattr(options, name) for name in rule} == rule
+    assert str(tmp_path / "cache") in options.head
+    read, features = options.load_head(torch.float32), torch.randn(5, 2 * tiny.HIDDEN)
+    assert read.tap == tap and not read.sigmoid and read.aggregation == "last"
+    assert torch.allclose(read(features), head(features), atol=1e-6)
+    with pytest.raises(ValueError, match=r"gated_linear has 2 logits a step \(value, gate\)"):
+        reflective.vllm.settings(tmp_path, head=GatedLinear(tiny.HIDDEN))
+    with pytest.raises(ValueError, match="head: several"):
+        reflective.vllm.settings(tmp_path, head={"a": head, "b": head})
+    with pytest.raises(ValueError, match="prune: the worker compares geometric means"):
+        reflective.vllm.settings(tmp_path, head=head, prune={"threshold": 1.0})
+    with pytest.raises(ValueError, match="unknown layers; .* the head says"):
+        reflective.vllm.settings(tmp_path, head=head, layers=[-3])
+    plain = reflective.vllm.settings(tmp_path, head=tiny.head())["additional_config"]["reflective"]
+    assert set(plain) == {"head"}
 
 
 def test_without_vllm_it_says_what_to_install(tmp_path, monkeypatch):

@@ -48,12 +48,21 @@ def test_everything_in_one_object(default_model, monkeypatch):
     assert len(names["best"].candidates) == 2
 
 
+def test_other_heads(default_model):
+    model = default_model
+    ids = model.encode(model.format("4 + 9 + 6"))
+    names = {"rf": rf, "hf_model": model.model, "head": model.head, "steps": model.steps, "inputs": {"input_ids": ids}}
+    exec(BLOCKS[2], names)  # noqa: S102
+    scores = names["scorer"].result(names["out"])
+    assert list(scores) == ["ours", "probe", "every"] and scores["every"].n_steps[0] > 8 and scores["probe"].aggregation == "mean"
+
+
 def test_strategies(default_model, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(type(default_model), "default", lambda: default_model)
     monkeypatch.chdir(tmp_path)
     names = {"rf": rf}
-    for block in BLOCKS[2:4]:
+    for block in BLOCKS[3:5]:
         exec(block.replace("64", "6"), names)  # noqa: S102
     assert (tmp_path / "prune.png").stat().st_size > 10_000
     assert names["first"].tokens >= 8 and names["first"].alive
@@ -63,7 +72,7 @@ def test_training(default_model):
     pytest.importorskip("trl")
     questions = list(itertools.islice(tasks.sums(0, high=9), 8))
     names = {"model": default_model, "questions": questions}
-    exec(BLOCKS[4].replace("fit(rollouts)", "fit(rollouts, epochs=2)"), names)  # noqa: S102
+    exec(BLOCKS[5].replace("fit(rollouts)", "fit(rollouts, epochs=2)"), names)  # noqa: S102
     assert names["rollouts"].count.sum() == 8 * 12 and names["head"].hidden_size == 576
 
 

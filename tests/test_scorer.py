@@ -97,6 +97,29 @@ def test_bfloat16(backend):
     assert_agrees(scorer.result(out), net, head, out, mask, "predict")
 
 
+@pytest.mark.parametrize("schedule", ["deferred", "immediate"])
+@pytest.mark.parametrize(
+    ("activation", "width", "bias"), [("gelu", 24, True), ("gelu_tanh", 3, False), ("silu", 2, True)]
+)
+def test_heads_of_other_activations(activation, width, bias, schedule):
+    torch.manual_seed(7)
+    net, head, (ids, mask) = (
+        tiny.model(),
+        rf.SPRM(tiny.HIDDEN, width, activation=activation, bias=bias).eval(),
+        prompts(),
+    )
+    head.requires_grad_(False)[3].weight.mul_(4)
+    for backend in (b for b in BACKENDS if b != "triton"):
+        here = device_for(backend)
+        scorer = rf.StreamScorer(
+            net.to(here), head.to(here), tiny.steps(), schedule, backend=backend, buffer_rows=8
+        )  # fmt: skip
+        out = decode(scorer, net, ids, mask, num_return_sequences=2)
+        assert_agrees(scorer.result(out), net.cpu(), head.cpu(), out, mask, "predict")
+        finished = rf.score(net, head, tiny.steps(), out, prompt_lengths=9)
+        assert torch.cat(finished.step_scores).numel() > 10
+
+
 def test_float8_weights_score_as_the_head_of_their_rounded_values():
     net, head, (ids, mask) = tiny.model(), tiny.head(), prompts()
     rounded = copy.deepcopy(head)

@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 
 import reflective as rf
 from reflective import kernels
+from reflective.scoring import sharded, sprm
+from reflective.scoring.loss import sprm_loss_rows
 from reflective.scoring.sprm import quantize
 
 
@@ -184,6 +186,32 @@ def test_weights_that_cannot_be_quantised(which, value):
     weights[which].flatten()[5] = value
     with pytest.raises(ValueError, match="NaN or infinite, or too large"):
         quantize(*weights)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", sprm.ACTIVATIONS)
+def test_another_activation(activation, bias):
+    """The module itself, in float64, is what the ops compute with its weights; its file has the same keys."""
+    head = rf.SPRM(16, 40, dtype=torch.float64, activation=activation, bias=bias)
+    assert list(head.state_dict()) == (list(sprm.KEYS) if bias else ["0.weight", "3.weight"])
+    weights, rows = head.weights(), torch.randn(9, 16, dtype=torch.float64)
+    assert [tuple(t.shape) for t in weights] == [(40, 16), (40,), (1, 40), (1,)]
+    assert bias or not (weights[1].any() or weights[3].any())
+    logits = kernels.logit_rows(rows, *weights, sharded.ACTIVATIONS[activation])
+    torch.testing.assert_close(logits, head.eval()(rows).squeeze(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_what_another_activation_cannot():
+    assert list(sharded.ACTIVATIONS) == list(sprm.ACTIVATIONS)
+    with pytest.raises(ValueError, match="activation='tanh'; expected one of 'relu', 'gelu', 'gelu_tanh', 'silu'"):
+        rf.SPRM(16, activation="tanh")
+    head = rf.SPRM(16, activation="silu")
+    with pytest.raises(ValueError, match="scales that only relu lets through, and this head has silu; give None"):
+        head.weights(torch.float8_e4m3fn)
+    for untrainable, kind in ((head, "silu"), (rf.SPRM(16, bias=False), "no biases")):
+        labels = torch.zeros(3, dtype=torch.int64), torch.ones(1)
+        with pytest.raises(ValueError, match=f"a head of {kind} scores, but cannot be trained here"):
+            sprm_loss_rows(untrainable, torch.zeros(3, 16), *labels)
 
 
 def test_weights_in_float8():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import (
+    ACTIVATIONS,
     FLOAT8,
     NAN,
     NEVER,
@@ -11,6 +12,7 @@ from cases import (
     assert_2x,
     assert_identical,
     assert_same_state,
+    check_form,
     check_quiet,
     check_resting,
     check_step_mask,
@@ -115,6 +117,70 @@ def test_score_rows(device, M, H, K, dtype, fp8):
         assert_2x(ours, definition(features, *arguments), truth_of(definition, features, arguments))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "H", "K"), [(1, 1, 1), (5, 40, 3), (17, 64, 128), (3, 24, 1000)])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_another_activation(device, activation, M, H, K, dtype):
+    head = random_head(H, K, dtype, device=device)
+    features = random_rows(M, H, dtype=dtype, device=device)
+    for op, definition in ((score_rows, kernels.score_rows), (logit_rows, kernels.logit_rows)):
+        truth = definition(features.double(), *(t.double() for t in head), activation)
+        assert_2x(op(features, *head, activation), definition(features, *head, activation), truth)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_every_activation_is_that_of_pytorch(device, activation):
+    """One unit, whose input is the row's only feature: within 3 ulp of the input, and of 1e-7 where they vanish."""
+    z = torch.cat([torch.linspace(-12, 12, 801), torch.tensor([0.0, -1e30, 1e30, 1e-30, -88.5, -104.0])]).to(device)
+    one, zero = torch.ones(1, 1, device=device), torch.zeros(1, device=device)
+    found = logit_rows(z[:, None], one, zero, one, None, activation)
+    truth = kernels.logit_rows(z[:, None].double(), one.double(), zero.double(), one.double(), None, activation)
+    limit = 3 * torch.finfo(torch.float32).eps * z.abs().double() * (z > -5) + 1e-7 * (z <= -5)
+    assert ((found - truth).abs() <= limit).all()
+
+
+@pytest.mark.parametrize(
+    ("H", "K", "dtype"),
+    [
+        (2560, 512, torch.bfloat16),
+        (3 * 4096, 40, torch.bfloat16),
+        (4096, 2, torch.float32),
+        (33 * 4096, 2, torch.float16),
+        (33 * 4096, 2, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("activation", [ACTIVATIONS[0], ACTIVATIONS[1]])
+def test_published_forms(device, activation, H, K, dtype, fixed_order_dot):
+    check_form(score_rows, logit_rows, H, K, dtype, activation, 3, device)
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_stream_of_another_activation(device, activation, dtype, immediate):
+    sizes = {"slots": 5, "pad": [0] * 3, "start": [0] * 3}
+    for units in (2, 48):
+        case = Stream(3, 9, 24, dtype, units=units, device=device, sizes=sizes, activation=activation)
+        case.check(apart(decode_step), flush, [1] * 3 + [4, 2], True, immediate)
+
+
+@pytest.mark.parametrize("activation", [-1, 4])
+def test_an_activation_that_there_is_not(device, activation):
+    case, message = Stream(3, 1, 16, torch.float32, device=device), rf"activation={activation}: expected 0 \(relu\)"
+    state = case.state()
+    for call in (
+        lambda: score_rows(case.hidden[0], *case.head, activation),
+        lambda: logit_rows(case.hidden[0, :0], *case.head, activation),
+        lambda: decode_step(*case.arguments(), True, True, None, None, 0, activation),
+        lambda: flush(*case.head, *flush_arguments(state), activation),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    head = random_head(16, 32, torch.bfloat16, fp8=True, device=device)
+    with pytest.raises(ValueError, match="activation=1: the scales of w1 in float8_e4m3fn"):
+        score_rows(case.hidden[0].bfloat16(), *head, layout.GELU)
+
+
 def test_logits_of_a_split_head_add_up(device):
     M, H, K = 9, 40, 86
     w1, b1, w2, b2 = random_head(H, K, torch.float32, device=device)
@@ -147,9 +213,12 @@ def test_log_sigmoid(device, logit):
     )
 
 
-@pytest.mark.parametrize(("dtype", "fp8"), HEADS)
+@pytest.mark.parametrize(
+    ("dtype", "fp8", "activation"),
+    [(*head, layout.RELU) for head in HEADS] + [(torch.bfloat16, False, *case.values) for case in ACTIVATIONS[1:]],
+)
 @pytest.mark.parametrize("bad", [NAN, float("inf"), float("-inf")])
-def test_rows_that_are_not_finite(device, dtype, fp8, bad, fixed_order_dot):
+def test_rows_that_are_not_finite(device, dtype, fp8, activation, bad, fixed_order_dot):
     """Also where every unit's activation is an innocent 0, as ReLU makes it of minus infinity, and where every one is infinite
     and the logit might be; nothing else changes.
     """
@@ -160,6 +229,7 @@ def test_rows_that_are_not_finite(device, dtype, fp8, bad, fixed_order_dot):
         head[0][:, column] = torch.full((K,), weight, device=device).to(head[0].dtype)
     head[2].abs_()
     features = random_rows(M, H, dtype=dtype, device=device)
+    head.append(activation)
     clean = score_rows(features, *head)
     features[[3, 8, 19], [0, 1, H - 1]] = bad
     scores = score_rows(features, *head)
@@ -171,13 +241,15 @@ def test_rows_that_are_not_finite(device, dtype, fp8, bad, fixed_order_dot):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fp8", "H", "K"),
-    [(*head, 72, 150) for head in HEADS] + [(torch.bfloat16, fp8, 8, 4100) for fp8 in (False, True)],
+    ("dtype", "fp8", "H", "K", "activation"),
+    [(*head, 72, 150, layout.RELU) for head in HEADS]
+    + [(torch.bfloat16, fp8, 8, 4100, layout.RELU) for fp8 in (False, True)]
+    + [(dtype, False, 72, 150, layout.GELU) for dtype in DTYPES],
 )
-def test_bits_do_not_depend_on_the_company(device, dtype, fp8, H, K, fixed_order_dot):
+def test_bits_do_not_depend_on_the_company(device, dtype, fp8, H, K, activation, fixed_order_dot):
     """Heads on both sides of 4,096 units; numbers of rows that every tile is chosen for."""
     M = 132
-    head = random_head(H, K, dtype, fp8=fp8, device=device)
+    head = (*random_head(H, K, dtype, fp8=fp8, device=device), activation)
     features = random_rows(M, H, dtype=dtype, device=device)
     scores = score_rows(features, *head)
     assert torch.equal(score_rows(features, *head), scores)

@@ -19,21 +19,25 @@ import pytest
 import tiny
 import torch
 
+from reflective.kernels import layout
+
 CAPABILITIES = [80, 90, 100]
 HEADS = [
-    (1536, torch.float32, torch.float32),
-    (576, torch.float16, torch.float16),
-    (5120, torch.bfloat16, torch.bfloat16),
-    (5120, torch.bfloat16, torch.float8_e4m3fn),
-    (72, torch.bfloat16, torch.bfloat16),  # one step of the small tile's loop, two of the large one's
-]  # width, dtype of the rows, dtype of w1
+    (1536, torch.float32, torch.float32, 3072, layout.RELU),
+    (576, torch.float16, torch.float16, 1152, layout.RELU),
+    (5120, torch.bfloat16, torch.bfloat16, 10240, layout.RELU),
+    (5120, torch.bfloat16, torch.float8_e4m3fn, 10240, layout.RELU),
+    (4096, torch.bfloat16, torch.bfloat16, 512, layout.GELU),
+    (3 * 4096, torch.float16, torch.float16, 1024, layout.SILU),
+    (33 * 4096, torch.float32, torch.float32, 2, layout.GELU_TANH),
+    (72, torch.bfloat16, torch.bfloat16, 144, layout.RELU),  # one step of the small tile's loop, two of the large one's
+]  # width, dtype of the rows, dtype of w1, units, activation
 KERNELS = ["_step_mask", "_partials", "_scores", "_logits", "_tally_slots", "_walk", "_step"]
 COPY = r"cp\.async\.c[ga]\.shared\.global [^;]*, 0x10,"
 SHARED_LIMIT = 99 * 1024  # what one program may have on sm_86 and sm_89, the smallest of the supported family
 
 
-def launch_all(H: int, dtype: torch.dtype, w1_dtype: torch.dtype) -> None:
-    from reflective.kernels import layout
+def launch_all(H: int, dtype: torch.dtype, w1_dtype: torch.dtype, K: int, activation: int) -> None:
     from reflective.kernels.decode_step_triton import decode_step
     from reflective.kernels.logit_rows_triton import logit_rows
     from reflective.kernels.score_rows_triton import score_rows
@@ -43,7 +47,7 @@ def launch_all(H: int, dtype: torch.dtype, w1_dtype: torch.dtype) -> None:
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    N, C, R, K = 32, 512, 256, 2 * H
+    N, C, R = 32, 512, 256
     automaton = empty(151936, dtype=torch.int32), empty(40, 9, dtype=torch.int32)
     rest = torch.promote_types(dtype, torch.float32) if w1_dtype != dtype else dtype
     head = empty(K, H, dtype=w1_dtype), empty(K, dtype=rest), empty(1, K, dtype=rest), empty(1, dtype=rest)
@@ -61,14 +65,14 @@ def launch_all(H: int, dtype: torch.dtype, w1_dtype: torch.dtype) -> None:
     for q, at_predict, immediate, some in calls:
         for pitch in (q, 16, 17):  # of a slice of all ids so far
             ids, hidden = empty(N, pitch, dtype=torch.int64)[:, -q:], empty(N, q, H)
-            decode_step(ids, hidden, *automaton, *head, *state, at_predict, immediate, some)
+            decode_step(ids, hidden, *automaton, *head, *state, at_predict, immediate, some, None, 0, activation)
     if rows is not None:
         bounds = empty(N + 1, dtype=torch.int32)
         packed = empty(1, 500, dtype=torch.int64), empty(1, 500, H)
-        decode_step(*packed, *automaton, *head, *state, True, False, rows, bounds)
+        decode_step(*packed, *automaton, *head, *state, True, False, rows, bounds, 0, activation)
     for M in (16, 64):
-        score_rows(empty(M, H), *head)
-    logit_rows(empty(R, H), *head[:3])
+        score_rows(empty(M, H), *head, activation)
+    logit_rows(empty(R, H), *head[:3], None, activation)
     tally_slots(empty(R, dtype=torch.float32), head[3], tally, log[2], owner, n_slots)
     bounds = (empty(N, dtype=torch.int64) for _ in range(3))
     step_mask(empty(N, 1000, dtype=torch.int64), *automaton, *bounds)
@@ -230,7 +234,7 @@ def test_one_kind_of_product(compiled):
             kinds = {tuple(r["products"]) for r in compiled if (r["capability"], r["head"]) == (capability, str(head))}
             kinds.discard(())
             wide = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
-            assert kinds == (set() if head[1] == torch.float32 else {(wide,)} if head[0] > 2048 else {("mma.sync",)})
+            assert kinds == (set() if head[1] == torch.float32 else {(wide,)} if head[3] > 4096 else {("mma.sync",)})
 
 
 def test_one_order_of_adding(compiled):
@@ -242,7 +246,9 @@ def test_one_order_of_adding(compiled):
             here = [r for r in compiled if (r["capability"], r["head"]) == (capability, str(head)) and r["products"]]
             orders = {tuple(r["shuffled"]) for r in here}
             assert len(orders) == (head[1] != torch.float32)
-            assert not [order for order in orders if not order or "fma" in "".join(order)]
+            assert all(orders)
+            if head[4] == layout.RELU:  # of others the activation may have fused products of its own
+                assert not [order for order in orders if "fma" in "".join(order)]
 
 
 def test_rows_stream_16_bytes_at_a_time(compiled):

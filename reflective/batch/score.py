@@ -5,7 +5,7 @@ import itertools
 import random
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -24,6 +24,13 @@ TO_SCORE = ("text", "prompt", "question", "response", "responses")
 SCORED = ("score", "n_steps", "step_scores", "step_spans", "error")
 
 
+def columns(further: Collection[str] = ()) -> tuple[str, ...]:
+    """What a scored row has: ``SCORED``, and of each further head the same but for the error, ``score_NAME`` and so on."""
+    return (*SCORED, *(f"{column}_{name}" for name in further for column in SCORED[:-1]))
+
+
+
+
 def score_file(
     load: Load,
     source: str | Path,
@@ -33,6 +40,7 @@ def score_file(
     replace: bool = False,
     report: Report = print,
     run: Run = here,
+    further: Collection[str] = (),
 ) -> int:
     """Score every row of a file of JSON or parquet, and write it with ``SCORED`` into another.
 
@@ -50,6 +58,7 @@ def score_file(
         replace: an output that is there, and what a run of other settings has left unfinished.
         report: told of every response that could not be scored, by the number of its row.
         run: where the work is done: in this process, or by a ``cluster.Cluster``.
+        further: names of the further heads that the model has (``ReflectiveModel.add_head``), with ``columns`` each.
 
     Returns:
         How many rows have such a response.
@@ -60,7 +69,9 @@ def score_file(
     """
     file = open_file(source)
     with Journal(Path(output), replace) as journal:
-        return run(load, _Scoring(batch_tokens), Work("score", file, journal, TO_SCORE, SCORED), report)
+        return run(
+            load, _Scoring(batch_tokens, further=tuple(further)), Work("score", file, journal, TO_SCORE, columns(further)), report
+        )
 
 
 def score_stream(
@@ -72,6 +83,7 @@ def score_stream(
     row: str = "line",
     report: Report = print,
     output: str | Path = "",
+    further: Collection[str] = (),
 ) -> int:
     """``score_file`` of records that come some at a time: each is written into ``file`` when those are scored, as a line of JSON
     or in what other form of it the name ``output`` says."""
@@ -79,7 +91,7 @@ def score_stream(
     model.check_head()  # or every row would be told
     with Lines(file, output) as lines:
         for window in arrivals:
-            found = sorted(itertools.chain.from_iterable(_score(model, window, batch_tokens)), key=itemgetter(0, 1))
+            found = sorted(itertools.chain.from_iterable(_score(model, window, batch_tokens, further=further)), key=itemgetter(0, 1))
             for record, (_, results) in zip(window, itertools.groupby(found, itemgetter(0)), strict=True):
                 results = list(results)
                 broken += tell(results, row, report)
@@ -103,6 +115,7 @@ class _Scoring:
     """A ``run.Job``."""
 
     batch_tokens: int
+    further: tuple[str, ...] = ()
     rows: int = dataclasses.field(default_factory=lambda: WINDOW_ROWS)
     text: int = dataclasses.field(default_factory=lambda: WINDOW_TEXT)
 
@@ -115,7 +128,7 @@ class _Scoring:
     def results(
         self, model: "ReflectiveModel", window: list[Record], done: Collection[tuple[int, int]], tally: Tally
     ) -> Iterator[list[Result]]:
-        return _score(model, window, self.batch_tokens, done, tally)
+        return _score(model, window, self.batch_tokens, done, tally, self.further)
 
 
 class _Item(NamedTuple):
@@ -133,6 +146,7 @@ def _score(
     batch_tokens: int,
     done: Collection[tuple[int, int]] = (),
     meter: Tally | None = None,
+    further: Collection[str] = (),
 ) -> Iterator[list[Result]]:
     """Results of what is not yet ``done`` of a window, batch by batch.
 
@@ -146,11 +160,11 @@ def _score(
         try:
             texts += _texts(model, record)
         except ValueError as error:
-            faults.append((record.number, WHOLE_ROW, fault(error, SCORED)))
+            faults.append((record.number, WHOLE_ROW, fault(error, columns(further))))
     if done and all(key[:2] in done for key in itertools.chain(faults, texts)):
         return
     items: list[_Item] = []
-    for found in _tokenized(model, texts):
+    for found in _tokenized(model, texts, columns(further)):
         items.append(found) if isinstance(found, _Item) else faults.append(found)
     left = Counter(row for row, place, *_ in itertools.chain(items, faults) if (row, place) not in done)
     batches = batches_by_length([len(item.prompt) + len(item.response) for item in items], batch_tokens)
@@ -170,7 +184,7 @@ def _score(
         yield told(faults, 0)
     for batch in filter(None, batches):
         candidates = in_halves(lambda some: _candidates(model, some, batch_tokens), batch)
-        results = [(item.row, item.place, _scored(c)) for item, c in zip(batch, candidates, strict=True)]
+        results = [(item.row, item.place, _scored(c, further)) for item, c in zip(batch, candidates, strict=True)]
         yield told(results, sum(len(item.prompt) + len(item.response) for item in batch))
 
 
@@ -199,7 +213,9 @@ def _texts(model: "ReflectiveModel", record: Record) -> list[tuple[int, int, str
     return [(record.number, place, prompt, response) for place, response in enumerate(given["responses"])]
 
 
-def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]]) -> Iterator[_Item | Result]:
+def _tokenized(
+    model: "ReflectiveModel", texts: list[tuple[int, int, str, str]], names: Sequence[str]
+) -> Iterator[_Item | Result]:
     """Prompts and responses tokenized apart, as ``ReflectiveModel.score`` does; a fault is what has no tokens, or more than the
     model has positions: of millions one text would take hours, and its score mean nothing."""
     prompts: dict[str, list[int] | ValueError] = {"": []}
@@ -219,12 +235,12 @@ def _tokenized(model: "ReflectiveModel", texts: list[tuple[int, int, str, str]])
         if isinstance(before, list) and ids:
             size = len(before) + len(ids)
             if wrong := model.too_long(size):
-                yield row, place, fault(f"with its prompt {size:,} tokens, {wrong}", SCORED)
+                yield row, place, fault(f"with its prompt {size:,} tokens, {wrong}", names)
             else:
                 yield _Item(row, place, before, ids)
         else:
             wrong = "the response is empty" if response == "" or ids == [] else f"expected a string, found {response!r}"
-            yield row, place, fault(wrong if isinstance(before, list) else before, SCORED)
+            yield row, place, fault(wrong if isinstance(before, list) else before, names)
 
 
 def _candidates(model: "ReflectiveModel", items: list[_Item], batch_tokens: int) -> "list[Candidate]":
@@ -235,12 +251,14 @@ def _candidates(model: "ReflectiveModel", items: list[_Item], batch_tokens: int)
         return model.score_tokens([i.prompt for i in items], [i.response for i in items], batch_tokens=batch_tokens)
 
 
-def _scored(found: "Candidate | Exception") -> dict[str, Any]:
+def _scored(found: "Candidate | Exception", further: Collection[str]) -> dict[str, Any]:
     if isinstance(found, Exception):
-        return fault(found, SCORED)
-    return finite(
-        {
-            "score": found.score, "n_steps": len(found.step_scores), "step_scores": found.step_scores,
-            "step_spans": found.step_spans, "error": found.error,
-        }
-    )  # fmt: skip
+        return fault(found, columns(further))
+    values = {f"{column}_{name}": value for name in further for column, value in _columns(found.further[name]).items()}
+    return finite(_columns(found) | values | {"error": found.error})
+
+
+def _columns(found: "Candidate") -> dict[str, Any]:
+    return {
+        "score": found.score, "n_steps": len(found.step_scores), "step_scores": found.step_scores, "step_spans": found.step_spans,
+    }  # fmt: skip

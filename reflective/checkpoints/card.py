@@ -4,11 +4,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..utils.outputs import write_text
 from ..utils.repository import is_repository
 from .files import ADAPTER, CONFIG_NAME, REPORT, read
+
+if TYPE_CHECKING:
+    from ..scoring.forms import Form
 
 _TAGS = ("reflective", "process-reward-model", "test-time-scaling", "best-of-n", "arxiv:2507.01951")
 _MEASURES = {
@@ -83,15 +86,21 @@ def write_card(
 
 
 def _contents(path: Path, base: str | None, adapter: Mapping[str, Any]) -> str:
-    from ..scoring.sprm import SPRM  # not above: with torch it takes seconds
+    from ..scoring.forms import form_of  # not above: with torch it takes seconds
+    from ..scoring.sprm import SPRM
 
-    head, file, weights = SPRM.from_pretrained(path), SPRM.found(path), path / "adapter_model.safetensors"
+    file, weights = SPRM.found(path), path / "adapter_model.safetensors"
+    if file is None:
+        raise FileNotFoundError(f"path={str(path)!r}: there is no head, score_module.safetensors or score_module.pt")
+    form = form_of(file)
+    units = f"{len(form.tensors[0])} → " if form.kind == "mlp" else ""
+    kind = {"mlp": "an SPRM head", "linear": "a linear head", "gated_linear": "a gated linear head"}[form.kind]
     states = f" of [{base}](https://huggingface.co/{base})" if base and is_repository(base) else ""
     text = (
-        f"`{file.name}` is an SPRM head ({head.hidden_size} → {head.width} → 1, {str(head.dtype).removeprefix('torch.')}, "
-        f"{_megabytes(file)}). It reads the hidden states{states} at every step of a reasoning while that is decoded, and "
-        "gives the step a score in (0, 1); the geometric mean of the step scores ranks candidates "
-        "([arXiv 2507.01951](https://arxiv.org/abs/2507.01951))."
+        f"`{file.name}` is {kind} ({form.width} → {units}1, {str(form.tensors[0].dtype).removeprefix('torch.')}, "
+        f"{_megabytes(file)}). It reads the hidden states{states}{_layers(form)} at every step of a reasoning while that is decoded, and "
+        f"gives the step a score{' in (0, 1)' * form.sigmoid}; the {_AGGREGATED.get(form.aggregation, form.aggregation)} of the step scores "
+        "ranks candidates ([arXiv 2507.01951](https://arxiv.org/abs/2507.01951))."
     )
     if weights.is_file():
         rank = f"rank {adapter['r']}, " if "r" in adapter else ""
@@ -100,6 +109,16 @@ def _contents(path: Path, base: str | None, adapter: Mapping[str, Any]) -> str:
             "merged into the model's weights when it is loaded."
         )
     return text
+
+
+_AGGREGATED = {"geometric_mean": "geometric mean", "mean": "arithmetic mean", "gated": "mean, weighted by a gate,"}
+
+
+def _layers(form: "Form") -> str:
+    """Which of ``hidden_states``, where these are not the paper's."""
+    if form.layers in (None, (-2,)) and not form.norm:
+        return ""
+    return f" (`hidden_states` {', '.join(map(str, form.layers or ()))}{', normed' if form.norm else ''})"
 
 
 def _use(config: Mapping[str, Any]) -> str:
@@ -113,6 +132,8 @@ best.text, best.score
     if not config:
         return text
     feature = "predicts" if config["at"] == "predict" else "belongs to"
+    if config["at"] == "every":
+        return f"{text}\n\nEvery token of a response is a step."
     prompt = "the tokenizer's chat template" if config["prompt"] is None else f"given in `{CONFIG_NAME}`"
     return (
         f"{text}\n\nSteps end at `{json.dumps(config['delimiter'])}` (rule `{config['rule']}`), the feature of a step is the "

@@ -1,8 +1,9 @@
 """How a checkpoint is used: ``reflective.json``, beside the head."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..scoring.taps import At
 from .files import CONFIG_NAME
@@ -14,7 +15,10 @@ class Config:
 
     Attributes:
         rule, delimiter: of the step-tokens, see ``StepTokens.from_tokenizer``.
-        at: which state is a step's feature.
+        at: which state is a step's feature, see ``Tap``.
+        steps: all arguments of ``StepTokens.from_tokenizer`` in place of ``rule`` and ``delimiter``; None: these.
+        head: where the head reads and how it is used, as ``Head.metadata`` has it, where its file has no room for that (``.pt``); None: as its
+            file says.
         prompt: text around a question, with ``{question}``; None asks the tokenizer's chat template.
         stop: regular expression that ends a response, looked for in its newest 24 tokens; None leaves that to the
             end-of-sequence token.
@@ -31,6 +35,17 @@ class Config:
     stop: str | None = None
     answer: str | None = None
     think_end: str | None = None
+    steps: dict[str, Any] | None = None
+    head: dict[str, Any] | None = None
+
+    @property
+    def step_rule(self) -> dict[str, Any]:
+        """Arguments of ``StepTokens.from_tokenizer``."""
+        return self.steps or {"rule": self.rule, "delimiter": self.delimiter}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``reflective.json`` has it: ``steps`` and ``head`` only where there is something to say."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in ("steps", "head")}
 
     @classmethod
     def read(cls, file: Path) -> "Config":

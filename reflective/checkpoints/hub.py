@@ -6,7 +6,6 @@ No torch here, nor a connection until a name is asked for that is no path.
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
@@ -140,7 +139,9 @@ def save_head(
             if model.home is not None and (model.home / name).is_file():
                 shutil.copyfile(model.home / name, target / name)
     model.head.save_pretrained(target)
-    write(target / CONFIG_NAME, {"base_model": base or loaded, **asdict(model.config)})
+    from .loading import told  # not above: with torch it takes seconds
+
+    write(target / CONFIG_NAME, {"base_model": base or loaded, **told(model.head, model.config)})
     if adapter := read(target / ADAPTER):
         write(target / ADAPTER, adapter | {"base_model_name_or_path": base or loaded})
     if report is not None:

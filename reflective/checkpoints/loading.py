@@ -1,13 +1,19 @@
 """A model, its tokenizer and its head, from wherever they lie."""
 
+import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..scoring.forms import Form, with_metadata
+from ..scoring.heads import Head
+from ..scoring.loading import found_form, head_of
 from ..scoring.sprm import SPRM
+from ..scoring.taps import Tap
 from ..utils.repository import directory
 from .config import Config
 from .files import ADAPTER, CONFIG_NAME
@@ -19,24 +25,54 @@ class Loaded(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    head: SPRM
+    head: Head
     config: Config
     home: Path
 
 
-def load_head(path: str | Path, **where: Any) -> tuple[SPRM, Config]:
-    """A head, and how it is used: by the ``reflective.json`` beside it; where there is none beside a ``score_module.pt``, the head is
-    a published one, rule ``"exact"``.
+def open_head(path: str | Path, *, output: int | None = None, **where: Any) -> tuple[Form, Config]:
+    """A head as its file has it, and how it is used: by the ``reflective.json`` beside it; where there is none, as its form or its file
+    says, so rule ``"exact"`` for a published ``score_module.pt``.
 
     Args:
-        path: file, directory or repository.
+        path: file, directory or repository; output: see ``load_head``.
         where: ``revision``, ``cache_dir``, ``local_files_only``: see ``utils.repository.directory``.
 
     Raises:
-        FileNotFoundError, ValueError, PermissionError: see ``SPRM.from_pretrained``; a broken ``reflective.json``.
+        FileNotFoundError, ValueError, PermissionError: see ``scoring.loading.load_head``; a broken ``reflective.json``.
     """
-    home = directory(path, HEAD, **where)
-    return SPRM.from_pretrained(home), config_of(home)
+    form = found_form(path, output=output, **where)
+    config = config_of(directory(path, HEAD, **where))
+    if config.head is not None:
+        form = with_metadata(form, config.head)
+    return form, config
+
+
+def load_used(path: str | Path, model: Any, **where: Any) -> tuple[Head, Config]:
+    """A head for ``model``, in its dtype, and how it is used; arguments and errors as for ``open_head``."""
+    form, config = open_head(path, **where)
+    head, config = used(head_of(form, model=model), config, (beside_head(directory(path, HEAD, **where)) / CONFIG_NAME).is_file())
+    return head.to(model.dtype), config
+
+
+def used(head: Head, config: Config, said: bool) -> tuple[Head, Config]:
+    """Head and configuration, saying the same. ``said``: whether there is a ``reflective.json``."""
+    if not said and head.step_rule is not None:
+        config = replace(config, steps=head.step_rule)
+    return agreed(head, config)
+
+
+def agreed(head: Head, config: Config) -> tuple[Head, Config]:
+    """The same where ``at`` was said by one of them: by the head, if both."""
+    if head.tap.at == Tap().at:
+        head.use(tap=replace(head.tap, at=config.at))
+    return head, replace(config, at=head.tap.at)
+
+
+def told(head: Head, config: Config) -> dict[str, Any]:
+    """What ``reflective.json`` says of both."""
+    said = {name: json.loads(value) for name, value in head.metadata().items()}
+    return replace(config, head=said or None).to_dict()
 
 
 def config_of(home: Path) -> Config:
@@ -67,18 +103,21 @@ def load(
     where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
     place, home = places(path, head, revision, where)
     # First, as it fails fast.
-    sprm, config = (None, config_of(home)) if untrained and SPRM.found(home) is None else load_head(home)
+    form, config = (None, config_of(home)) if untrained and SPRM.found(home) is None else open_head(home)
     name, files, adapters = model_files(path, place, home, revision, where)
     model = AutoModelForCausalLM.from_pretrained(files, dtype=dtype, device_map=device_map).eval()
     # What the head belongs to, and not its place in the Hub's cache: an adapter trained from here names it as its base.
     model.name_or_path = model.config.name_or_path = str(path if head else name)
     for adapter in adapters:
         model = merged(model, adapter)
-    if sprm is None:
-        sprm = SPRM(model.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).eval()
-    sprm = sprm.to(model.dtype)
-    sprm.check_finite()
-    return Loaded(model, AutoTokenizer.from_pretrained(files), sprm, config, beside_head(home))
+    if form is None:
+        made: Head = SPRM(model.config.get_text_config(decoder=True).hidden_size).requires_grad_(False).eval()
+    else:
+        made = head_of(form, model=model)
+    made, config = used(made, config, (beside_head(home) / CONFIG_NAME).is_file())
+    made = made.to(model.dtype)
+    made.check_finite()
+    return Loaded(model, AutoTokenizer.from_pretrained(files), made, config, beside_head(home))
 
 
 def places(path: str | Path, head: str | Path | None, revision: str | None, where: dict[str, Any]) -> tuple[Path, Path]:

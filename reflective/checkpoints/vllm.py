@@ -9,12 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..engines.vllm.options import NAME, Options
+from ..engines.vllm.options import NAME, SCORING, Options
 from ..engines.vllm.plugin import PREFIX
+from ..scoring.heads import Head, Heads
+from ..scoring.sprm import SPRM
+from ..scoring.taps import Tap
 from .config import Config
 from .default import cache_dir as own_cache
 from .default import publish
-from .loading import beside_head, config_of, merged, model_files, places
+from .loading import beside_head, config_of, load_head, merged, model_files, places
+
+SAID = ("rule", "delimiter", "consecutive", "think_start_id", "think_end_id", "at", *SCORING)  # options that a caller may give
 
 
 class ForVLLM(NamedTuple):
@@ -46,32 +51,79 @@ class ForVLLM(NamedTuple):
 def for_vllm(
     path: str | Path,
     *,
-    head: str | Path | None = None,
+    head: str | Path | Heads | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     **options: Any,
 ) -> ForVLLM:
-    """Find model and head as ``loading.load`` does. An adapter is merged into the weights once, and the result is kept in the cache.
+    """Find model and head as ``loading.load`` does. An adapter is merged into the weights once, and the result is kept in the cache; so are the
+    weights of a head that is no file of the paper's form.
 
     Args:
-        path, head, revision, cache_dir, local_files_only: as for ``ReflectiveModel.from_pretrained``.
-        options: in place of what the checkpoint's ``reflective.json`` says, see ``engines.vllm.options.Options``.
+        path, revision, cache_dir, local_files_only: as for ``ReflectiveModel.from_pretrained``.
+        head: as there, or a head itself.
+        options: those of ``SAID``, in place of what head and checkpoint say, see ``engines.vllm.options.Options``.
 
     Raises:
-        FileNotFoundError, ValueError, PermissionError, ImportError: as there; an option that does not exist.
+        FileNotFoundError, ValueError, PermissionError, ImportError: as there; an option that does not exist; several heads, or one of two logits.
     """
+    if unknown := sorted(set(options) - set(SAID)):
+        raise ValueError(
+            f"unknown {', '.join(unknown)}; expected {', '.join(SAID)}, see reflective.engines.vllm.options.Options; all else the head says"
+        )
     where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
-    place, home = places(path, head, revision, where)
-    config = config_of(home)
-    said = {"rule": config.rule, "delimiter": config.delimiter, "at": config.at} | options
+    given = None if head is None or isinstance(head, str | Path) else _one(head)
+    place, home = places(path, head if given is None else None, revision, where)
+    if given is not None:
+        found, config = given, config_of(home)
+    else:
+        found, config = load_head(home)
+        found = _one(found)
+    said = _said(found, config) | options
+    at_home = given is None and type(found) is SPRM
+    place_of_head = home if at_home else _plain_head(found)
     try:
-        chosen = Options(head=str(home.absolute()), **said)
+        chosen = Options(head=str(place_of_head.absolute()), **said)
     except TypeError as error:
         raise ValueError(f"{error}; expected fields of reflective.engines.vllm.options.Options") from None
-    chosen.load_head(torch.float32)  # it fails here, and not in another process
     _, files, adapters = model_files(path, place, home, revision, where)
     return ForVLLM(_plain(files, adapters) if adapters else files, chosen, config, beside_head(home))
+
+
+def _one(head: Heads) -> Head:
+    """Raise ValueError unless ``head`` is one, of one logit."""
+    if not isinstance(head, Head):
+        raise ValueError("head: several; in vLLM a request has one log of steps, so give one; the Hugging Face engine takes several")  # noqa: TRY004
+    if len(head.parts()) > 1:
+        raise ValueError(
+            f"head: {head.form} has {len(head.parts())} logits a step ({', '.join(head.parts())}), and in vLLM a request has one log of steps; the "
+            "Hugging Face engine can score it"
+        )
+    return head
+
+
+def _said(head: Head, config: Config) -> dict[str, Any]:
+    """How a head is used, as options: by itself, and where it says nothing but what the paper's does, by ``config``."""
+    return {
+        "rule": config.rule, "delimiter": config.delimiter, **(head.step_rule or {}),
+        "at": config.at if head.tap == Tap() else head.tap.at, "layers": head.tap.layers, "norm": head.tap.norm,
+        "aggregation": head.aggregation, "sigmoid": head.sigmoid, "activation": head.activation,
+    }  # fmt: skip
+
+
+def _plain_head(head: Head) -> Path:
+    """Directory of the weights that the ops take of ``head``, as an MLP of the paper's form; a linear head is one of two units."""
+    w1, b1, w2, b2 = (w.cpu() for w in head.weights())
+    plain = SPRM(head.hidden_size, head.width, dtype=head.dtype)
+    plain.load_state_dict({"0.weight": w1, "0.bias": b1, "3.weight": w2, "3.bias": b2})
+    digest = hashlib.sha256(str(head.dtype).encode())
+    for weight in plain.state_dict().values():
+        digest.update(f"{tuple(weight.shape)}".encode() + weight.view(torch.uint8).numpy().tobytes())
+    target = own_cache() / "heads" / digest.hexdigest()[:16]
+    if SPRM.found(target) is None:
+        plain.save_pretrained(target)
+    return target
 
 
 def _plain(files: Path, adapters: list[Path]) -> Path:

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -13,7 +13,6 @@ from ..utils.outputs import partial
 from .common import (
     EngineOption,
     FetchOption,
-    HeadOption,
     ModelOption,
     OverwriteOption,
     RayOption,
@@ -28,6 +27,9 @@ from .common import (
     progress_bars,
 )
 
+if TYPE_CHECKING:
+    from ..model import ReflectiveModel
+
 Item = TypeVar("Item")
 
 
@@ -41,7 +43,13 @@ def score(
     ] = None,
     text: Annotated[str | None, typer.Option(help="Score this text alone instead.")] = None,
     model: ModelOption = "default",
-    head: HeadOption = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Head, ours or a published one (STEP, SWIFT, ...), where it lies apart from the model. Given several times, each as NAME=PATH "
+            "or PATH: a text is run once, and scored by each.",
+        ),
+    ] = None,
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens a forward, padding included; texts of similar lengths go together.")
     ] = 16_384,
@@ -55,7 +63,7 @@ def score(
     """Score finished text: rows of text, or of response and prompt or question (put into the model's prompt); or of responses,
     a list, which get lists.
 
-    Every row comes back, in order, with score, n_steps, step_scores, step_spans and error. Rows that cannot be scored are
+    Every row comes back, in order, with score, n_steps, step_scores, step_spans and error; by a second head, with score_NAME and so on. Rows that cannot be scored are
     reported by number, the rest is scored, and the exit code is 1. From file to file: started again after it was killed, the
     command goes on where it was, and the output appears when it is complete.
     """
@@ -63,8 +71,11 @@ def score(
 
     piped = source == "-" or _is_pipe(source)  # which is read once
     run = place(ray, replicas, text is None and not piped and output is not None)
-    load = functools.partial(load_model, everywhere(model), everywhere(head), fetch, engine=engine, vllm=vllm)
-    given = {"batch_tokens": batch_tokens, "report": complain}
+    heads = _named(head or [])
+    first = next(iter(heads.values()), None)
+    others = {name: everywhere(path) for name, path in list(heads.items())[1:]}
+    load = functools.partial(_load, everywhere(model), everywhere(first), others, fetch, engine, vllm)
+    given = {"batch_tokens": batch_tokens, "report": complain, "further": list(others)}
     if text is not None:
         arrivals = iter([list(batch.read_lines([json.dumps({"text": text}).encode()]))])
     elif piped:
@@ -91,6 +102,32 @@ def score(
             complain(f"what was scored until then is in {partial(output)}")
         raise
     end(broken, "scored")
+
+
+def _load(
+    model: str, head: str | None, others: dict[str, str], fetch: bool, engine: str, vllm: str | None
+) -> "ReflectiveModel":
+    """The model with all of the heads."""
+    found = load_model(model, head, fetch, engine=engine, vllm=vllm)
+    for name, path in others.items():
+        found.add_head(name, path)
+    return found
+
+
+def _named(heads: list[str]) -> dict[str, str]:
+    """Paths of heads by their names: by what is said, or by that of the file or directory.
+
+    Raises:
+        ValueError: a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for given in heads:
+        name, _, path = given.rpartition("=") if not Path(given).exists() else ("", "", given)
+        name = name or (Path(path).parent.name if Path(path).stem == "score_module" else Path(path).stem)
+        if name in found:
+            raise ValueError(f"--head {given}: the name {name!r} is taken; give NAME=PATH")
+        found[name] = path
+    return found
 
 
 def _is_pipe(source: str) -> bool:

@@ -13,10 +13,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TextGenerationPipeline
 
-from ..checkpoints.loading import load_head
+from ..checkpoints.loading import load_used
 from ..engines.hf.scorer import Schedule, StreamScorer
+from ..scoring.heads import Head
 from ..scoring.scores import aggregate
-from ..scoring.sprm import SPRM
 from ..scoring.steps import StepTokens
 from ..scoring.taps import At
 from ..search.strategies import SCORED, WITHOUT_SCORE, WITHOUT_STEP
@@ -32,9 +32,9 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
     second forward. All else, texts, chats, tensors, batches and settings of generation, is the pipeline's own.
 
     Args:
-        head: an ``SPRM``, or where one lies: file, directory or repository; None: where the model was loaded from.
+        head: a head, or where one lies: file, directory or repository; None: where the model was loaded from.
         steps, at: as for ``StreamScorer``; None: what the ``reflective.json`` beside the head says, or for a published head the
-            rule ``"exact"``. With a head that is an ``SPRM`` the steps must be given.
+            rule ``"exact"``. With a head itself the steps must be given.
         schedule, backend: as for ``StreamScorer``.
         best_of: sample so many responses to a prompt and give the one with the highest score, in a list of one. Where none has
             a step, it is the text that comes most often, and of equally frequent ones the first; ``"chosen_by"`` in its record
@@ -51,7 +51,7 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
     def __init__(
         self,
         *args: Any,
-        head: SPRM | str | Path | None = None,
+        head: Head | str | Path | None = None,
         steps: StepTokens | None = None,
         at: At | None = None,
         schedule: Schedule = "deferred",
@@ -59,14 +59,13 @@ class ScoredTextGenerationPipeline(TextGenerationPipeline):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(head, SPRM):
-            head, config = load_head(head or self.model.name_or_path)
-            head, at = head.to(self.model.dtype), at or config.at
+        if not isinstance(head, Head):
+            head, config = load_used(head or self.model.name_or_path, self.model)
             if steps is None:
-                steps = StepTokens.from_tokenizer(self.tokenizer, rule=config.rule, delimiter=config.delimiter)
-        elif steps is None:
+                steps = StepTokens.from_tokenizer(self.tokenizer, **config.step_rule)
+        elif steps is None and (at or head.tap.at) != "every":
             raise ValueError("steps: a head alone does not say which tokens end a step; give them, or the head's directory")
-        self.scorer = StreamScorer(self.model, head, steps, schedule, at or "predict", backend=backend)
+        self.scorer = StreamScorer(self.model, head, steps, schedule, at, backend=backend)
 
     def _sanitize_parameters(
         self, best_of: int | None = None, aggregation: str | None = None, **kwargs: Any

@@ -226,7 +226,7 @@ class _Call:
             log, ids = found.get((asked.key, j)), [] if self._prompt_only else asked.choices[j].ids
             if j in asked.stopped:  # the worker went on until it heard of the abort
                 log = asked.stopped[j]
-                ids = ids[: log.seen - len(asked.prompt) + (self.scorer.at == "token")]
+                ids = ids[: log.seen - len(asked.prompt) + (self.scorer.at != "predict")]
             scores[index] = self.scorer.scores_of(log, asked.prompt, ids)
         return scores
 
@@ -250,7 +250,7 @@ class _Scorer:
     def __init__(self, engine: Any) -> None:
         options = Options.of(engine.vllm_config.additional_config)
         self.engine, self.prunes = engine, options.prune is not None
-        self._steps, self.at = steps_for(engine.vllm_config), options.at
+        self._steps, self.at, self._reading = steps_for(engine.vllm_config), options.at, options.reading
         self._watched: dict[str, _Asked] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself would let them go
         self._looking = False
@@ -263,7 +263,7 @@ class _Scorer:
         if log is None:
             return _without("the worker does not know this request")
         try:
-            found = collect([log], [prompt + ids], [len(prompt)], self._steps, self.at)
+            found = collect([log], [prompt + ids], [len(prompt)], self._steps, **self._reading)
         except ValueError as error:
             return _without(str(error))
         said = {

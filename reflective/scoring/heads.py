@@ -1,17 +1,31 @@
 """What every head has, whatever its form: where it reads the model, what a step's score is, and the weights that the ops take."""
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from ..utils.outputs import folder, replacing
 from .scores import AGGREGATIONS, FROM_LOGARITHMS, TrajectoryScores
 from .taps import Tap
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # in which a head computes
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
-_KNOWN = ("form", "tap", "aggregation", "sigmoid", "activation", "step_rule", "trained_on")
+NAMES = ("score_module.safetensors", "score_module.pt")
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,  # the exact one, by erf
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "silu": nn.SiLU,
+}
+_USE = ("form", "aggregation", "sigmoid", "step_rule", "trained_on", "higher_is_better")  # beside the tap
 
 
 class Head(nn.Module):
@@ -26,6 +40,9 @@ class Head(nn.Module):
         step_rule: arguments of ``StepTokens.from_tokenizer`` by which it was trained; None: nothing is known.
         form: what kind of checkpoint it came from, for people.
         trained_on: the name of the model whose states it was trained on; None: unknown.
+        higher_is_better: False: its scores are of risk, and of several candidates the lowest is the best.
+        unknown: what its checkpoint does not say and was assumed, by name.
+        activation: of the hidden units, one of ``ACTIVATIONS``.
     """
 
     tap: Tap = Tap()
@@ -34,6 +51,8 @@ class Head(nn.Module):
     step_rule: dict[str, Any] | None = None
     form: str = "head"
     trained_on: str | None = None
+    higher_is_better: bool = True
+    unknown: Mapping[str, str] = MappingProxyType({})
     activation: str = "relu"
 
     @property
@@ -58,40 +77,73 @@ class Head(nn.Module):
         """The heads that are run, each of one logit; several are gathered by ``aggregation``."""
         return {"": self}
 
+    @property
+    def in_progress(self) -> str:
+        """The aggregation for steps of a trajectory that goes on, by their scores alone."""
+        return "mean" if self.aggregation == "gated" else self.aggregation
+
     # -- how it is used ----------------------------------------------------------------------------------------------
 
-    def use(self, **settings: Any) -> "Head":
-        """Set ``tap``, ``aggregation``, ``sigmoid``, ``step_rule``, ``form`` or ``trained_on``; returns itself.
+    def use(self, **settings: Any) -> Self:
+        """Set ``tap``, ``aggregation``, ``sigmoid``, ``step_rule``, ``form``, ``trained_on``, ``higher_is_better`` or ``unknown``; returns itself.
 
         Raises:
             ValueError: an unknown name or aggregation, or a mean by logarithms of scores that are none of probabilities.
         """
         for name, value in settings.items():
-            if name not in _KNOWN or name == "activation":
-                raise ValueError(f"{name}: a head has {', '.join(n for n in _KNOWN if n != 'activation')}")
+            if name not in (*_USE, "tap", "unknown"):
+                raise ValueError(f"{name}: no setting of a head; there are tap, {', '.join(_USE)}")
             setattr(self, name, value)
         if self.aggregation not in AGGREGATIONS and self.aggregation != "gated":
             raise ValueError(f"aggregation={self.aggregation!r}; expected one of {', '.join(AGGREGATIONS)}")
+        if (self.aggregation == "gated") != (len(self.parts()) > 1):
+            raise ValueError(f"aggregation={self.aggregation!r} does not go with a {type(self).__name__}")
         if not self.sigmoid and self.aggregation in FROM_LOGARITHMS:
             raise ValueError(
                 f"aggregation={self.aggregation!r} multiplies probabilities, and sigmoid=False says that scores are none; take 'mean'"
             )
         return self
 
-    def configuration(self) -> dict[str, Any]:
-        """All that ``use`` sets, and the activation, as JSON has it."""
-        return {name: getattr(self, name) for name in _KNOWN} | {"tap": self.tap.to_dict()}
+    def metadata(self) -> dict[str, str]:
+        """What ``scoring.forms`` reads beside the tensors of a file: all that ``use`` sets, as JSON each. Empty for the paper's use, which
+        needs no word."""
+        said = {name: getattr(self, name) for name in _USE} | {"activation": self.activation} | self.tap.to_dict()
+        usual = {name: getattr(type(self), name) for name in _USE} | {"activation": "relu"} | Tap().to_dict()
+        if said == usual:
+            return {}
+        return {name: json.dumps(value) for name, value in said.items() if value is not None}
 
-    def configure(self, said: Mapping[str, Any]) -> "Head":
-        """The opposite of ``configuration``; the activation is the constructor's.
+    def configure(self, said: Mapping[str, str]) -> Self:
+        """The opposite of ``metadata``, but for the activation, which the constructor takes; what is not said stays.
 
         Raises:
-            ValueError: see ``use``.
+            ValueError: see ``use`` and ``Tap``; a value that is no JSON.
         """
-        said = {name: value for name, value in said.items() if name != "activation"}
-        if "tap" in said:
-            said["tap"] = Tap.from_dict(said["tap"])
-        return self.use(**said)
+        found = {name: json.loads(said[name]) for name in (*_USE, "layers", "norm", "at") if name in said}
+        tap = {name: found.pop(name) for name in ("layers", "norm", "at") if name in found}
+        return self.use(**found, tap=Tap.from_dict({**self.tap.to_dict(), **tap}))
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write the head: to a ``.pt`` or ``.safetensors`` file, or as ``score_module.safetensors`` into a directory. How it is used goes into
+        the metadata of a safetensors file; a ``.pt`` file has no place for it.
+
+        Returns:
+            The file written.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        file = Path(path).expanduser()
+        if file.suffix not in (".pt", ".safetensors"):
+            file = file / NAMES[0]
+        folder(file.parent, "path")
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        with replacing(file, what="path") as content:
+            if file.suffix == ".pt":
+                torch.save(state, content)
+            else:
+                content.write(safetensors.torch.save(state, self.metadata() or None))
+        return file
 
     # -- whether it fits ---------------------------------------------------------------------------------------------
 
@@ -148,11 +200,12 @@ class LinearHead(Head):
 
     def __init__(self, hidden_size: int, *, bias: bool = True, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, 1, bias=bias, dtype=dtype)
+        layer = nn.Linear(hidden_size, 1, bias=bias, dtype=dtype)
+        self.weight, self.bias = layer.weight, layer.bias
 
     @property
     def hidden_size(self) -> int:
-        return self.linear.in_features
+        return self.weight.shape[1]
 
     @property
     def width(self) -> int:
@@ -160,11 +213,11 @@ class LinearHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., K] -> [..., 1]."""
-        return self.linear(features)
+        return F.linear(features, self.weight, self.bias)
 
     def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self.w1_dtype(dtype)
-        w, b = self.linear.weight.detach(), self.linear.bias
+        w, b = self.weight.detach(), self.bias
         b = w.new_zeros(1) if b is None else b.detach()
         return torch.cat([w, -w]), torch.cat([b, -b]), w.new_tensor([[1.0, -1.0]]), w.new_zeros(1)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.sprm_loss import loss_terms
+from .heads import Head
 from .ops import op
 from .sprm import SPRM
 
@@ -70,8 +71,9 @@ def sprm_loss_rows(
             be summed over the processes, not averaged.
 
     Raises:
-        ValueError: the features are not the head's size, or the head drops every unit.
+        ValueError: the features are not the head's size, or the head drops every unit; see ``check_trainable``.
     """
+    check_trainable(head)
     dropout = float(head[2].p) if head.training else 0.0
     if features.shape[1:] != head[0].weight.shape[1:]:
         raise ValueError(f"features: shape {tuple(features.shape)}, expected [M, {head.hidden_size}]")
@@ -88,6 +90,15 @@ def sprm_loss_rows(
     if all_reduce is not None:
         all_reduce(counts)
     return _mean(sums, counts, class_balance)
+
+
+def check_trainable(head: Head, name: str = "head") -> None:
+    """Raise ValueError for a head that the op ``sprm_loss`` does not know: no MLP, another activation than ReLU, no biases, no sigmoid."""
+    if not isinstance(head, SPRM) or head.activation != "relu" or head[0].bias is None or not head.sigmoid:
+        raise ValueError(
+            f"{name}: a {head.form} head ({type(head).__name__}, {head.activation}) scores, but is not trained here; trained are MLPs with ReLU "
+            "and biases whose score is a sigmoid, so begin with a new head"
+        )
 
 
 def _fused(head: SPRM, features: Tensor, scale: float, *labels: Any) -> tuple[Tensor, Tensor]:

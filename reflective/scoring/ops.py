@@ -31,18 +31,19 @@ SCHEMAS = {
     "step_mask": (
         "(Tensor ids, Tensor token_class, Tensor transition, Tensor pad, Tensor length, Tensor start) -> Tensor"
     ),
-    "score_rows": f"(Tensor features, {_HEAD}) -> Tensor",
-    "logit_rows": "(Tensor features, Tensor w1, Tensor b1, Tensor w2, Tensor? b2=None) -> Tensor",
+    "score_rows": f"(Tensor features, {_HEAD}, int activation=0) -> Tensor",
+    "logit_rows": "(Tensor features, Tensor w1, Tensor b1, Tensor w2, Tensor? b2=None, int activation=0) -> Tensor",
     "decode_step": (
         f"(Tensor ids, Tensor hidden, Tensor token_class, Tensor transition, {_HEAD}, "
         "Tensor(a!) seq, Tensor(b!) tally, Tensor(c!) last_hidden, "
         "Tensor(d!) step_column, Tensor(e!) step_region, Tensor(f!) step_score, "
         "Tensor(g!) slots, Tensor(h!) slot_owner, Tensor(i!) n_slots, Tensor(j!) workspace, "
-        "bool at_predict, bool immediate, Tensor? rows=None, Tensor? cu_seqlens=None, int quiet=0) -> ()"
+        "bool at_predict, bool immediate, Tensor? rows=None, Tensor? cu_seqlens=None, int quiet=0, "
+        "int activation=0) -> ()"
     ),
     "flush": (
         f"({_HEAD}, Tensor(a!) tally, Tensor(b!) step_score, Tensor slots, Tensor slot_owner, Tensor(c!) n_slots, "
-        "Tensor(d!) workspace) -> ()"
+        "Tensor(d!) workspace, int activation=0) -> ()"
     ),
     "tally_slots": (
         "(Tensor logits, Tensor b2, Tensor(a!) tally, Tensor(b!) step_score, Tensor slot_owner, Tensor(c!) n_slots) -> ()"
@@ -68,12 +69,12 @@ def _(ids: Tensor, token_class: Tensor, transition: Tensor, pad: Tensor, length:
 
 
 @torch.library.register_fake(f"{NAMESPACE}::score_rows", lib=_library)
-def _(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+def _(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: int = 0) -> Tensor:
     return features.new_empty(features.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::logit_rows", lib=_library)
-def _(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None = None) -> Tensor:
+def _(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None = None, activation: int = 0) -> Tensor:
     return features.new_empty(features.shape[0], dtype=torch.float32)
 
 

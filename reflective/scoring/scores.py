@@ -67,6 +67,7 @@ class TrajectoryScores:
             position.)
         errors: sequence -> what is wrong with it, for sequences without a valid score.
         aggregation: how ``score`` came of the step scores.
+        higher_is_better: False for scores of risk.
         gates: of a gated head, B tensors [n_steps] float32 in (0, 1): the weights of its step scores; else None.
     """
 
@@ -77,13 +78,16 @@ class TrajectoryScores:
     errors: dict[int, str] = field(default_factory=dict)
     aggregation: str = "geometric_mean"
     gates: list[Tensor] | None = None
+    higher_is_better: bool = True
 
     def __len__(self) -> int:
         return len(self.score)
 
     def best(self) -> int:
-        """Index of the highest score; sequences with an error come last, and of equals the first wins."""
-        return int(self.score.nan_to_num(nan=-torch.inf).argmax())
+        """Index of the highest score, or of the lowest if these are of risk; sequences with an error come last, and of equals the first
+        wins."""
+        score = self.score if self.higher_is_better else -self.score
+        return int(score.nan_to_num(nan=-torch.inf).argmax())
 
     def aggregate(self, how: str = "geometric_mean") -> Tensor:
         """[B] float32: every trajectory's step scores in one number, see ``reflective.scoring.scores.aggregate``.
@@ -122,12 +126,12 @@ class TrajectoryScores:
     @classmethod
     def collect(
         cls, log_sums: list[float], n_steps: list[int], log_scores: list[Tensor], columns: list[Tensor], at: str,
-        aggregation: str = "geometric_mean", sigmoid: bool = True,
+        aggregation: str = "geometric_mean", sigmoid: bool = True, higher_is_better: bool = True,
     ) -> "TrajectoryScores":  # fmt: skip
         """From per-sequence sums and step logs (natural log); warns of steps whose features were not finite.
 
         Args:
-            aggregation, sigmoid: of the head.
+            aggregation, sigmoid, higher_is_better: of the head.
 
         Raises:
             ValueError: see ``aggregate``.
@@ -144,6 +148,7 @@ class TrajectoryScores:
             told = "; ".join(f"sequence {i}: {error}" for i, error in errors.items())
             warnings.warn(told, NonFiniteWarning, stacklevel=3)
         found = cls(score, count, [step_scores(s, sigmoid) for s in log_scores], columns, errors)
+        found.higher_is_better = higher_is_better
         if aggregation != "geometric_mean":
             found.score = torch.where(score.isnan(), score, found.aggregate(aggregation))
             found.aggregation = aggregation

@@ -7,11 +7,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
+from ..kernels import layout
 from ..kernels.score_rows import log_score
 from .backend import NAMES, Backend, choose_backend
 from .heads import Head
 from .state import StreamState
 
+# What the ops call the activations of heads, by their names there.
+ACTIVATIONS = {"relu": layout.RELU, "gelu": layout.GELU, "gelu_tanh": layout.GELU_TANH, "silu": layout.SILU}
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -49,7 +52,7 @@ def shard(weights: Weights, rank: int, world: int) -> Weights:
 class ShardedHead:
     """``head`` as the ops take it. With a process group every rank keeps the ``shard`` that is its own, and
 
-        logit(f) = sum over ranks (w2 . relu(W1 f + b1)) + b2
+        logit(f) = sum over ranks (w2 . act(W1 f + b1)) + b2
 
     is one all-reduce of a float a row. All ranks must make the same calls with as many rows, and get the same bits.
 
@@ -62,9 +65,10 @@ class ShardedHead:
 
     Attributes:
         weights: on that device; empty before ``load``.
+        activation: the head's, as the ops take it.
 
     Raises:
-        ValueError: see ``choose_backend`` and ``units``.
+        ValueError: see ``choose_backend``, ``units`` and ``SPRM.w1_dtype``.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class ShardedHead:
         group: ProcessGroup | None,
     ) -> None:  # fmt: skip
         self.head, self.device, self.w1_dtype, self.group = head, device, w1_dtype, group
+        self.activation: int = ACTIVATIONS[head.activation]
         self.rank, self.world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         mine = units(head.width, self.rank, self.world)
         # The choice depends on shape and dtype alone; the weights themselves are read when they are needed.
@@ -112,7 +117,7 @@ class ShardedHead:
     def score_rows(self, features: Tensor) -> Tensor:
         """The op of this name: log-scores [M] of ``features`` [M, H]."""
         if self.group is None:
-            return self.backend.score_rows(features, *self.weights)
+            return self.backend.score_rows(features, *self.weights, self.activation)
         logits = self._logits(features)
         return log_score(logits + self.weights[3].to(logits.dtype))
 
@@ -123,7 +128,7 @@ class ShardedHead:
         whatever is in the unused ones.
         """
         if self.group is None:
-            self.backend.flush(*self.weights, *state.buffer())
+            self.backend.flush(*self.weights, *state.buffer(), self.activation)
         elif rows:
             tally, step_score, slots, slot_owner, n_slots, _ = state.buffer()
             logits = self._logits(slots[:rows])
@@ -131,6 +136,6 @@ class ShardedHead:
 
     def _logits(self, features: Tensor) -> Tensor:
         """[M], without ``b2``."""
-        logits = self.backend.logit_rows(features, *self.weights[:3])
+        logits = self.backend.logit_rows(features, *self.weights[:3], None, self.activation)
         dist.all_reduce(logits, group=self.group)
         return logits

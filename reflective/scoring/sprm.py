@@ -4,18 +4,17 @@ import json
 import math
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..utils.outputs import folder, replacing
 from ..utils.repository import directory
-from .heads import FLOATS, Head, check_dtype
+from .heads import ACTIVATIONS, FLOATS, NAMES, Head, check_dtype
 
-NAMES = ("score_module.safetensors", "score_module.pt")
 KEYS = ("0.weight", "0.bias", "3.weight", "3.bias")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # in files; widened when they are read
 _QUANTISED = re.compile("scale|zero|absmax|quant|qweight|packed|SCB")  # in what quantisers call their tensors
@@ -30,11 +29,18 @@ class SPRM(nn.Sequential, Head):
 
     form = "sprm"
 
-    def __init__(self, hidden_size: int, width: int | None = None, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, hidden_size: int, width: int | None = None, *, dtype: torch.dtype | None = None, activation: str = "relu",
+        bias: bool = True,
+    ) -> None:  # fmt: skip
+        """``width``: hidden units, None: 2H; ``activation``: a key of ``ACTIVATIONS``, ValueError for another; ``bias``: whether
+        the layers have one."""
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r}; expected one of {', '.join(map(repr, ACTIVATIONS))}")
         width = width or 2 * hidden_size
-        super().__init__(
-            nn.Linear(hidden_size, width, dtype=dtype), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 1, dtype=dtype)
-        )
+        first, second = (nn.Linear(*shape, bias, dtype=dtype) for shape in ((hidden_size, width), (width, 1)))
+        super().__init__(first, ACTIVATIONS[activation](), nn.Dropout(0.5), second)
+        self.activation = activation
 
     @property
     def hidden_size(self) -> int:
@@ -50,13 +56,18 @@ class SPRM(nn.Sequential, Head):
         return self[0].weight.dtype
 
     def w1_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        """The dtype of ``weights(dtype)[0]``. ValueError if there is none."""
+        """The dtype of ``weights(dtype)[0]``. ValueError if there is none, or float8 for another activation than ReLU."""
         if dtype not in (None, self.dtype, torch.float8_e4m3fn):
             raise ValueError(f"w1_dtype={dtype}; expected None, the head's {self.dtype} or torch.float8_e4m3fn")
+        if dtype == torch.float8_e4m3fn and self.activation != "relu":
+            raise ValueError(
+                f"w1_dtype={dtype}: first weights of 8 bits have scales that only relu lets through, and this head has "
+                f"{self.activation}; give None"
+            )
         return dtype or self.dtype
 
     def weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(w1 [K, H], b1 [K], w2 [1, K], b2 [1])``, detached: what every op takes.
+        """``(w1 [K, H], b1 [K], w2 [1, K], b2 [1])``, detached: what every op takes. Zeros for biases that there are none of.
 
         Args:
             dtype: of ``w1``. None: the head's own. ``torch.float8_e4m3fn``: half of bfloat16's bytes, see ``quantize``; the
@@ -65,7 +76,7 @@ class SPRM(nn.Sequential, Head):
         Raises:
             ValueError: another dtype, or weights that cannot be quantised.
         """
-        w1, b1, w2, b2 = (t.detach() for layer in (self[0], self[3]) for t in (layer.weight, layer.bias))
+        w1, b1, w2, b2 = (t.detach() for layer in (self[0], self[3]) for t in _weight_and_bias(layer))
         if self.w1_dtype(dtype) == torch.float8_e4m3fn:
             return *quantize(w1, b1, w2), b2.float()
         return w1, b1, w2, b2
@@ -111,12 +122,12 @@ class SPRM(nn.Sequential, Head):
         file = cls.found(directory(path, ("score_module.*",), **where))
         if file is None:
             raise FileNotFoundError(f"path={str(path)!r} is no file, nor a directory with one of {', '.join(NAMES)}")
+        said: dict[str, str] = {}
         try:
-            said: dict[str, str] = {}
             if file.suffix == ".safetensors":
                 state = safetensors.torch.load_file(file)
-                with safe_open(file, framework="pt") as content:
-                    said = content.metadata() or {}
+                with safetensors.safe_open(file, "pt") as opened:
+                    said = opened.metadata() or {}
             else:
                 state = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:
@@ -126,10 +137,10 @@ class SPRM(nn.Sequential, Head):
             ) from e
         except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
             raise ValueError(f"{file} cannot be read as a checkpoint (truncated or corrupted?): {e}") from e
-        return _told(cls._from_state(state, file, dtype), said)
+        return cls._from_state(state, file, dtype, said).configure(said)
 
     @classmethod
-    def _from_state(cls, state: object, file: Path, dtype: torch.dtype | None) -> "SPRM":
+    def _from_state(cls, state: object, file: Path, dtype: torch.dtype | None, said: Mapping[str, str]) -> "SPRM":
         tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
         if not tensors or set(state) != set(KEYS):
             keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
@@ -146,7 +157,7 @@ class SPRM(nn.Sequential, Head):
             raise ValueError(f"{file}: shapes do not fit Linear(H, W) -> Linear(W, 1): {shapes}")
         width, hidden_size = w1.shape
         with torch.device("meta"):
-            head = cls(hidden_size, width)
+            head = cls(hidden_size, width, activation=json.loads(said.get("activation", '"relu"')))
         # Copied: what safetensors reads is mapped from the file, which may be written anew while the head is in use.
         dtype = dtype or (torch.float32 if w1.dtype in _FLOAT8 else w1.dtype)
         loaded = {key: value.detach().to(dtype, copy=True) for key, value in state.items()}
@@ -159,43 +170,9 @@ class SPRM(nn.Sequential, Head):
         head.check_finite(str(file))
         return head.requires_grad_(False).eval()
 
-    def save_pretrained(self, path: str | Path) -> Path:
-        """Write the head: to a ``.pt`` or ``.safetensors`` file, or as ``score_module.safetensors`` into a directory.
 
-        Returns:
-            The file written.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        file = Path(path).expanduser()
-        if file.suffix not in (".pt", ".safetensors"):
-            file = file / NAMES[0]
-        folder(file.parent, "path")
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        with replacing(file, what="path") as content:
-            if file.suffix == ".pt":
-                torch.save(state, content)
-            else:
-                content.write(safetensors.torch.save(state, _telling(self) or None))
-        return file
-
-
-_TOLD = ("aggregation", "sigmoid", "step_rule", "trained_on")  # in the file's metadata, as JSON, beside the tap's parts
-
-
-def _telling(head: SPRM) -> dict[str, str]:
-    """How ``head`` is used, as far as it is not as published."""
-    said, usual = ({**h.tap.to_dict(), **{name: getattr(h, name) for name in _TOLD}} for h in (head, Head))
-    return {name: json.dumps(value) for name, value in said.items() if value != usual[name]}
-
-
-def _told(head: SPRM, metadata: dict[str, str]) -> SPRM:
-    """``head``, used as the metadata of its file say."""
-    said = {name: json.loads(value) for name, value in metadata.items() if name in (*_TOLD, *head.tap.to_dict())}
-    tap = head.tap.to_dict() | {name: said.pop(name) for name in list(said) if name not in _TOLD}
-    head.configure({**said, "tap": tap})
-    return head
+def _weight_and_bias(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    return layer.weight, layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
 
 
 def quantize(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from ..utils.arguments import one_of
 
 At = Literal["predict", "token", "every"]
+Norm = Literal[False, True, "rms"]
 AT = ("predict", "token", "every")
 
 
@@ -21,17 +22,18 @@ class Tap:
         layers: indices of ``hidden_states`` as transformers counts them, from the end if negative: 0 is the embeddings, -2 what enters the
             last of the layers (the paper's), -1 what the final norm makes of that layer's output. The states of several layers
             are concatenated, in the order given.
-        norm: whether the model's final norm is applied to each of them; -1 has it already.
+        norm: what is done to each of them. False: nothing; True: the model's final norm, which -1 has already; ``"rms"``: it is divided by
+            ``sqrt(mean(x^2) + 1e-6)``.
         at: which token's state is a step's feature. ``"predict"``: that of the token before the step-token, which predicted it (published
             checkpoints of MetaStone); ``"token"``: the step-token's own; ``"every"``: every generated token is a step, and its own
             state the feature, but for tokens that end a sequence or pad it.
 
     Raises:
-        ValueError: no layer, one that is no integer, or one named twice; an unknown ``at``.
+        ValueError: no layer, one that is no integer, or one named twice; an unknown ``norm`` or ``at``.
     """
 
     layers: tuple[int, ...] = (-2,)
-    norm: bool = False
+    norm: Norm = False
     at: At = "predict"
 
     def __post_init__(self) -> None:
@@ -45,8 +47,9 @@ class Tap:
             raise ValueError("layers=(): name at least one of the hidden_states, such as (-2,)")
         _check_once(layers, layers)
         one_of("at", self.at, AT)
+        if self.norm not in (False, True, "rms"):
+            raise ValueError(f"norm={self.norm!r}; expected False, True or 'rms'")
         object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "norm", bool(self.norm))
 
     def indices(self, n: int, model: str = "model") -> tuple[int, ...]:
         """``layers`` counted from 0, for a model of ``n`` layers, which has n + 1 ``hidden_states``.

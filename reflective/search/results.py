@@ -17,7 +17,7 @@ class Candidate:
 
     Attributes:
         text: the response.
-        score: geometric mean of the step scores; 0 without a step, NaN with an error.
+        score: geometric mean of the step scores, or what else the head makes of them; 0 without a step, NaN with an error.
         step_scores: score of every step, in order.
         step_spans: ``(begin, end)`` of every step in ``text``, delimiter included; the text between the last step's end
             and the end of ``text`` belongs to no step.
@@ -31,6 +31,7 @@ class Candidate:
         logprobs: the chances of each of these tokens, where the server was asked for them.
         number: among its question's candidates, in order of creation; parent: of the one that it was forked from.
         tokens: decoded for it; those that a fork has from its parent were decoded for the parent.
+        further: the same text by other heads, by their names, see ``ReflectiveModel.add_head``.
     """
 
     text: str
@@ -46,11 +47,12 @@ class Candidate:
     parent: int | None = None
     tokens: int = 0
     logprobs: list[Chance] | None = field(default=None, repr=False)
+    further: "dict[str, Candidate]" = field(default_factory=dict, repr=False)
 
     def record(self) -> dict[str, Any]:
-        """As files hold it: every field but ``logprobs``, which is the server's alone."""
+        """As files hold it: every field but ``logprobs``, which is the server's alone, and ``further``."""
         fields = asdict(self)
-        del fields["logprobs"]
+        del fields["logprobs"], fields["further"]
         return fields
 
 
@@ -76,6 +78,7 @@ class Generation:
         prompt_logprobs: the chances of the prompt's tokens, where the server was asked for them.
         engine: what decoded it: ``"batch"``, transformers' forwards one by one; ``"seats"``, a step of fixed shape; ``"captured"``, the
             same as a CUDA graph; ``"compiled"``, its forward compiled besides; ``"vllm"``.
+        aggregation: of the steps that a candidate has so far, as its head has it.
     """
 
     prompt: str
@@ -91,6 +94,7 @@ class Generation:
     chosen_by: str = "score"
     prompt_logprobs: list[Chance] | None = field(default=None, repr=False)
     engine: str = ""
+    aggregation: str = "geometric_mean"
 
     @property
     def text(self) -> str:

@@ -264,7 +264,8 @@ class _Answer:
                 told[i].feed(new.chances)
                 more["logprobs"] = told[i].take(texts[i].sent)
             if scores:
-                said = {"score": finite(aggregate(steps[i])), "n_steps": len(steps[i]), "step_scores": finite(scores)}
+                score = aggregate(steps[i], self.service.engine.model.head.in_progress)
+                said = {"score": finite(score), "n_steps": len(steps[i]), "step_scores": finite(scores)}
                 more["reflective"] = said
             if piece or scores or more.get("logprobs"):
                 yield self._chunk({"index": i, **form.part(piece), "finish_reason": None, **more})

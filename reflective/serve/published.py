@@ -54,7 +54,7 @@ async def _score(body: PublishedScore, request: Request, service: Service) -> di
     if not body.return_all_scores:
         return {"value": scored.score}
     model, ids = engine.model, scored.token_ids
-    _, _, read = read_positions(model.steps, torch.tensor([ids]), None, None, model.config.at)
+    _, _, read = read_positions(model.check_head().to("cpu"), torch.tensor([ids]), None, None, model.head.tap.at)
     return {
         "value": scored.score, "all_scores": scored.step_scores, "token_ids": ids, "score_positions": read.tolist(),
     }  # fmt: skip

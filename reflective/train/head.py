@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..scoring.heads import Head
-from ..scoring.loss import sprm_loss_rows
+from ..scoring.loss import check_trainable, sprm_loss_rows
 from ..scoring.sprm import SPRM
 from ..utils.fingerprint import fingerprint
 from .checkpoint import Checkpoint
@@ -125,15 +124,6 @@ def fit(
             if on_epoch is not None:
                 on_epoch(epoch, float(total) / steps, scale.folded(head))
     return scale.folded(head)
-
-
-def check_trainable(head: Head, name: str = "head") -> None:
-    """Raise ValueError unless the loss knows ``head``'s form, which is the paper's."""
-    if not isinstance(head, SPRM) or head.activation != "relu" or not head.sigmoid:
-        raise ValueError(
-            f"{name}: a {head.form} head ({type(head).__name__}, {head.activation}); trained are MLPs with ReLU whose score is a "
-            "sigmoid, so begin with a new head"
-        )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.score_rows import score_rows
 from ..scoring.scores import AGGREGATIONS, FLOOR
+from ..scoring.sharded import ACTIVATIONS
 from ..scoring.sprm import SPRM
 from ..search.selection import Metric, saturation, select  # noqa: F401 (saturation: imported from here)
 from .data import Rollouts
@@ -31,8 +32,8 @@ def log_scores(rollouts: Rollouts, head: SPRM) -> Tensor:
         raise ValueError("rollouts: no features were recorded; give the log-scores of their steps instead of a head")
     if rollouts.tap is not None:
         rollouts = rollouts.read(replace(rollouts.tap, layers=head.tap.layers))
-    device, weights = head[0].weight.device, head.weights()
-    rows = [score_rows(f.to(device, head.dtype), *weights).cpu() for f in rollouts.features.split(_ROWS)]
+    device, weights, activation = head[0].weight.device, head.weights(), ACTIVATIONS[head.activation]
+    rows = [score_rows(f.to(device, head.dtype), *weights, activation).cpu() for f in rollouts.features.split(_ROWS)]
     return torch.cat(rows)
 
 

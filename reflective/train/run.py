@@ -21,6 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import __version__
+from ..checkpoints.loading import told
 from ..engines.hf.backbone import Backbone
 from ..model import CONFIG_NAME, ReflectiveModel
 from ..scoring.sprm import NAMES, SPRM
@@ -177,7 +178,7 @@ class _Run:
             if self.processes.main:
                 for name in NAMES[: 1 + s.published]:
                     head.to(self.model.model.dtype).save_pretrained(self.output / name)
-            self._write(self.output / CONFIG_NAME, asdict(config))
+            self._write(self.output / CONFIG_NAME, told(head, config))
             return {"metrics": found}
         self.model.head, self.model.config = head, config
         trained = self._tune(learnt) if s.way == "backbone" else self._joint()

@@ -730,6 +730,10 @@ inline void load_matrices(uint32_t (&words)[4], const void* row) {
   });
 }
 
+inline float power_of_two(float x) { return std::exp2(x); }
+
+inline float quotient(float x, float y) { return x / y; }
+
 inline unsigned arrive(unsigned* counter) {
   const unsigned before = atomicAdd(counter, 1u);
   emulation::grid->give_way();

@@ -1,7 +1,6 @@
 """All tests in vLLM, every file in a process of its own, two at a time: ``python tests/in_vllm/run.py [FILE ...]``.
 
-What a stream is scored by is tried on both of vLLM's model runners, ``test_stream.py`` and ``test_engine.py``: on a CPU the second one's kernels are
-interpreted.
+What a stream is scored by is tried on both of vLLM's model runners, ``BOTH``: on a CPU the second one's kernels are interpreted.
 """
 
 import os
@@ -13,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BOTH = ("test_stream.py", "test_engine.py")
+BOTH = ("test_stream.py", "test_engine.py", "test_heads.py")
 LIMIT = 3600  # seconds after which a file hangs: no measure of how fast a machine is
 
 

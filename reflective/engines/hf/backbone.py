@@ -16,7 +16,7 @@ from ...scoring.taps import Tap
 from .internals import DynamicLayer, cache_layers, checkpoints, unknown, with_cache
 from .listening import DecoderOutput, LayerInput, Point
 from .pieces import narrow_mlps
-from .places import Places
+from .places import Places, by_rms
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,14 @@ class Backbone:
         """Where what is read comes by."""
         n, name = len(self.layers), type(self.model).__name__
         indices = self.tap.indices(n, name)
-        norm = (self._final_norm(), n) if self.tap.norm and indices != (n,) else None
+        norm = by_rms if self.tap.norm == "rms" else None
+        if self.tap.norm is True and indices != (n,):
+            if n in indices:
+                raise ValueError(
+                    f"norm=True: of layers={self.tap.layers} the last has the final norm already and the others have not; name layers of one "
+                    "kind"
+                )
+            norm = self._final_norm()
         return Places({i: self._point(i) for i in indices}, norm, self.hidden_size)
 
     @property

@@ -1,6 +1,6 @@
 """rf.score: scores of finished text, by the backbone up to the layer that the SPRM reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Self
 
-from ...scoring.heads import Head, Heads, parts_of, together
+from ...scoring.heads import Head, Heads, named, parts_of, together
 from ...scoring.scores import TrajectoryScores
 from ...scoring.sharded import ShardedHead
 from ...scoring.steps import StepTokens, integers, padding
@@ -25,7 +25,7 @@ from .parts import check_parts
 def score(
     model: nn.Module,
     head: Heads,
-    steps: StepTokens | None,
+    steps: StepTokens | Mapping[str, StepTokens] | None,
     input_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
     attention_mask: Tensor | None = None,
     at: At | None = None,
@@ -42,7 +42,8 @@ def score(
     states.
 
     Args:
-        model, head, steps, at, backend, w1_dtype, process_group: as for ``StreamScorer``.
+        model, head, steps, at, backend, w1_dtype, process_group: as for ``StreamScorer``; several heads may have ``steps`` each, by their
+            names.
         input_ids: [B, T], [T] for one, or a list of B sequences of any lengths.
         attention_mask: [B, T], 0 at left or right padding. None: no padding.
         prompt_lengths: tokens of each prompt, padding not counted; only steps after it are scored. None: the whole text.
@@ -54,7 +55,12 @@ def score(
     Raises:
         ValueError: bad input, named.
     """
-    parts = [_Part.of(model, part, steps, at, backend, w1_dtype, process_group) for part in parts_of(head)]
+    several = isinstance(steps, Mapping)
+    parts = [
+        _Part.of(model, part, steps[name] if several else steps, at, backend, w1_dtype, process_group)
+        for name, one in named(head).items()
+        for part in one.parts().values()
+    ]
     backbone = parts[0].backbone
     if not isinstance(input_ids, Tensor):
         input_ids, attention_mask = _pad(input_ids, attention_mask)
@@ -116,7 +122,7 @@ class _Part:
         """From the log-scores and columns of every trajectory's steps."""
         return TrajectoryScores.collect(
             [float(f.double().sum()) for f in found], [len(f) for f in found], found, columns, self.at, self.head.aggregation,
-            self.head.sigmoid,
+            self.head.sigmoid, self.head.higher_is_better,
         )  # fmt: skip
 
 

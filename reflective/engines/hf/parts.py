@@ -20,6 +20,7 @@ def check_parts(backbone: Backbone, head: Head, steps: StepTokens | None) -> Ste
         ValueError: head, steps and model do not fit together.
     """
     name, tap = type(backbone.model).__name__, backbone.tap
+    _ = backbone.places  # there are such
     head.check_model(len(tap.layers) * backbone.hidden_size, backbone.dtype, name, tap)
     if head.trained_on is not None and not _alike(head.trained_on, backbone.model.name_or_path):
         warnings.warn(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...scoring.sharded import aligned
 from .listening import Point
@@ -18,7 +18,7 @@ class Places:
 
     Args:
         points: of the tap's ``hidden_states`` by their index, in the tap's order.
-        norm: the model's final norm where it is to be applied, and the index that has it already; or None.
+        norm: what is done to each of the states; None: nothing.
         size: values of a state.
 
     Attributes:
@@ -26,20 +26,17 @@ class Places:
         width: values of what is read, K: all states', and zeros up to a multiple of 8.
     """
 
-    def __init__(self, points: Mapping[int, Point], norm: tuple[nn.Module, int] | None, size: int) -> None:
+    def __init__(self, points: Mapping[int, Point], norm: Callable[[Tensor], Tensor] | None, size: int) -> None:
         self.points, self.norm, self.deepest = dict(points), norm, max(points)
         self.width = aligned(len(points) * size)
 
     def join(self, states: Mapping[int, Tensor]) -> Tensor:
         """What the head reads [B, q, K], of the ``hidden_states`` [B, q, H] by their index."""
-        found = [self._normed(i, states[i]) for i in self.points]
+        found = [states[i] if self.norm is None else self.norm(states[i]) for i in self.points]
         if len(found) == 1 and found[0].shape[-1] == self.width:
             return found[0]
         joined = torch.cat(found, -1)
         return F.pad(joined, (0, self.width - joined.shape[-1]))
-
-    def _normed(self, i: int, state: Tensor) -> Tensor:
-        return state if self.norm is None or i == self.norm[1] else self.norm[0](state)
 
     @classmethod
     def together(cls, places: Sequence["Places"]) -> "Places":
@@ -75,6 +72,12 @@ class Places:
         finally:
             for ear in reversed(added):
                 self.points[ear.index].remove(ear)
+
+
+def by_rms(state: Tensor) -> Tensor:
+    """``x / sqrt(mean(x^2) + 1e-6)`` of each state [..., H]: a norm without weights, computed in float32."""
+    wide = state.to(torch.promote_types(state.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(state.dtype)
 
 
 class _StateEar:

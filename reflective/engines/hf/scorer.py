@@ -120,7 +120,7 @@ class StreamScorer:
         check_cache_counts(self.backbone)
         self.head, self.schedule, self.at, self.scope = head, schedule, tap.at, scope
         self.steps = check_parts(self.backbone, head, steps)
-        check_padding(self.backbone, steps)
+        check_padding(self.backbone, self.steps)
         self.buffer_rows, self.max_steps, self.record_features = buffer_rows, max_steps, record_features
         self.stream = Stream(
             self.backbone,
@@ -402,6 +402,7 @@ class StreamScorer:
             self.at,
             self.head.aggregation,
             self.head.sigmoid,
+            self.head.higher_is_better,
         )
 
     def features(self) -> tuple[Tensor, Tensor]:

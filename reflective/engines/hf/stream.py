@@ -126,6 +126,7 @@ class Stream:
         self.placed.backend.decode_step(
             ids, hidden, self.steps.token_class, self.steps.transition, *self.placed.weights, *state.tensors(),
             self.at == "predict", self.schedule == "immediate" and not self.flushes_by_hand, rows, bounds, quiet,
+            self.placed.activation,
         )  # fmt: skip
 
     def no_hidden(self, n: int, q: int = 1) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
-from ...scoring.scores import TrajectoryScores
+from ...scoring.scores import TrajectoryScores, logit_of
 from ...scoring.steps import StepTokens
 from ...scoring.taps import At
 from ..base import Appended, Chance, Ended, Event, Opened, Prompt, Sampling, Score, Stepped
@@ -35,7 +35,7 @@ class VLLMEngine:
     Args:
         core: vLLM, which others may use too.
         steps: of its model.
-        at: as its worker has it.
+        at, aggregation, sigmoid: of the head, as its worker has it.
         ends: tokens that end a sequence.
         batch_rows: sequences decoded together at most; None: as many as vLLM decodes.
 
@@ -47,10 +47,12 @@ class VLLMEngine:
     how = "vllm"
 
     def __init__(
-        self, core: Core, steps: StepTokens, *, at: At, ends: Collection[int], batch_rows: int | None = None
-    ) -> None:
+        self, core: Core, steps: StepTokens, *, at: At, ends: Collection[int], batch_rows: int | None = None,
+        aggregation: str = "geometric_mean", sigmoid: bool = True,
+    ) -> None:  # fmt: skip
         config = core.config
         self.core, self.steps, self.at, self.ends = core, steps, at, frozenset(ends)
+        self.aggregation, self.sigmoid = aggregation, sigmoid
         self.batch_rows = batch_rows or config.scheduler_config.max_num_seqs
         self.parked = 0
         self._block, self._blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks or 0
@@ -271,7 +273,8 @@ class VLLMEngine:
 
     def _step_scores(self, s: Continuation, n: int) -> list[float]:
         """Of the first ``n`` steps that count, NaN where there is none."""
-        return [math.exp(s.known[c][1]) if c in s.known else math.nan for c in s.walk.counted()[:n]]
+        logged = [s.known[c][1] if c in s.known else math.nan for c in s.walk.counted()[:n]]
+        return [math.exp(log_score) for log_score in logged] if self.sigmoid else logit_of(torch.tensor(logged)).tolist()
 
     def _scores(self, sequences: Sequence[Continuation]) -> list[Score]:
         """Of sequences that end here, whose requests are aborted and forgotten."""
@@ -282,7 +285,7 @@ class VLLMEngine:
         found, columns, errors = [], [], {}
         for i, s in enumerate(sequences):
             counted = s.walk.counted()
-            if self.at == "token":
+            if self.at != "predict":
                 last = len(s.ids) - 1  # which may have no state
                 counted = [c for c in counted if c in s.known or c < last]
             if missing := [c for c in counted if c not in s.known]:
@@ -291,8 +294,9 @@ class VLLMEngine:
             columns.append(torch.tensor(counted, dtype=torch.int64))
             found.append(torch.tensor([s.known[c][1] for c in counted], dtype=torch.float32))
         scores = TrajectoryScores.collect(
-            [float(f.double().sum()) for f in found], [len(f) for f in found], found, columns, self.at
-        )
+            [float(f.double().sum()) for f in found], [len(f) for f in found], found, columns, self.at, self.aggregation,
+            self.sigmoid,
+        )  # fmt: skip
         self._end(sequences)
         return [
             Score(

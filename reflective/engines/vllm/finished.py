@@ -34,14 +34,17 @@ class Finished:
     no states. A text in whose scope others' cached columns lie, as it begins like another one, is run again without the cache.
 
     Args:
+        at, aggregation, sigmoid: of the head.
         texts: ``(ids, start)`` of each.
         begin: whether all are requests of vLLM's at once; else ``begin`` makes them such.
     """
 
     def __init__(
-        self, core: Core, steps: StepTokens, at: At, texts: Sequence[tuple[Sequence[int], int]], *, begin: bool = True
-    ) -> None:
-        self._core, self._steps, self._at = core, steps, at
+        self, core: Core, steps: StepTokens, at: At, texts: Sequence[tuple[Sequence[int], int]], *, begin: bool = True,
+        aggregation: str = "geometric_mean", sigmoid: bool = True,
+    ) -> None:  # fmt: skip
+        self._core, self._steps = core, steps
+        self._reading = {"at": at, "aggregation": aggregation, "sigmoid": sigmoid}
         self.texts: list[Text] = []
         before: Sequence[int] = ()
         for ids, start in texts:
@@ -88,7 +91,7 @@ class Finished:
         logs = {log.key: log for log in self._core.logs([t.request for t in ended], forget=True)}
         for text in ended:
             try:
-                text.scores = collect([logs[text.request]], [text.ids], [text.start], self._steps, self._at)
+                text.scores = collect([logs[text.request]], [text.ids], [text.start], self._steps, **self._reading)
             except MissingSteps:
                 if text.again:
                     raise

@@ -10,7 +10,7 @@ from ..base import Sampling, Score
 from .core import start, version
 from .engine import VLLMEngine
 from .finished import Finished, of_response
-from .options import Options
+from .options import Options, no_text
 from .sequences import settings
 
 # Settings of vLLM that say where it lies and how much it runs at a time, not what.
@@ -48,8 +48,9 @@ class VLLMHost:
         self.name, self.dtype = str(settings["model"]), config.dtype
         self.max_length, self.vocab_size = config.max_model_len, config.get_vocab_size()
         self.longest_text = self.max_length - 1  # vLLM runs no prompt without a token behind it
-        self.steps = self.options.load_steps(tokenizer).resized(self.vocab_size)
-        ends = (config.try_get_generation_config() or {}).get("eos_token_id", tokenizer.eos_token_id)
+        generation = config.try_get_generation_config() or {}
+        self.steps = self.options.load_steps(tokenizer, self.vocab_size, no_text(generation))
+        ends = generation.get("eos_token_id", tokenizer.eos_token_id)
         self.ends = {ends} if isinstance(ends, int) else set(ends or ())
 
     def engine(self, *, batch_rows: int | None = None, **scoring: Any) -> VLLMEngine:
@@ -62,11 +63,11 @@ class VLLMHost:
             ValueError: a setting of the scorer, which is set up already.
         """
         self.refuse(scoring)
-        return VLLMEngine(self.core, self.steps, at=self.options.at, ends=self.ends, batch_rows=batch_rows)
+        return VLLMEngine(self.core, self.steps, **self.options.reading, ends=self.ends, batch_rows=batch_rows)
 
     def scoring(self, texts: Sequence[tuple[Sequence[int], int]], *, begin: bool = True) -> Finished:
         """``(ids, prompt_length)`` of finished texts, to be scored while vLLM steps; ``begin``: see ``Finished``."""
-        return Finished(self.core, self.steps, self.options.at, texts, begin=begin)
+        return Finished(self.core, self.steps, texts=texts, begin=begin, **self.options.reading)
 
     def score(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[Score]:
         """The same, at once.

@@ -2,7 +2,7 @@
 
 A row is fed ``(x[t], h[t-1])``, the token that was sampled with the state that predicted it, in the engine step that sampled it. So
 ``at="predict"`` is the op's ``at_predict=False``: the score exists in that very step, the last token is nothing special, a prompt has no
-rows to be scored, and nothing is rolled back. With ``at="token"`` a row is one token behind: ``(x[t], h[t])``.
+rows to be scored, and nothing is rolled back. With ``at="token"`` and ``"every"`` a row is one token behind: ``(x[t], h[t])``.
 
 Nothing here knows vLLM. What is done every step makes no host read; admissions, ends and results may.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import layout
-from ...scoring.sharded import ShardedHead
+from ...scoring.sharded import ShardedHead, aligned
 from ...scoring.state import StreamState
 from ...scoring.steps import StepTokens
 from ...scoring.taps import At
@@ -137,10 +137,10 @@ class Requests:
         self.steps, self.placed, self.at, self.ends = steps, placed, at, sorted(ends)
         head, device = placed.head, placed.device
         rows = 2 * seats + 64  # those that left stay until as many places are needed
-        self.dtype = head.dtype
+        self.dtype, width = head.dtype, aligned(head.hidden_size)
         self.state = StreamState.allocate(
             rows,
-            head.hidden_size,
+            width,
             head.width,
             buffer_rows=max(256, 2 * seats),
             max_steps=max_steps,
@@ -151,8 +151,8 @@ class Requests:
         self._newest = torch.zeros(rows + 1, past if past > 1 else 0, dtype=torch.int64, device=device)
         self._pending = torch.zeros(
             rows + 1, dtype=torch.int64, device=device
-        )  # at="token": sampled, its own state unknown
-        self._no_hidden = torch.zeros(1, 1, head.hidden_size, dtype=self.dtype, device=device)
+        )  # all but at="predict": sampled, its own state unknown
+        self._no_hidden = torch.zeros(1, 1, width, dtype=self.dtype, device=device)
         self.pruning = None if rule is None else Pruning(rule, rows, max_steps, self.ends, device)
         self._seats: dict[str, _Seat] = {}  # by vLLM's ids
         self._by_key: dict[str, dict[str, None]] = {}  # vLLM's ids
@@ -193,7 +193,7 @@ class Requests:
             start = wanted.score_from
         fed = seat.fed if seat.ids else len(ids)
         pending = -1
-        if self.at == "token" and fed == len(ids):
+        if self.at != "predict" and fed == len(ids):
             fed, pending = fed - 1, ids[-1]
             seat.fed = min(seat.fed, fed)
         kept = [s for s in known if s[0] < (len(ids) if seat.ids else fed)]
@@ -315,7 +315,7 @@ class Requests:
         none was."""
         began = time.perf_counter()
         fed = ids
-        if self.at == "token":
+        if self.at != "predict":
             at = self._at(rows)
             fed = self._pending[at]
             self._pending[at] = ids
@@ -344,7 +344,7 @@ class Requests:
         ).flatten()  # those behind: to a place nobody reads
         fed = ids.clamp_min(0)
         at = self._at(rows)
-        if self.at == "token":
+        if self.at != "predict":
             fed = torch.cat([self._pending[at][:, None], fed], 1)
             self._pending[at] = fed.gather(1, accepted[:, None])[:, 0]
             fed = fed[:, :-1]
@@ -366,7 +366,7 @@ class Requests:
     def _run(self, ids: Tensor, hidden: Tensor, rows: Tensor, bounds: Tensor | None = None, quiet: int = 0) -> None:
         self.placed.backend.decode_step(
             ids, hidden, self.steps.token_class, self.steps.transition, *self.placed.weights, *self.state.tensors(),
-            False, self.pruning is not None, rows, bounds, quiet,
+            False, self.pruning is not None, rows, bounds, quiet, self.placed.activation,
         )  # fmt: skip
 
     def _flush(self) -> None:

@@ -16,21 +16,23 @@ _INVERSE = pow(HASH_FACTOR, -1, 1 << 64)
 
 
 def collect(
-    logs: Sequence[Log], texts: Sequence[Sequence[int]], starts: Sequence[int], steps: StepTokens, at: At
-) -> TrajectoryScores:
-    """Scores of ``texts``, ids of prompt and response, whose steps from column ``starts[i]`` on are in scope.
+    logs: Sequence[Log], texts: Sequence[Sequence[int]], starts: Sequence[int], steps: StepTokens, at: At,
+    aggregation: str = "geometric_mean", sigmoid: bool = True,
+) -> TrajectoryScores:  # fmt: skip
+    """Scores of ``texts``, ids of prompt and response, whose steps from column ``starts[i]`` on are in scope, by a head of this ``aggregation`` and
+    ``sigmoid``.
 
     Raises:
         ValueError: a log is of other ids; steps are missing from it.
     """
     if not texts:
-        return TrajectoryScores(torch.zeros(0), torch.zeros(0, dtype=torch.int64), [], [])
+        return TrajectoryScores(torch.zeros(0), torch.zeros(0, dtype=torch.int64), [], [], aggregation=aggregation)
     found: list[Tensor] = []
     where: list[Tensor] = []
     for log, ids, start in zip(logs, texts, starts, strict=True):
         check_ids(log, ids, steps.vocab_size)
         columns = steps.mask(torch.tensor([list(ids)]), None, [start])[0].nonzero().flatten()
-        if at == "token":
+        if at != "predict":
             columns = columns[columns < len(ids) - 1]  # one that came last was never fed back, and has no state
         scored = {column: score for column, _, score in log.steps}
         if missing := [c for c in columns.tolist() if c not in scored]:
@@ -41,7 +43,8 @@ def collect(
             raise MissingSteps(f"request {log.request}: the steps at columns {missing} have no score: {why}")
         found.append(torch.tensor([scored[c] for c in columns.tolist()], dtype=torch.float32))
         where.append(columns)
-    return TrajectoryScores.collect([float(f.double().sum()) for f in found], [len(f) for f in found], found, where, at)
+    log_sums, counts = [float(f.double().sum()) for f in found], [len(f) for f in found]
+    return TrajectoryScores.collect(log_sums, counts, found, where, at, aggregation, sigmoid)
 
 
 class MissingSteps(ValueError):
@@ -56,7 +59,7 @@ def check_ids(log: Log, ids: Sequence[int], vocab_size: int) -> None:
     """
     at_end = [int(h) & (1 << 64) - 1 for h in hash_ids(torch.tensor([list(ids)]))]
     own, surplus = log.hash & (1 << 64) - 1, log.seen - len(ids)
-    if surplus == -1:  # at="token" is one token behind
+    if surplus == -1:  # all but at="predict" are one token behind
         at_end = [int(h) & (1 << 64) - 1 for h in hash_ids(torch.tensor([list(ids)[:-1]]))]
         surplus = 0
     if surplus == 1 and not log.newest:

@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from ...scoring.sharded import ShardedHead
-from .options import Options
+from .options import Options, no_text
 from .requests import Requests, Wanted
 
 
@@ -21,24 +21,24 @@ def new_requests(config: VllmConfig, device: torch.device) -> Requests:
     """
     options, model = Options.of(config.additional_config), config.model_config
     head = options.load_head(model.dtype)
-    head.check_model(model.get_hidden_size(), model.dtype, model.architecture)
+    head.check_model(len(options.layers) * model.get_hidden_size(), model.dtype, model.architecture, head.tap)
     placed = ShardedHead(head, device, model.dtype, options.backend, options.head_dtype(), None).load()
     tokenizer = AutoTokenizer.from_pretrained(
         model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
     )
-    steps = options.load_steps(tokenizer)
-    steps.check_model(model.get_vocab_size())
+    generation = model.try_get_generation_config() or {}
+    steps = options.load_steps(tokenizer, model.get_vocab_size(), no_text(generation))
     drafted = 0 if config.speculative_config is None else config.speculative_config.num_speculative_tokens
     rule = options.prune_rule
     if rule is not None and drafted:
         raise ValueError(
             "prune: the worker does not prune while tokens are drafted (speculative_config); leave one of the two out"
         )
-    ends = model.try_get_generation_config().get("eos_token_id", tokenizer.eos_token_id)
+    ends = generation.get("eos_token_id", tokenizer.eos_token_id)
     return Requests(
-        steps.resized(model.get_vocab_size()).to(device), placed, at=options.at, seats=config.scheduler_config.max_num_seqs,
+        steps.to(device), placed, at=options.at, seats=config.scheduler_config.max_num_seqs,
         # In the step of the end itself, and in the one that was under way by then.
-        past=2 * (drafted + 1) if drafted else 1, max_steps=options.max_steps, rule=rule,
+        past=2 * (drafted + 1) if drafted else 1, max_steps=options.logged(model.max_model_len), rule=rule,
         ends=[ends] if isinstance(ends, int) else list(ends or [0]),
     )  # fmt: skip
 

@@ -94,7 +94,8 @@ class Strategy:
         n: candidates to begin with; 8 is the medium effort.
         by_step: False: ``observe`` after every forward in which a candidate ended a step or finished. True: only when
             every running candidate has; those that have wait for the others.
-        aggregation: of step scores to one, see ``reflective.scoring.scores.aggregate``.
+        aggregation: of step scores to one, see ``reflective.scoring.scores.aggregate``; by default the head's. ``"gated"``, for gated heads: the score
+            of whoever has finished, and until then the mean, as the search is not told of gates.
         name: by which ``by_name`` knows it.
         chosen_by: what decided in ``choose``, see ``Generation.chosen_by``; a ``choose`` of one's own may say so too.
     """
@@ -114,7 +115,7 @@ class Strategy:
             raise ValueError(f"n={self.n}: at least one candidate is needed")
         if self.n > MOST:
             raise ValueError(f"n={self.n}: more than {MOST} candidates; ask several times, with other seeds")
-        if self.aggregation not in AGGREGATIONS:
+        if self.aggregation not in (*AGGREGATIONS, "gated"):
             raise ValueError(f"aggregation={self.aggregation!r}; expected one of {', '.join(AGGREGATIONS)}")
 
     @classmethod
@@ -162,7 +163,10 @@ class Strategy:
         """The candidate's score under ``aggregation``; 0 without a step, -1 where a step has none."""
         from ...scoring.scores import aggregate
 
-        score = aggregate(candidate.step_scores, self.aggregation)
+        if self.aggregation == "gated":
+            score = aggregate(candidate.step_scores, "mean") if callable(candidate.score) else candidate.score
+        else:
+            score = aggregate(candidate.step_scores, self.aggregation)
         return -1.0 if math.isnan(score) else score
 
 
