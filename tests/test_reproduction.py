@@ -213,7 +213,7 @@ def test_a_layer_is_chosen_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(rollouts, "LAYERS", (-2, -5, -9))
     monkeypatch.setattr(rollouts, "TRAIN", 40)
     monkeypatch.setattr(heads, "TRAIN", 40)
-    monkeypatch.setattr(layers, "CHOICE_EPOCHS", 6)
+    monkeypatch.setattr(layers, "CHOICE", {"epochs": 6, "lr": 1e-3})
     monkeypatch.setattr(heads, "MAIN", dataclasses.replace(heads.MAIN, questions=40, epochs=6))
     for part, questions in (("train", 40), ("eval", 30)):
         parts = [synthetic(questions, 32, 7 + (part == "eval"), signal) for signal in (0.3, 0.0, 2.0)]

@@ -41,7 +41,7 @@ from reflective.train.metrics import evaluate_seeds, log_scores, trajectory_scor
 from . import heads, results, rollouts
 from .families import FAMILIES
 
-CHOICE_EPOCHS = heads.EPOCHS  # of the heads among which a layer is chosen; the main ones learn four times as long
+CHOICE = {"epochs": heads.EPOCHS, "lr": heads.LR, "width": 288}  # of heads among which a layer is chosen; main ones learn four times as long
 MEASURES = (
     "pass@1", "majority@8", "best_of@8", "weighted_vote@8", "any@8", "majority@32", "best_of@32", "weighted_vote@32", "any@32",
     "auc_step", "auc_trajectory", "auc_within", "score_gap", "kept", "ece",
@@ -54,7 +54,7 @@ def chosen(work: Path, family: str) -> dict[str, Any]:
     file = work / "layers" / f"{family}.json"
     if not file.is_file():
         learnt = heads.train_rollouts(work, family, "layers", rollouts.LAYERS)
-        tap, found = choose_layer(learnt, epochs=CHOICE_EPOCHS, lr=heads.LR)
+        tap, found = choose_layer(learnt, **CHOICE)
         said = {"layer": tap.layers[0], "auc_within": {layer: [m.value, m.low, m.high] for layer, m in found.items()}}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(said))

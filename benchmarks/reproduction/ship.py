@@ -86,7 +86,7 @@ def refitted(policy: Path, kept: Path) -> dict[str, Candidate]:
         rollouts.rollouts(model, family, questions, kept / name, samples=samples, seed=seed, all_views=False)["layers"]
         for name, (questions, samples, seed) in asked.items()
     )
-    chosen, _ = choose_layer(learnt, epochs=layers.CHOICE_EPOCHS, lr=heads.LR)
+    chosen, _ = choose_layer(learnt, **layers.CHOICE)
     found = {}
     for tap in dict.fromkeys((Tap(), chosen)):
         head = fit(learnt.read(tap), epochs=heads.MAIN.epochs, lr=heads.LR, seed=SEED).use(trained_on=None)  # the model goes by two names
