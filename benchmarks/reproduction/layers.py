@@ -1,8 +1,9 @@
 """Which hidden state the head reads, at full size: chosen on training questions, and measured on all that are held out.
 
-Of each family one layer of ``rollouts.LAYERS`` is chosen by ``reflective.train.layers.choose_layer``: heads learn from three quarters of the
-training questions, and the AUC within the fourth quarter decides. Nothing of the evaluation has a part in it. Then heads of that
-layer, of -2 (the recipe's main ones) and of both concatenated learn from all of the training questions as the recipe's main heads do, with every seed.
+Of each family one layer of ``CANDIDATES`` is chosen by ``reflective.train.layers.choose_layer``: heads learn from three quarters of the
+training questions, and the AUC within the fourth quarter decides. Nothing of the evaluation has a part in it. Then heads of that layer
+and of -2 (the recipe's main ones) learn from all of the training questions, with every seed. A second layer is chosen by heads that
+learn a quarter as long.
 
 Beside the recipe's measures there are AUCs of scores from which response length and difficulty are taken out, because a probe may
 read nothing else. Covariates of a response are its tokens, its steps, and the share of right answers among its question's other draws.
@@ -41,7 +42,13 @@ from reflective.train.metrics import evaluate_seeds, log_scores, trajectory_scor
 from . import heads, results, rollouts
 from .families import FAMILIES
 
-CHOICE = {"epochs": heads.EPOCHS, "lr": heads.LR, "width": 288}  # of heads among which a layer is chosen; main ones learn four times as long
+CANDIDATES = (-2, -8, -10, -12, -16)
+# How a layer is chosen: among which, and by heads of which settings. They are narrow, which hardly matters, but have to learn as long as
+# the main ones: what is learnt soonest from a layer is not what is learnt from it in the end.
+CHOICES = {
+    "chosen": (CANDIDATES, {"epochs": heads.MAIN.epochs, "lr": heads.LR, "width": 288}),
+    "chosen early": (rollouts.LAYERS, {"epochs": heads.EPOCHS, "lr": heads.LR, "width": 288}),
+}
 MEASURES = (
     "pass@1", "majority@8", "best_of@8", "weighted_vote@8", "any@8", "majority@32", "best_of@32", "weighted_vote@32", "any@32",
     "auc_step", "auc_trajectory", "auc_within", "score_gap", "kept", "ece",
@@ -49,12 +56,16 @@ MEASURES = (
 _CLAMP = 1e-10  # of scores and their complements, before a logit
 
 
-def chosen(work: Path, family: str) -> dict[str, Any]:
-    """The layer of a family, and by layer the AUC within the questions held back from training by which it was chosen."""
-    file = work / "layers" / f"{family}.json"
+def chosen(work: Path, family: str, how: str = "chosen") -> dict[str, Any]:
+    """The layer of a family, and by layer the AUC within the questions held back from training by which it was chosen.
+
+    Args:
+        how: a name of ``CHOICES``.
+    """
+    file = work / "layers" / f"{family}, {how}.json"
     if not file.is_file():
-        learnt = heads.train_rollouts(work, family, "layers", rollouts.LAYERS)
-        tap, found = choose_layer(learnt, **CHOICE)
+        candidates, settings = CHOICES[how]
+        tap, found = choose_layer(heads.train_rollouts(work, family, "layers", candidates), **settings)
         said = {"layer": tap.layers[0], "auc_within": {layer: [m.value, m.low, m.high] for layer, m in found.items()}}
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(said))
@@ -62,11 +73,13 @@ def chosen(work: Path, family: str) -> dict[str, Any]:
 
 
 def variants(work: Path, family: str) -> dict[str, heads.Variant]:
-    """By name: the paper's layer, the chosen one, and both."""
-    layer = chosen(work, family)["layer"]
-    others = {f"{layer}, chosen": (layer,), f"{layer} and -2": (layer, -2)} if layer != -2 else {}
-    more = {name: replace(heads.MAIN, group="layers", name=name, view="layers", layers=layers) for name, layers in others.items()}
-    return {"-2": heads.MAIN, **more}
+    """By name: the paper's layer, and those that were chosen."""
+    found = {"-2": heads.MAIN}
+    for how in CHOICES:
+        layer = chosen(work, family, how)["layer"]
+        if layer != -2:
+            found[f"{layer}, {how}"] = replace(heads.MAIN, group="layers", name=str(layer), view="layers", layers=(layer,))
+    return found
 
 
 def done(work: Path, family: str) -> dict[str, heads.Variant]:
@@ -81,8 +94,9 @@ def done(work: Path, family: str) -> dict[str, heads.Variant]:
 def fit_all(work: Path, families: Sequence[str]) -> Iterator[str]:
     """Choose a layer for each family and fit its heads; yields names as they are done."""
     for family in families:
-        yield f"{family}: chosen {chosen(work, family)['layer']}"
-        tasks = [(work, family, v, s) for v in variants(work, family).values() for s in range(rollouts.SEEDS)]
+        for how in CHOICES:
+            yield f"{family}: {how} {chosen(work, family, how)['layer']}"
+        tasks = [(work, family, v, s) for v in dict.fromkeys(variants(work, family).values()) for s in range(rollouts.SEEDS)]
         yield from heads.fit_tasks(tasks)
 
 
@@ -165,13 +179,13 @@ def rows(work: Path, family: str) -> list[dict[str, Any]]:
                 "seeds": seeds, "questions": questions,
             })  # fmt: skip
 
-    choice = chosen(work, family)
-    for layer, numbers in choice["auc_within"].items():
-        found.append({
-            "table": "choice", "family": family, "variant": layer, "measure": "auc_within",
-            **dict(zip(("value", "low", "high"), (round(x, 4) for x in numbers), strict=True)), "seeds": 1,
-            "questions": rollouts.TRAIN // 4,
-        })  # fmt: skip
+    for how in CHOICES:
+        for layer, numbers in chosen(work, family, how)["auc_within"].items():
+            found.append({
+                "table": how, "family": family, "variant": layer, "measure": "auc_within",
+                **dict(zip(("value", "low", "high"), (round(x, 4) for x in numbers), strict=True)), "seeds": 1,
+                "questions": rollouts.TRAIN // 4,
+            })  # fmt: skip
     for name, v in done(work, family).items():
         r = heads.load(work / family / "eval", v.view, v.layers)
         questions = len(r.question.unique())
@@ -192,7 +206,7 @@ def rows(work: Path, family: str) -> list[dict[str, Any]]:
 
 def make(work: Path, out: Path = RESULTS) -> None:
     """Write the table of the families whose layer was chosen and whose heads of it are there, and the recorded one as text too."""
-    families = [f for f in FAMILIES if (work / "layers" / f"{f}.json").is_file()]
+    families = [f for f in FAMILIES if all((work / "layers" / f"{f}, {how}.json").is_file() for how in CHOICES)]
     if found := [row for family in families if len(done(work, family)) > 1 for row in rows(work, family)]:
         write("reproduction_layers", found, out)
         if out == RESULTS:

@@ -19,7 +19,8 @@ ABLATIONS = {
     "transfer": "Heads on other families than their own",
 }
 BEYOND = ("auc_covariates", "auc_beyond", "within_covariates", "within_beyond")
-LAYERS = """The layer was chosen on a quarter of the training questions (AUC within them, {choice}); nothing of the evaluation had a part in it.
+LAYERS = """Layers were chosen on a quarter of the training questions, by the AUC within them of heads that learnt from the rest; nothing of the
+evaluation had a part in it. {choice}
 Heads learn from all of the training questions, with {seeds} seeds, and are measured on {questions} others. `auc_covariates`: a logistic regression on a response's tokens, steps and the share of
 right answers among its question's other draws; `auc_beyond`: the score, these taken out. `within_*`: the same within questions, by
 tokens and steps (`layers.py` says how).
@@ -85,12 +86,14 @@ def _layers(rows: list[dict[str, str]]) -> list[str]:
     parts = []
     for family in dict.fromkeys(r["family"] for r in rows):
         found = {(r["variant"], r["measure"]): r for r in rows if r["family"] == family and r["table"] == "full size"}
-        choice = [r for r in rows if r["family"] == family and r["table"] == "choice"]
-        told = ", ".join(f"{r['variant']}: {float(r['value']):.3f}" for r in choice)
+        told = ""
+        for how, when in (("chosen", "as long as the main ones"), ("chosen early", "a quarter as long")):
+            each = (f"{r['variant']}: {float(r['value']):.3f}" for r in rows if r["family"] == family and r["table"] == how)
+            told += f"Of heads that learnt {when}: {', '.join(each)}. "
         variants, size = list(dict.fromkeys(variant for variant, _ in found)), next(iter(found.values()))
         measures = [m for m in (*SELECTION, *QUALITY, *BEYOND) if any((v, m) in found for v in variants)]
         lines = [[m, *(_show(found.get((v, m))) for v in variants)] for m in measures]
-        parts += [f"## A layer chosen on training questions: {family}\n", LAYERS.format(choice=told, seeds=size["seeds"], questions=size["questions"]), _table([family, *variants], lines)]
+        parts += [f"## A layer chosen on training questions: {family}\n", LAYERS.format(choice=told.strip(), seeds=size["seeds"], questions=size["questions"]), _table([family, *variants], lines)]
     return parts
 
 

@@ -1,7 +1,7 @@
 """What the package ships: head, adapter if joint training helped, pruning rule and report of the embedded model."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -86,7 +86,8 @@ def refitted(policy: Path, kept: Path) -> dict[str, Candidate]:
         rollouts.rollouts(model, family, questions, kept / name, samples=samples, seed=seed, all_views=False)["layers"]
         for name, (questions, samples, seed) in asked.items()
     )
-    chosen, _ = choose_layer(learnt, **layers.CHOICE)
+    candidates, settings = layers.CHOICES["chosen"]
+    chosen, _ = choose_layer(learnt.read(replace(learnt.tap, layers=candidates)), **settings)
     found = {}
     for tap in dict.fromkeys((Tap(), chosen)):
         head = fit(learnt.read(tap), epochs=heads.MAIN.epochs, lr=heads.LR, seed=SEED).use(trained_on=None)  # the model goes by two names
@@ -134,7 +135,7 @@ def _card(tap: Tap) -> dict[str, str]:
     """Sections of the model card; of a head that reads elsewhere than the paper's it is said how that was found."""
     if tap == Tap():
         return CARD
-    tried = ", ".join(map(str, rollouts.LAYERS))
+    tried = ", ".join(map(str, layers.CANDIDATES))
     said = (
         f"It reads `hidden_states[{tap.layers[0]}]`: of the layers {tried} that whose head told right from wrong best within a quarter of the "
         "training questions, which it had not learnt from (`reflective.train.choose_layer`). No held-out question had a part in that."
