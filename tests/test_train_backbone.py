@@ -361,7 +361,7 @@ def test_what_the_head_reads_is_what_trains(tap, trained):
     rows = torch.arange(5)
     features, owner = reader(rows)
     ids, mask, prompts = data.padded(rows, 0)
-    row, _, read = read_positions(model.steps, ids, mask, prompts, tap.at)
+    row, _, read = read_positions(reader.steps, ids, mask, prompts, tap.at)
     with torch.no_grad():
         states = model.model(ids, output_hidden_states=True).hidden_states
         normed = model.model.model.norm if tap.norm else lambda x: x

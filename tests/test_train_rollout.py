@@ -87,7 +87,8 @@ def test_several_layers_are_recorded_at_once_and_read_alone():
     """Side by side in the order given, normalised where the tap says so; a head of one of them finds its own."""
     model = reflective("llama")
     norm = model.model.model.norm
-    taps = {"two": Tap((-4, -1)), "turned": Tap((-1, -4)), "normed": Tap((-3, -1), norm=True, at="token"), "alone": Tap((-4,))}
+    taps = {"two": Tap((-4, -1)), "turned": Tap((-1, -4)), "normed": Tap((-3, -2), norm=True, at="token")}
+    taps |= {"alone": Tap((-4,)), "scaled": Tap((-2, 1), norm="rms")}
     found = together(rolled(model, {name: View(model.steps, tap) for name, tap in taps.items()}))
     for name, tap in taps.items():
         r = found[name]
@@ -96,9 +97,11 @@ def test_several_layers_are_recorded_at_once_and_read_alone():
             mine, states = r.trajectory == i, hidden(model, r, i)
             read = r.position[mine] - int(tap.at == "predict")
             expected = [states[layer][0, read] for layer in tap.layers]
-            if tap.norm:
+            if tap.norm is True:
                 with torch.no_grad():
-                    expected[0] = norm(expected[0])  # -1 has it already
+                    expected = [norm(state) for state in expected]
+            elif tap.norm == "rms":
+                expected = [x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in expected]
             torch.testing.assert_close(r.features[mine], torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
     assert torch.equal(found["two"].read(Tap((-4,))).features, found["alone"].features)
     assert torch.equal(found["two"].read(Tap((-1, -4))).features, found["turned"].features)
@@ -116,7 +119,7 @@ def test_every_token_is_a_step_but_the_end_and_the_last():
     ends = 0
     for i in range(len(r)):
         ids, prompt, mine = r.ids(i).tolist(), int(r.prompt_length[i]), r.trajectory == i
-        expected = [t for t in range(prompt, len(ids) - 1) if ids[t] not in (0, 2)]
+        expected = [t for t in range(max(prompt, 2), len(ids) - 1) if ids[t] not in (0, 2)]  # no text's second token ends a step
         assert r.position[mine].tolist() == expected
         ends += ids[-1] == 2
         torch.testing.assert_close(r.features[mine], hidden(model, r, i)[-3][0, expected], rtol=1e-4, atol=1e-4)

@@ -140,16 +140,17 @@ class Rollouts:
             ValueError: features of different taps.
         """
         kept = [name for name in parts[0].tensors if all(getattr(p, name) is not None for p in parts)]
-        joined: dict[str, Any] = {name: torch.cat([getattr(p, name) for p in parts]) for name in kept}
+        said: dict[str, Any] = {}
         for name in _SAID:
-            found = {said for said in (getattr(p, name) for p in parts) if said is not None}
-            if len(found) > 1 and name == "tap" and "features" in joined:
+            found = {value for value in (getattr(p, name) for p in parts) if value is not None}
+            if len(found) > 1 and name == "tap" and "features" in kept:
                 raise ValueError(f"parts: features of {' and of '.join(map(str, found))}; record them all with one tap")
-            joined[name] = found.pop() if len(found) == 1 else None
+            said[name] = found.pop() if len(found) == 1 else None
+        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in kept}
         if "trajectory" in joined:
             shift = torch.tensor([0, *(len(p) for p in parts)]).cumsum(0).tolist()
             joined["trajectory"] = torch.cat([p.trajectory + s for p, s in zip(parts, shift, strict=False)])
-        return cls(**joined)
+        return cls(**joined, **said)
 
 
 _SAID = ("tap", "model")  # of the features, in words

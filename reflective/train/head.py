@@ -167,7 +167,7 @@ class Standardised:
             other = SPRM(head.hidden_size, head.width)
         other.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
         other[2].p = head[2].p
-        other.configure(head.configuration())
+        other.configure(head.metadata())
         return other.requires_grad_(False).eval()
 
 

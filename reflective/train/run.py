@@ -204,6 +204,8 @@ class _Run:
         layers = own.layers if s.layers is None else s.layers
         if s.automatic:
             layers = s.candidates or candidates(len(Backbone.of(self.model.model).layers))
+        if s.at == Tap().at != own.at:
+            raise ValueError(f"at={s.at!r}: the checkpoint says at={own.at!r}, and heads that say nothing else read that; change it there")
         tap = replace(own, layers=layers, at=s.at or own.at)
         _ = Backbone.of(self.model.model, tap).places  # before hours of work
         if s.published and (tap.layers != (-2,) or tap.norm or tap.at == "every"):
