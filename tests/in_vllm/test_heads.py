@@ -13,6 +13,7 @@ HEADS = {
     "several layers": {"layers": (-2, -4)},
     "the embeddings among them": {"layers": (4, 0, -3), "aggregation": "min"},
     "every token": {"layers": (-2,), "at": "every", "aggregation": "mean"},
+    "divided by their size": {"layers": (1, -1), "norm": "rms", "aggregation": "max", "higher_is_better": False},
     "a linear probe": {"layers": (-1, 2), "at": "token", "aggregation": "last", "sigmoid": False},
     "a linear probe on every token": {"layers": (-1,), "at": "every", "aggregation": "mean", "sigmoid": False},
 }
@@ -26,7 +27,7 @@ def head_of(name, hidden=128, **said):
     from reflective.scoring.taps import Tap
 
     said = dict(said or HEADS[name])
-    tap = Tap(said.pop("layers"), at=said.pop("at", "predict"))
+    tap = Tap(said.pop("layers"), said.pop("norm", False), said.pop("at", "predict"))
     torch.manual_seed(7)
     made_ = (LinearHead if "linear" in name else rf.SPRM)(len(tap.layers) * hidden)
     return made_.use(tap=tap, **said).requires_grad_(False).eval()
