@@ -20,7 +20,7 @@ ABLATIONS = {
 }
 BEYOND = ("auc_covariates", "auc_beyond", "within_covariates", "within_beyond")
 LAYERS = """The layer was chosen on a quarter of the training questions (AUC within them, {choice}); nothing of the evaluation had a part in it.
-Heads learn from all of the training questions. `auc_covariates`: a logistic regression on a response's tokens, steps and the share of
+Heads learn from all of the training questions, with {seeds} seeds, and are measured on {questions} others. `auc_covariates`: a logistic regression on a response's tokens, steps and the share of
 right answers among its question's other draws; `auc_beyond`: the score, these taken out. `within_*`: the same within questions, by
 tokens and steps (`layers.py` says how).
 """
@@ -87,10 +87,10 @@ def _layers(rows: list[dict[str, str]]) -> list[str]:
         found = {(r["variant"], r["measure"]): r for r in rows if r["family"] == family and r["table"] == "full size"}
         choice = [r for r in rows if r["family"] == family and r["table"] == "choice"]
         told = ", ".join(f"{r['variant']}: {float(r['value']):.3f}" for r in choice)
-        variants = list(dict.fromkeys(variant for variant, _ in found))
+        variants, size = list(dict.fromkeys(variant for variant, _ in found)), next(iter(found.values()))
         measures = [m for m in (*SELECTION, *QUALITY, *BEYOND) if any((v, m) in found for v in variants)]
         lines = [[m, *(_show(found.get((v, m))) for v in variants)] for m in measures]
-        parts += [f"## A layer chosen on training questions: {family}\n", LAYERS.format(choice=told), _table([family, *variants], lines)]
+        parts += [f"## A layer chosen on training questions: {family}\n", LAYERS.format(choice=told, seeds=size["seeds"], questions=size["questions"]), _table([family, *variants], lines)]
     return parts
 
 
