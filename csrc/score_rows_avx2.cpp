@@ -15,6 +15,7 @@ namespace {
 struct Avx2 {
   using Sum = __m256;
   static constexpr int WIDTH = 8;
+  static constexpr int64_t WIDEST = 8192;
   static constexpr int ROWS = 2;  // 2 x 4 sums, 2 rows and 1 weight are 11 of the 16 registers
 
   static __m256 zero() { return _mm256_setzero_ps(); }

@@ -9,6 +9,7 @@ namespace {
 struct Avx512 {
   using Sum = __m512;
   static constexpr int WIDTH = 16;
+  static constexpr int64_t WIDEST = 16384;
   static constexpr int ROWS = 4;  // 4 x 4 sums, 4 rows and 1 weight are 21 of the 32 registers
 
   static __m512 zero() { return _mm512_setzero_ps(); }

@@ -55,8 +55,13 @@ inline void group_dots(const Row* rows, int64_t stride, int64_t count, const Wei
   if constexpr (R > 1) group_dots<V, R / 2>(rows, stride, count, w, width, z);
 }
 
-// One chain of sums over more columns than this would gather more rounding than a BLAS, which adds up pieces.
-constexpr int64_t CHAIN = 16384;
+// Of wider rows than V::WIDEST one chain of sums a lane would gather more than twice the rounding of a BLAS. They are summed
+// in pieces of so many columns.
+template <class V>
+inline int64_t piece_of(int64_t width) {
+  constexpr int64_t STEPS = 128;
+  return width > V::WIDEST ? STEPS * V::WIDTH : width;
+}
 
 template <class V, class Row, class Weight>
 void dot_partial_sums(const Head& head, const Rows& rows, int64_t begin, int64_t end, float* partial) {
@@ -64,6 +69,7 @@ void dot_partial_sums(const Head& head, const Rows& rows, int64_t begin, int64_t
   const auto* data = static_cast<const Row*>(rows.data);
   const auto* w1 = static_cast<const Weight*>(head.w1);
   const int64_t blocks = unit_blocks(head.units);
+  const int64_t piece = piece_of<V>(head.width);
   const Curve curve = head.activation == RELU ? Curve{} : curve_of(head.activation);
   for (int64_t block = begin; block < end; ++block) {
     const Weight* w[UNIT_BLOCK];
@@ -84,12 +90,12 @@ void dot_partial_sums(const Head& head, const Rows& rows, int64_t begin, int64_t
         do {
           const Weight* weights[UNITS_TOGETHER];
           for (int i = 0; i < UNITS_TOGETHER; ++i) weights[i] = w[u + i] + h;
-          const int64_t width = head.width - h < CHAIN ? head.width - h : CHAIN;
+          const int64_t width = head.width - h < piece ? head.width - h : piece;
           group_dots<V, V::ROWS>(data + m * rows.stride + h, rows.stride, tile, weights, width, h > 0 ? more : z + u);
           for (int64_t r = 0; h > 0 && r < tile; ++r) {
             for (int i = 0; i < UNITS_TOGETHER; ++i) z[r * UNIT_BLOCK + u + i] += more[r * UNIT_BLOCK + i];
           }
-        } while ((h += CHAIN) < head.width);
+        } while ((h += piece) < head.width);
       }
       for (int64_t r = 0; r < tile; ++r) {
         for (int64_t u = units; u < UNIT_BLOCK; ++u) z[r * UNIT_BLOCK + u] = 0;

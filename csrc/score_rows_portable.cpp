@@ -8,6 +8,7 @@ namespace {
 struct Portable {
   typedef float Sum __attribute__((vector_size(16)));
   static constexpr int WIDTH = 4;
+  static constexpr int64_t WIDEST = 2048;
   static constexpr int ROWS = 2;
 
   static Sum zero() { return Sum{}; }

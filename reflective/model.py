@@ -16,10 +16,10 @@ from torch.distributed import ProcessGroup
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from .checkpoints.config import Config
+from .checkpoints.config import Config, told
 from .checkpoints.files import CONFIG_NAME
 from .checkpoints.hub import save_head
-from .checkpoints.loading import agreed, load, load_used, told
+from .checkpoints.loading import agreed, load, load_used
 from .engines.base import Engine
 from .engines.hf.backbone import Backbone
 from .engines.hf.ends import end_tokens, pad_token

@@ -81,7 +81,7 @@ def test_score_rows(capability: str, activation: int, H: int, K: int, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("H", "K"), FORMS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS[:2])
 def test_published_forms(capability: str, activation: int, H: int, K: int, dtype: torch.dtype) -> None:
     check_form(cpu.score_rows, cpu.logit_rows, H, K, dtype, activation)
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import recorded
+import safetensors.torch
 import tiny
 import torch
 from like_vllm import LikeVLLM
@@ -473,8 +474,6 @@ def test_options_that_are_none():
         Options("h", aggregation="gated")
     with pytest.raises(ValueError, match="sigmoid=False says that scores are none"):
         Options("h", sigmoid=False)
-    with pytest.raises(ValueError, match="activation='tanh'"):
-        Options("h", activation="tanh")
     with pytest.raises(ValueError, match="is named twice"):
         Options("h", layers=[-1, -1])
     with pytest.raises(ValueError, match="prune: the worker compares geometric means.*aggregation='mean'"):
@@ -484,7 +483,7 @@ def test_options_that_are_none():
 def test_options_of_before_there_were_taps_mean_the_papers():
     said = {"reflective": {"head": "h", "rule": "exact", "at": "token", "max_steps": 77}}
     old = Options.of(said)
-    assert old.tap == Tap((-2,), False, "token") and old.reading == {"at": "token", "aggregation": "geometric_mean", "sigmoid": True}
+    assert old.tap == Tap((-2,), False, "token") and old.reading["aggregation"] == "geometric_mean" and old.reading["sigmoid"]
     assert old.record() == said["reflective"] and old.logged(100) == 77
     assert Options("h").logged(100_000) == 4096 and Options("h", at="every").logged(100_000) == 100_000
     every = Options("h", at="every").load_steps(None, 9, no_text({"eos_token_id": [2, 8], "pad_token_id": 0}))
@@ -506,7 +505,7 @@ def test_a_head_is_written_down_as_vllm_reads_it(tmp_path, monkeypatch):
     found = reflective.vllm.settings(tmp_path, head=head)["additional_config"]
     assert reflective.vllm.settings(tmp_path, head=head)["additional_config"] == found, "written once"
     options = Options.of(json.loads(json.dumps(found)))
-    assert options.tap == tap and options.reading == {"at": "token", **said} and options.prune is None
+    assert options.tap == tap and options.reading == {"at": "token", "higher_is_better": True, **said} and options.prune is None
     assert {name: getattr(options, name) for name in rule} == rule
     assert str(tmp_path / "cache") in options.head
     read, features = options.load_head(torch.float32), torch.randn(5, 2 * tiny.HIDDEN)
@@ -522,6 +521,32 @@ def test_a_head_is_written_down_as_vllm_reads_it(tmp_path, monkeypatch):
         reflective.vllm.settings(tmp_path, head=head, layers=[-3])
     plain = reflective.vllm.settings(tmp_path, head=tiny.head())["additional_config"]["reflective"]
     assert set(plain) == {"head"}
+
+
+def test_published_heads_are_read_for_vllm_by_what_their_files_say(tmp_path, monkeypatch):
+    """STEP's: behind the final norm, every step of a run; SingProbe's: a risk, by GELU, of layers divided by their size."""
+    import reflective.vllm
+
+    monkeypatch.setenv("REFLECTIVE_CACHE", str(tmp_path / "cache"))
+    tiny.model("llama").save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    H = tiny.HIDDEN
+    step = {"net.0.weight": torch.randn(16, H), "net.0.bias": torch.randn(16), "net.2.weight": torch.randn(1, 16), "net.2.bias": torch.randn(1)}
+    torch.save({"model_state_dict": step}, tmp_path / "step.pt")
+    probe = {"fc1.weight": torch.randn(8, 2 * H), "fc1.bias": torch.randn(8), "fc2.weight": torch.randn(1, 8), "fc2.bias": torch.randn(1)}
+    said = {"base_model_layer_ids": "[1, 3]", "hidden_act": '"gelu"'}
+    safetensors.torch.save_file(probe, tmp_path / "probe.safetensors", said)
+    for file, tap, aggregation in (
+        ("step.pt", Tap((-1,), at="token"), "mean"), ("probe.safetensors", Tap((1, 3), "rms", "every"), "max"),
+    ):  # fmt: skip
+        options = Options.of(reflective.vllm.settings(tmp_path, head=tmp_path / file)["additional_config"])
+        head, read = rf.load_head(tmp_path / file), options.load_head(torch.float32)
+        features = torch.randn(5, head.hidden_size)
+        assert options.tap == read.tap == tap and options.aggregation == aggregation
+        assert read.activation == head.activation and options.higher_is_better == head.higher_is_better
+        assert torch.allclose(read(features), head(features), atol=1e-5)
+    options = Options.of(reflective.vllm.settings(tmp_path, head=tmp_path / "step.pt")["additional_config"])
+    assert (options.delimiter, options.consecutive, options.think_start_id) == ("\n\n", "all", None)
 
 
 def test_without_vllm_it_says_what_to_install(tmp_path, monkeypatch):

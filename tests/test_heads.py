@@ -11,8 +11,10 @@ import test_taps
 import tiny
 import torch
 from test_forms import ids, model, reasoning  # noqa: F401  # fixtures
+from transformers import DynamicCache
 
 import reflective as rf
+from reflective.engines.hf.internals import with_cache
 from reflective.scoring.heads import GatedLinear, LinearHead
 from reflective.scoring.scores import logit_of
 
@@ -25,9 +27,10 @@ def streamed(net, head, steps, ids, prompt, **how):
     scorer = rf.StreamScorer(net, head, steps, **how)
     whole = torch.tensor([ids])
     with torch.no_grad(), scorer:
-        cache = net(whole[:, :prompt], use_cache=True).past_key_values
+        cache = with_cache(net, DynamicCache())
+        net(whole[:, :prompt], **cache)
         for t in range(prompt, len(ids) - 1):
-            cache = net(whole[:, t : t + 1], past_key_values=cache, use_cache=True).past_key_values
+            net(whole[:, t : t + 1], **cache)
     return scorer.result(whole)
 
 

@@ -6,10 +6,11 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import reflective as rf
 from reflective.engines.hf.backbone import Backbone
+from reflective.engines.hf.internals import with_cache
 
 P, NEW = 9, 24
 TAPS = {
@@ -114,7 +115,7 @@ def test_compiled_forwards(name):
         scorer.begin(out[:, :P])
         run = torch.compile(net.forward, backend=backend, fullgraph=True)
         for piece in (out[:, :P], *out[:, P:-1].split(1, 1)):
-            run(piece, past_key_values=cache, use_cache=True)
+            run(piece, **with_cache(net, cache), use_cache=True)
     found = scorer.result(out)
     assert any("decode_step" in str(node.target) for node in graphs[-1].graph.nodes)
     for a, b in zip(found.step_scores, wanted.step_scores, strict=True):
@@ -193,9 +194,10 @@ def test_every_token_costs_one_row_and_padding_none():
     scorer = rf.StreamScorer(net, sprm)
     ids = torch.cat([prompts(2), torch.tensor([[7, 8, 2, 0, 0], [9, 9, 9, 9, 9]])], 1)
     with torch.no_grad(), scorer:
-        cache = net(ids[:, :P], use_cache=True).past_key_values
+        cache = with_cache(net, DynamicCache())
+        net(ids[:, :P], **cache)
         for t in range(P, ids.shape[1]):
-            cache = net(ids[:, t : t + 1], past_key_values=cache, use_cache=True).past_key_values
+            net(ids[:, t : t + 1], **cache)
     assert [p.tolist() for p in scorer.result().step_positions] == [[9, 10], [9, 10, 11, 12, 13]]
 
 

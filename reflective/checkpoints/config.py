@@ -1,12 +1,15 @@
 """How a checkpoint is used: ``reflective.json``, beside the head."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..scoring.taps import At
 from .files import CONFIG_NAME
+
+if TYPE_CHECKING:
+    from ..scoring.heads import Head
 
 
 @dataclass
@@ -56,3 +59,9 @@ class Config:
             return cls(**said)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is not a valid {CONFIG_NAME}: {error}") from error
+
+
+def told(head: "Head", config: Config) -> dict[str, Any]:
+    """What ``reflective.json`` says of both."""
+    said = {name: json.loads(value) for name, value in head.metadata().items()}
+    return replace(config, head=said or None).to_dict()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from ..utils.outputs import folder
 from ..utils.repository import directory, is_repository
 from .card import write_card
+from .config import told
 from .files import ADAPTER, COMPANIONS, CONFIG_NAME, REPORT, read, write
 
 HEAD = ("score_module.*", CONFIG_NAME, *COMPANIONS, "config.json")
@@ -139,8 +140,6 @@ def save_head(
             if model.home is not None and (model.home / name).is_file():
                 shutil.copyfile(model.home / name, target / name)
     model.head.save_pretrained(target)
-    from .loading import told  # not above: with torch it takes seconds
-
     write(target / CONFIG_NAME, {"base_model": base or loaded, **told(model.head, model.config)})
     if adapter := read(target / ADAPTER):
         write(target / ADAPTER, adapter | {"base_model_name_or_path": base or loaded})

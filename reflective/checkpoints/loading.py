@@ -1,6 +1,5 @@
 """A model, its tokenizer and its head, from wherever they lie."""
 
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -67,12 +66,6 @@ def agreed(head: Head, config: Config) -> tuple[Head, Config]:
     if head.tap.at == Tap().at:
         head.use(tap=replace(head.tap, at=config.at))
     return head, replace(config, at=head.tap.at)
-
-
-def told(head: Head, config: Config) -> dict[str, Any]:
-    """What ``reflective.json`` says of both."""
-    said = {name: json.loads(value) for name, value in head.metadata().items()}
-    return replace(config, head=said or None).to_dict()
 
 
 def config_of(home: Path) -> Config:

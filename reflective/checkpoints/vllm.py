@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..engines.vllm.options import NAME, SCORING, Options
 from ..engines.vllm.plugin import PREFIX
 from ..scoring.heads import Head, Heads
+from ..scoring.loading import head_of
 from ..scoring.sprm import SPRM
 from ..scoring.taps import Tap
 from .config import Config
 from .default import cache_dir as own_cache
 from .default import publish
-from .loading import beside_head, config_of, load_head, merged, model_files, places
+from .files import CONFIG_NAME
+from .loading import beside_head, config_of, merged, model_files, open_head, places, used
 
 SAID = ("rule", "delimiter", "consecutive", "think_start_id", "think_end_id", "at", *SCORING)  # options that a caller may give
 
@@ -75,19 +77,21 @@ def for_vllm(
     where = {"cache_dir": cache_dir, "local_files_only": local_files_only}
     given = None if head is None or isinstance(head, str | Path) else _one(head)
     place, home = places(path, head if given is None else None, revision, where)
-    if given is not None:
-        found, config = given, config_of(home)
+    form, config = (None, config_of(home)) if given is not None else open_head(home)  # first, as it fails fast
+    _, files, adapters = model_files(path, place, home, revision, where)
+    if form is None:
+        found, rule = given, given.step_rule or config.step_rule
     else:
-        found, config = load_head(home)
-        found = _one(found)
-    said = _said(found, config) | options
-    at_home = given is None and type(found) is SPRM
+        found = _one(head_of(form, model=AutoConfig.from_pretrained(files)))
+        found, config = used(found, config, (beside_head(home) / CONFIG_NAME).is_file())
+        rule = config.step_rule
+    # SPRM.from_pretrained, by which vLLM's processes read it, takes a file of the paper's form as it is.
+    at_home = form is not None and form.name == "metastone" and found.activation == "relu"
     place_of_head = home if at_home else _plain_head(found)
     try:
-        chosen = Options(head=str(place_of_head.absolute()), **said)
+        chosen = Options(head=str(place_of_head.absolute()), **{**rule, **_said(found, config), **options})
     except TypeError as error:
         raise ValueError(f"{error}; expected fields of reflective.engines.vllm.options.Options") from None
-    _, files, adapters = model_files(path, place, home, revision, where)
     return ForVLLM(_plain(files, adapters) if adapters else files, chosen, config, beside_head(home))
 
 
@@ -104,20 +108,19 @@ def _one(head: Heads) -> Head:
 
 
 def _said(head: Head, config: Config) -> dict[str, Any]:
-    """How a head is used, as options: by itself, and where it says nothing but what the paper's does, by ``config``."""
+    """How a head is used, as options; ``at`` was said by it or by ``config``."""
     return {
-        "rule": config.rule, "delimiter": config.delimiter, **(head.step_rule or {}),
-        "at": config.at if head.tap == Tap() else head.tap.at, "layers": head.tap.layers, "norm": head.tap.norm,
-        "aggregation": head.aggregation, "sigmoid": head.sigmoid, "activation": head.activation,
+        "at": config.at if head.tap.at == Tap().at else head.tap.at, "layers": head.tap.layers, "norm": head.tap.norm,
+        "aggregation": head.aggregation, "sigmoid": head.sigmoid, "higher_is_better": head.higher_is_better,
     }  # fmt: skip
 
 
 def _plain_head(head: Head) -> Path:
     """Directory of the weights that the ops take of ``head``, as an MLP of the paper's form; a linear head is one of two units."""
     w1, b1, w2, b2 = (w.cpu() for w in head.weights())
-    plain = SPRM(head.hidden_size, head.width, dtype=head.dtype)
+    plain = SPRM(head.hidden_size, head.width, dtype=head.dtype, activation=head.activation)
     plain.load_state_dict({"0.weight": w1, "0.bias": b1, "3.weight": w2, "3.bias": b2})
-    digest = hashlib.sha256(str(head.dtype).encode())
+    digest = hashlib.sha256(f"{head.dtype} {head.activation}".encode())
     for weight in plain.state_dict().values():
         digest.update(f"{tuple(weight.shape)}".encode() + weight.view(torch.uint8).numpy().tobytes())
     target = own_cache() / "heads" / digest.hexdigest()[:16]

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from typing_extensions import Self
 
 from ..utils.arguments import one_of
@@ -81,6 +83,12 @@ class Tap:
         if unknown := sorted(set(said) - {f.name for f in fields(cls)}):
             raise ValueError(f"tap: unknown {', '.join(unknown)}; expected layers, norm, at")
         return cls(**said)
+
+
+def by_rms(state: Tensor) -> Tensor:
+    """``x / sqrt(mean(x^2) + 1e-6)`` of each state [..., H]: a norm without weights, computed in float32."""
+    wide = state.to(torch.promote_types(state.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(state.dtype)
 
 
 def _check_once(counted: Sequence[int], layers: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import __version__
-from ..checkpoints.loading import told
+from ..checkpoints.config import told
 from ..engines.hf.backbone import Backbone
 from ..model import CONFIG_NAME, ReflectiveModel
 from ..scoring.sprm import NAMES, SPRM

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PretrainedConfig
 
-from ...scoring.taps import Tap
+from ...scoring.taps import Tap, by_rms
 from .internals import DynamicLayer, cache_layers, checkpoints, unknown, with_cache
 from .listening import DecoderOutput, LayerInput, Point
 from .pieces import narrow_mlps
-from .places import Places, by_rms
+from .places import Places
 
 
 @dataclass(frozen=True)

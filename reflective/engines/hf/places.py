@@ -74,12 +74,6 @@ class Places:
                 self.points[ear.index].remove(ear)
 
 
-def by_rms(state: Tensor) -> Tensor:
-    """``x / sqrt(mean(x^2) + 1e-6)`` of each state [..., H]: a norm without weights, computed in float32."""
-    wide = state.to(torch.promote_types(state.dtype, torch.float32))
-    return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(state.dtype)
-
-
 class _StateEar:
     """Gathers the states of a forward, and hands them on with the last."""
 

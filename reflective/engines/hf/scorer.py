@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
 from ...scoring.backend import Backend
-from ...scoring.heads import Head, Heads
+from ...scoring.heads import Head, Heads, parts_of, together
 from ...scoring.scores import TrajectoryScores
 from ...scoring.sharded import ShardedHead
 from ...scoring.state import static
@@ -90,8 +91,6 @@ class StreamScorer:
     def __new__(cls, model: nn.Module | None = None, head: Heads | None = None, *args: Any, **settings: Any) -> Self:
         if head is None or (isinstance(head, Head) and len(head.parts()) == 1):
             return super().__new__(cls)
-        from .several import SeveralHeads  # which is one of these
-
         return super().__new__(SeveralHeads)
 
     def __init__(
@@ -416,3 +415,59 @@ class StreamScorer:
         if not self.record_features:
             raise RuntimeError("features were not kept; create the StreamScorer with record_features=True")
         return self._results.features()
+
+
+class SeveralHeads(StreamScorer):
+    """What ``StreamScorer`` is for several heads on one model, or one head of several parts: a stream each, which hear one tap."""
+
+    def __init__(self, model: nn.Module, head: Heads, steps: StepTokens | None = None, *args: Any, **settings: Any) -> None:
+        self.head = head
+        self.each = [StreamScorer(model, part, steps, *args, **settings) for part in parts_of(head)]
+        first = self.each[0]
+        self.backbone, self.steps, self.schedule, self.at, self.scope = (
+            first.backbone, first.steps, first.schedule, first.at, first.scope,
+        )  # fmt: skip
+        self.buffer_rows, self.max_steps, self.record_features = first.buffer_rows, first.max_steps, first.record_features
+        self.stream = first.stream  # that of the part that is looked at while decoding
+        self._entered: ExitStack | None = None
+
+    @property
+    def host_seconds(self) -> float:
+        return sum(one.host_seconds for one in self.each)
+
+    @property
+    def flushes_by_hand(self) -> bool:
+        """As one stream alone cannot do the work: whoever captures a step may not have it."""
+        return True
+
+    def __enter__(self) -> Self:
+        with ExitStack() as entered:
+            for one in self.each:
+                entered.enter_context(one)
+            self._entered = entered.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        entered, self._entered = self._entered, None
+        entered.close()
+
+    def result(self, sequences: Any = None, *, rows: Sequence[int] | None = None) -> Any:
+        return together(self.head, [one.result(sequences, rows=rows) for one in self.each])
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        return self.each[0].features()
+
+
+def _by_all(name: str) -> Any:
+    def run(self: SeveralHeads, *args: Any, **settings: Any) -> Any:
+        told = [getattr(one, name)(*args, **settings) for one in self.each]
+        return told[0]
+
+    run.__name__, run.__doc__ = name, getattr(StreamScorer, name).__doc__
+    return run
+
+
+for _name in ("begin", "admit", "fork", "assign", "assign_as", "hold", "release", "counts", "step_scores"):
+    setattr(SeveralHeads, _name, _by_all(_name))

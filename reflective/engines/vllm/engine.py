@@ -140,7 +140,7 @@ class VLLMEngine:
                 return
             s.parked = False
             running.append(s)
-            ids, params = continuation(s, sorted(self.ends))
+            ids, params = continuation(s, sorted(self.ends), self.at)
             s.request = self.core.add(ids, **params)
             self._requests[s.request] = s
 

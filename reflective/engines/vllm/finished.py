@@ -34,17 +34,17 @@ class Finished:
     no states. A text in whose scope others' cached columns lie, as it begins like another one, is run again without the cache.
 
     Args:
-        at, aggregation, sigmoid: of the head.
+        at, aggregation, sigmoid, higher_is_better: of the head.
         texts: ``(ids, start)`` of each.
         begin: whether all are requests of vLLM's at once; else ``begin`` makes them such.
     """
 
     def __init__(
         self, core: Core, steps: StepTokens, at: At, texts: Sequence[tuple[Sequence[int], int]], *, begin: bool = True,
-        aggregation: str = "geometric_mean", sigmoid: bool = True,
+        aggregation: str = "geometric_mean", sigmoid: bool = True, higher_is_better: bool = True,
     ) -> None:  # fmt: skip
         self._core, self._steps = core, steps
-        self._reading = {"at": at, "aggregation": aggregation, "sigmoid": sigmoid}
+        self._reading = {"at": at, "aggregation": aggregation, "sigmoid": sigmoid, "higher_is_better": higher_is_better}
         self.texts: list[Text] = []
         before: Sequence[int] = ()
         for ids, start in texts:

@@ -63,7 +63,8 @@ class VLLMHost:
             ValueError: a setting of the scorer, which is set up already.
         """
         self.refuse(scoring)
-        return VLLMEngine(self.core, self.steps, **self.options.reading, ends=self.ends, batch_rows=batch_rows)
+        reading = {name: value for name, value in self.options.reading.items() if name != "higher_is_better"}  # which the search knows
+        return VLLMEngine(self.core, self.steps, **reading, ends=self.ends, batch_rows=batch_rows)
 
     def scoring(self, texts: Sequence[tuple[Sequence[int], int]], *, begin: bool = True) -> Finished:
         """``(ids, prompt_length)`` of finished texts, to be scored while vLLM steps; ``begin``: see ``Finished``."""

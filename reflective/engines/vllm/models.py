@@ -16,7 +16,7 @@ from vllm.model_executor.models.interfaces import EagleModelMixin, supports_eagl
 
 from ...scoring.sharded import aligned
 from ...scoring.sprm import KEYS
-from ...scoring.taps import Tap
+from ...scoring.taps import Tap, by_rms
 from . import modes
 from .options import Options
 from .plugin import PREFIX
@@ -50,6 +50,7 @@ class Scored:
         # Which auxiliary states there are, and where each state goes: those, and last the model's output.
         self._reflective_below, places = below, self.reflective_hidden[:, : size * len(order)].split(size, 1)
         self._reflective_places = dict(zip(order, places, strict=True))
+        self._reflective_by_rms = tap.norm == "rms"
         self.reflective: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -62,7 +63,7 @@ class Scored:
             )
         states = *auxiliary, hidden
         for i, place in self._reflective_places.items():
-            place[: len(hidden)].copy_(states[i])
+            place[: len(hidden)].copy_(by_rms(states[i]) if self._reflective_by_rms else states[i])
         return hidden
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
@@ -109,9 +110,9 @@ def _order(plain: type, tap: Tap, n: int) -> tuple[list[int], tuple[int, ...]]:
     name = plain.__name__
     indices = tap.indices(n, name)
     below = tuple(sorted(i for i in indices if i < n))
-    if tap.norm and below:
+    if tap.norm is True and below:
         raise ValueError(
-            f"norm={tap.norm!r} with layers={tap.layers}: vLLM gives states of layers below the last as they are, and the final norm is inside "
+            f"norm=True with layers={tap.layers}: vLLM gives states of layers below the last as they are, and the final norm is inside "
             "the model; the Hugging Face engine can score this head"
         )
     if below and not supports_eagle3(plain):

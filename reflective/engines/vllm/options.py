@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from ...scoring.heads import ACTIVATIONS, Head
+from ...scoring.heads import Head
 from ...scoring.sprm import SPRM
 from ...scoring.steps import Consecutive, StepTokens
-from ...scoring.taps import At, Tap
-from ...utils.arguments import one_of, whole
+from ...scoring.taps import At, Norm, Tap
+from ...utils.arguments import whole
 from .pruning import PruneRule
 
 NAME = "reflective"  # in additional_config, and in extra_args of a request
@@ -26,7 +26,7 @@ class Options:
         head: directory or file of the head, an MLP with one hidden layer.
         rule, delimiter, consecutive, think_start_id, think_end_id: as for ``StepTokens.from_tokenizer``; of no meaning with ``at="every"``.
         at, layers, norm: the head's tap.
-        aggregation, sigmoid, activation: of the head.
+        aggregation, sigmoid, higher_is_better: of the head.
         backend, w1_dtype: as for ``StreamScorer``; the latter by name, ``"float8_e4m3fn"``.
         max_steps: of a request, that can be scored; None: 4,096, and with ``at="every"`` as many as the model has positions for, 9 bytes each.
         prune: ``{"threshold": nats, "min_steps": k}``: requests of one group are pruned by the worker, see ``pruning``.
@@ -41,20 +41,19 @@ class Options:
     max_steps: int | None = None
     prune: dict[str, Any] | None = None
     layers: Sequence[int] = (-2,)
-    norm: bool = False
+    norm: Norm = False
     aggregation: str = "geometric_mean"
     sigmoid: bool = True
-    activation: str = "relu"
+    higher_is_better: bool = True
     consecutive: Consecutive = "first"
     think_start_id: int | str | None = "auto"
     think_end_id: int | str | None = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", self.tap.layers)  # JSON has a list
-        Head().use(**self._use)
         if self.aggregation == "gated":
             raise ValueError("aggregation='gated': a head of two logits, and vLLM scores heads of one; the Hugging Face engine can")
-        one_of("activation", self.activation, ACTIVATIONS)
+        Head().use(**self._scores)
         if self.max_steps is not None:
             whole("max_steps", self.max_steps, 1)
         if self.prune_rule is not None and self.aggregation != "geometric_mean":
@@ -105,21 +104,19 @@ class Options:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """``at``, ``aggregation`` and ``sigmoid``: how a log of steps is read."""
-        return {"at": self.at, "aggregation": self.aggregation, "sigmoid": self.sigmoid}
+        """How a log of steps is read: ``at``, and what the head says of scores."""
+        return {"at": self.at, **self._scores}
 
     @property
-    def _use(self) -> dict[str, Any]:
-        return {"tap": self.tap, "aggregation": self.aggregation, "sigmoid": self.sigmoid}
+    def _scores(self) -> dict[str, Any]:
+        return {"aggregation": self.aggregation, "sigmoid": self.sigmoid, "higher_is_better": self.higher_is_better}
 
     def logged(self, positions: int) -> int:
         """Steps that are logged of a request, in a model of so many ``positions``."""
         return self.max_steps or (positions if self.at == "every" else STEPS)
 
     def load_head(self, dtype: torch.dtype) -> SPRM:
-        head = SPRM.from_pretrained(self.head, dtype=dtype).requires_grad_(False).eval()
-        head.activation = self.activation
-        return head.use(**self._use)
+        return SPRM.from_pretrained(self.head, dtype=dtype).use(tap=self.tap, **self._scores)
 
     def load_steps(self, tokenizer: Any, vocab_size: int, but: Collection[int]) -> StepTokens:
         """Those of a model with ``vocab_size`` ids; with ``at="every"`` all but those ``but``, which end a sequence or pad it.

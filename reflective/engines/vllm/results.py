@@ -17,16 +17,18 @@ _INVERSE = pow(HASH_FACTOR, -1, 1 << 64)
 
 def collect(
     logs: Sequence[Log], texts: Sequence[Sequence[int]], starts: Sequence[int], steps: StepTokens, at: At,
-    aggregation: str = "geometric_mean", sigmoid: bool = True,
+    aggregation: str = "geometric_mean", sigmoid: bool = True, higher_is_better: bool = True,
 ) -> TrajectoryScores:  # fmt: skip
-    """Scores of ``texts``, ids of prompt and response, whose steps from column ``starts[i]`` on are in scope, by a head of this ``aggregation`` and
-    ``sigmoid``.
+    """Scores of ``texts``, ids of prompt and response, whose steps from column ``starts[i]`` on are in scope, by a head of this ``aggregation``,
+    ``sigmoid`` and ``higher_is_better``.
 
     Raises:
         ValueError: a log is of other ids; steps are missing from it.
     """
     if not texts:
-        return TrajectoryScores(torch.zeros(0), torch.zeros(0, dtype=torch.int64), [], [], aggregation=aggregation)
+        return TrajectoryScores(
+            torch.zeros(0), torch.zeros(0, dtype=torch.int64), [], [], aggregation=aggregation, higher_is_better=higher_is_better
+        )
     found: list[Tensor] = []
     where: list[Tensor] = []
     for log, ids, start in zip(logs, texts, starts, strict=True):
@@ -44,7 +46,7 @@ def collect(
         found.append(torch.tensor([scored[c] for c in columns.tolist()], dtype=torch.float32))
         where.append(columns)
     log_sums, counts = [float(f.double().sum()) for f in found], [len(f) for f in found]
-    return TrajectoryScores.collect(log_sums, counts, found, where, at, aggregation, sigmoid)
+    return TrajectoryScores.collect(log_sums, counts, found, where, at, aggregation, sigmoid, higher_is_better)
 
 
 class MissingSteps(ValueError):

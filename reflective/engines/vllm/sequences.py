@@ -6,6 +6,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...scoring.taps import At
 from ..base import Chance, Prompt, Sampling
 from .options import NAME
 from .walk import Walk
@@ -57,8 +58,8 @@ class Sequence:
         return self.request is None and not (self.drawn or self.ended or self.resting or self.parked)
 
 
-def continuation(s: Sequence, ends: Several[int]) -> tuple[list[int], dict[str, Any]]:
-    """The ids of a request that goes on where ``s`` is, and the fields of its ``SamplingParams``."""
+def continuation(s: Sequence, ends: Several[int], at: At = "predict") -> tuple[list[int], dict[str, Any]]:
+    """The ids of a request that goes on where ``s`` is, and the fields of its ``SamplingParams``. ``at``: of the head."""
     sampling = s.sampling
     begun = [*s.ids, *(c.token for c in s.drawn)]
     left = sampling.max_tokens - len(s.tokens) - len(s.drawn)
@@ -68,8 +69,10 @@ def continuation(s: Sequence, ends: Several[int]) -> tuple[list[int], dict[str, 
     wanted: dict[str, Any] = {"seeded_by_place": True}
     if steps := [(c, *s.known[c]) for c in sorted(s.known) if c < len(begun)]:
         wanted["steps"] = steps
-    if s.forced:
-        wanted["score_from"] = len(begun)
+    # Unless a step is read from the token before, the last token's own state comes with this request: vLLM never takes it from the prefix cache.
+    owed = at != "predict" and behind > 0 and len(begun) - 1 not in s.known
+    if s.forced or owed:
+        wanted["score_from"] = len(begun) - owed
     if (sampling.presence_penalty or sampling.frequency_penalty) and behind + len(s.forced):
         wanted["output_from"] = len(s.prefix.prompt.ids)
     most, room = sampling.logprobs or 0, max(1, left - len(s.forced))
