@@ -96,7 +96,8 @@ def fit_all(work: Path, families: Sequence[str]) -> Iterator[str]:
     for family in families:
         for how in CHOICES:
             yield f"{family}: {how} {chosen(work, family, how)['layer']}"
-        tasks = [(work, family, v, s) for v in dict.fromkeys(variants(work, family).values()) for s in range(rollouts.SEEDS)]
+        different = {v.file: v for v in variants(work, family).values()}
+        tasks = [(work, family, v, s) for v in different.values() for s in range(rollouts.SEEDS)]
         yield from heads.fit_tasks(tasks)
 
 
