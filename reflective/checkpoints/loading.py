@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..scoring.forms import Form, with_metadata
-from ..scoring.heads import Head
-from ..scoring.loading import found_form, head_of
+from ..scoring.forms import Form, form_of, with_metadata
+from ..scoring.heads import NAMES, Head
+from ..scoring.loading import head_of
 from ..scoring.sprm import SPRM
 from ..scoring.taps import Tap
 from ..utils.repository import directory
@@ -40,8 +40,10 @@ def open_head(path: str | Path, *, output: int | None = None, **where: Any) -> t
     Raises:
         FileNotFoundError, ValueError, PermissionError: see ``scoring.loading.load_head``; a broken ``reflective.json``.
     """
-    form = found_form(path, output=output, **where)
-    config = config_of(directory(path, HEAD, **where))
+    place = directory(path, HEAD, **where)
+    if (file := SPRM.found(place)) is None:
+        raise FileNotFoundError(f"path={str(path)!r} is no file, nor a directory with one of {', '.join(NAMES)}")
+    form, config = form_of(file, output=output), config_of(place)
     if config.head is not None:
         form = with_metadata(form, config.head)
     return form, config
