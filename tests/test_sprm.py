@@ -208,9 +208,9 @@ def test_what_another_activation_cannot():
     head = rf.SPRM(16, activation="silu")
     with pytest.raises(ValueError, match="scales that only relu lets through, and this head has silu; give None"):
         head.weights(torch.float8_e4m3fn)
-    for untrainable, kind in ((head, "silu"), (rf.SPRM(16, bias=False), "no biases")):
+    for untrainable, kind in ((head, "SPRM, silu"), (rf.SPRM(16, bias=False), "SPRM, relu")):
         labels = torch.zeros(3, dtype=torch.int64), torch.ones(1)
-        with pytest.raises(ValueError, match=f"a head of {kind} scores, but cannot be trained here"):
+        with pytest.raises(ValueError, match=rf"a sprm head \({kind}\) scores, but is not trained here; trained are MLPs with ReLU and biases"):
             sprm_loss_rows(untrainable, torch.zeros(3, 16), *labels)
 
 
