@@ -1,5 +1,6 @@
 """A model, its tokenizer and its head, from wherever they lie."""
 
+import copy
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -64,9 +65,10 @@ def used(head: Head, config: Config, said: bool) -> tuple[Head, Config]:
 
 
 def agreed(head: Head, config: Config) -> tuple[Head, Config]:
-    """The same where ``at`` was said by one of them: by the head, if both."""
-    if head.tap.at == Tap().at:
-        head.use(tap=replace(head.tap, at=config.at))
+    """The same where ``at`` was said by one of them: by the head, if both. A head that has to say something else than it did is another
+    object around the same weights."""
+    if head.tap.at == Tap().at != config.at:
+        head = copy.copy(head).use(tap=replace(head.tap, at=config.at))
     return head, replace(config, at=head.tap.at)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import internals
 from .backbone import Backbone
+from .places import Places
 from .tap import Tap
 
 
@@ -16,7 +17,8 @@ class _Notes:
 
     unheard = False
 
-    def __init__(self) -> None:
+    def __init__(self, places: Places) -> None:
+        self.places = places
         self.told: list[str] = []
         self.states: list[Tensor] = []
 
@@ -60,9 +62,10 @@ def try_release(way: str) -> None:
     Raises:
         RuntimeError: it does not.
     """
-    model, heard = internals.small_model(), _Notes()
+    model = internals.small_model()
     ids = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
     backbone = Backbone.of(model)
+    heard = _Notes(backbone.places)
     try:
         tap = Tap.add(backbone, heard)
         try:
