@@ -481,7 +481,7 @@ def test_a_head_saved_as_a_repository(base, tmp_path, monkeypatch):
         "report.json",
         "README.md",
     }
-    assert json.loads((target / "reflective.json").read_text()) == {"base_model": "acme/whole", **asdict(model.config)}
+    assert json.loads((target / "reflective.json").read_text()) == {"base_model": "acme/whole", **model.config.to_dict()}
     assert all(b"\r" not in f.read_bytes() for f in target.glob("*.[jm][sd]*"))
     again = rf.ReflectiveModel.from_pretrained(base, head=target)
     assert again.config == model.config

@@ -9,7 +9,7 @@ import reflective as rf
 from reflective.scoring.scores import AGGREGATIONS, aggregate
 
 STEPS = [0.5, 0.25, 0.8]
-BY_HAND = {"geometric_mean": 0.1 ** (1 / 3), "mean": 1.55 / 3, "min": 0.25, "last": 0.8, "product": 0.1}
+BY_HAND = {"geometric_mean": 0.1 ** (1 / 3), "mean": 1.55 / 3, "min": 0.25, "max": 0.8, "last": 0.8, "product": 0.1}
 
 
 def trajectories(*steps: list[float], n_steps: list[int] | None = None) -> rf.TrajectoryScores:

@@ -144,7 +144,7 @@ def test_every_activation_is_that_of_pytorch(device, activation):
     [
         (2560, 512, torch.bfloat16),
         (3 * 4096, 40, torch.bfloat16),
-        (4096, 2, torch.float32),
+        (4096, 2, torch.float16),  # in float32 three rows are too few: the definition's error is nearly 0 by luck
         (33 * 4096, 2, torch.float16),
         (33 * 4096, 2, torch.float32),
     ],

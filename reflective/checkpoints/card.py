@@ -87,11 +87,12 @@ def write_card(
 
 def _contents(path: Path, base: str | None, adapter: Mapping[str, Any]) -> str:
     from ..scoring.forms import form_of  # not above: with torch it takes seconds
+    from ..scoring.heads import NAMES
     from ..scoring.sprm import SPRM
 
     file, weights = SPRM.found(path), path / "adapter_model.safetensors"
     if file is None:
-        raise FileNotFoundError(f"path={str(path)!r}: there is no head, score_module.safetensors or score_module.pt")
+        raise FileNotFoundError(f"path={str(path)!r} is no file, nor a directory with one of {', '.join(NAMES)}")
     form = form_of(file)
     units = f"{len(form.tensors[0])} → " if form.kind == "mlp" else ""
     kind = {"mlp": "an SPRM head", "linear": "a linear head", "gated_linear": "a gated linear head"}[form.kind]

@@ -25,7 +25,7 @@ ACTIVATIONS = {
     "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
     "silu": nn.SiLU,
 }
-_USE = ("form", "aggregation", "sigmoid", "step_rule", "trained_on", "higher_is_better")  # beside the tap
+_USE = ("aggregation", "sigmoid", "step_rule", "trained_on", "higher_is_better")  # beside the tap; what a file says
 
 
 class Head(nn.Module):
@@ -91,7 +91,7 @@ class Head(nn.Module):
             ValueError: an unknown name or aggregation, or a mean by logarithms of scores that are none of probabilities.
         """
         for name, value in settings.items():
-            if name not in (*_USE, "tap", "unknown"):
+            if name not in (*_USE, "tap", "form", "unknown"):
                 raise ValueError(f"{name}: no setting of a head; there are tap, {', '.join(_USE)}")
             setattr(self, name, value)
         if self.aggregation not in AGGREGATIONS and self.aggregation != "gated":
@@ -105,7 +105,7 @@ class Head(nn.Module):
         return self
 
     def metadata(self) -> dict[str, str]:
-        """What ``scoring.forms`` reads beside the tensors of a file: all that ``use`` sets, as JSON each. Empty for the paper's use, which
+        """What ``scoring.forms`` reads beside the tensors of a file: how the head is used, as JSON each. Empty for the paper's use, which
         needs no word."""
         said = {name: getattr(self, name) for name in _USE} | {"activation": self.activation} | self.tap.to_dict()
         usual = {name: getattr(type(self), name) for name in _USE} | {"activation": "relu"} | Tap().to_dict()
