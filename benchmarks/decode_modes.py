@@ -51,7 +51,7 @@ from reflective.benchmarks.record import RESULTS, write
 from reflective.engines.hf.internals import with_cache
 from reflective.engines.hf.scorer import Schedule
 from reflective.scoring.ops import NAMESPACE
-from reflective.scoring.steps import At
+from reflective.scoring.taps import At
 
 SCHEDULES: tuple[Schedule, ...] = ("deferred", "immediate")
 WARM_UP = 4  # forwards: the prompt's, and what compilation and CUDA graphs need
