@@ -654,7 +654,7 @@ def compiled(function: Callable[..., Any], cell: Cell) -> Callable[..., Any]:
 @functools.cache
 def _compiled(function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
     # Of a copy: dynamo counts recompilations, and looks through guards, by code object.
-    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     return torch.compile(copy, fullgraph=True)
 
 

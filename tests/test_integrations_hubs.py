@@ -78,8 +78,8 @@ def test_aggregation_names():
         "last",
     ]
     assert [aggregation(name) for name in AGGREGATIONS] == list(AGGREGATIONS)
-    with pytest.raises(ValueError, match="aggregation='max'; expected one of"):
-        aggregation("max")
+    with pytest.raises(ValueError, match="aggregation='median'; expected one of"):
+        aggregation("median")
 
 
 # -- search-and-learn ----------------------------------------------------------------------------------------------------
