@@ -334,7 +334,7 @@ def decode_step(
     with torch.cuda.device_of(ids):
         if q == 1 and cu_seqlens is None and not quiet:
             tile = head_tile(w1, 16 if immediate else R)
-            # Left to itself the assembler spills some scalars in order to fit more programs on a multiprocessor.
+            # Left to itself the assembler spills some scalars in order to fit more programs on a multiprocessor; in _walk too.
             tile["maxnreg"] = 168 if tile["num_warps"] == 4 else 248
             pitches = (
                 *(t.data_ptr() for t in (hidden, slots, last_hidden)),
@@ -360,7 +360,8 @@ def decode_step(
                 flush_for(B * (end - counting), activation, *head_and_slots)
             _walk[(sequences,)](
                 ids, hidden, token_class, transition, seq, last_hidden, step_column, step_region, slots, slot_owner, n_slots,
-                rows, cu_seqlens, begin, end, quiet, N, V, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H, at_predict, **OPTIONS,
+                rows, cu_seqlens, begin, end, quiet, N, V, n_states, C, ids_b, ids_q, hidden_b, hidden_q, H, at_predict,
+                maxnreg=96, **OPTIONS,
             )  # fmt: skip
             begin = end
         if immediate:

@@ -57,7 +57,11 @@ class StreamState:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields in the order in which ``decode_step`` takes them."""
-        return tuple(vars(self).values())
+        # Field by field: torch 2.11 cannot trace vars().
+        return (
+            self.seq, self.tally, self.last_hidden, self.step_column, self.step_region, self.step_score, self.slots,
+            self.slot_owner, self.n_slots, self.workspace,
+        )  # fmt: skip
 
     def buffer(self) -> tuple[Tensor, ...]:
         """The fields in the order in which ``flush`` takes them."""
