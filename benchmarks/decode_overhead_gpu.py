@@ -291,7 +291,7 @@ def generate(subject: Subject, n: int, tokens: int, device: torch.device) -> Ite
         given = fixed_length(prompt, length) | {"do_sample": True, "top_k": 0, "num_return_sequences": n} | sampling
         return net.generate(prompt, **given, **more)[:, prompt.shape[1] :].numel()
 
-    prune = lambda: by_name("prune", n=n, threshold=1e-6)  # nobody leaves
+    prune = lambda: by_name("prune", n=n, threshold=1e6)  # nobody lags so far as to leave
     ways: dict[str, Callable[[int], int]] = {
         "reflective": ours,
         "reflective, prune": lambda length: ours(length, strategy=prune()),

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
   uint4 piece{};
   if (first < batch * step.pieces) piece = *piece_of(first);
 
-  const int n_new = find_steps(step, found), n_waiting = found.scratch[SCRATCH_WAITING];
+  Sequence sequence;
+  const int n_new = find_steps(step, found, sequence), n_waiting = found.scratch[SCRATCH_WAITING];
   const bool full = n_waiting + n_new + step.wanted_room() > state.slot_capacity;
   const int n_rows = step.immediate ? n_waiting + n_new : full ? n_waiting : 0;
   const bool gathers = !step.immediate && n_rows == 0;
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
   if (n_rows > 0) {
     if (H::CLUSTER > 1 && step.immediate) rows.find_octets();
     partial_sums(step.head, step.maps, rows, n_rows, sums, ring);
+    sequence = {};  // read anew below: kept since find_steps, it would cost the products registers
     __syncthreads();
     if (threadIdx.x == 0) last = arrive(arrived) == gridDim.x - 1;
   }
@@ -71,8 +73,8 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
 
   // From here on one block: what it reads of memory it asks for as early as it can.
   const int mine = static_cast<int>(threadIdx.x);
-  const Sequence<H> sequence(step, found, mine < batch ? mine : -1);
   if (n_rows > 0) {
+    sequence = Sequence::of(step, found, mine < batch ? mine : -1);
     const Scored scored(ring.stages, n_rows);
     const Owner owner = mine < n_rows ? rows.owner(mine) : Owner{};
     const float b2 = found.bias();
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(H::THREADS, 1) step_kernel(const __grid_consta
   const int slot0 = gathers ? n_waiting : 0;
   for (int b = mine; b < batch; b += THREADS) {
     if (found.places[b] == SKIPPED) continue;
-    const Sequence<H> its = b == mine ? sequence : Sequence<H>(step, found, b);
+    const Sequence its = b == mine ? sequence : Sequence::of(step, found, b);
     const Position& at = its.at;
     const int32_t entry = found.entries[b];
     const bool ends = at.is_step(entry);

@@ -106,15 +106,38 @@ struct Found {
         table(reinterpret_cast<int32_t*>(shared + SCRATCH_BYTES)) {}
 };
 
-// Fills `found`; returns how many sequences end a step now. Every block finds the same. Behind its last barrier only the
-// last block to arrive reads seq and n_slots again, so that it may write them once all have arrived.
+// All of a sequence that a step changes.
+struct Sequence {
+  Position at;
+  int64_t row = 0, n_steps = 0, id = 0;
+  uint64_t hash = 0;
+
+  Sequence() = default;
+
+  template <class H>
+  __device__ Sequence(const Step<H>& step, int64_t row, int64_t id) : row(row), id(id) {
+    const int64_t* const seq = step.seq(row);
+    at = Position(seq), n_steps = seq[N_STEPS], hash = static_cast<uint64_t>(seq[HASH]);
+  }
+
+  // Of the batch's `b`; of none if that is less than 0, or skipped.
+  template <class H>
+  __device__ static Sequence of(const Step<H>& step, const Found& found, int b) {
+    if (b < 0 || found.places[b] == SKIPPED) return {};
+    return {step, found.places[b] >> 1, step.id(b)};
+  }
+};
+
+// Fills `found`, and `mine` with sequence threadIdx.x of the batch, if it is one; returns how many sequences end a step now.
+// Every block finds the same. Behind its last barrier only the last block to arrive reads seq and n_slots again, so that it
+// may write them once all have arrived.
 template <class H>
-__device__ __forceinline__ int find_steps(const Step<H>& step, const Found& found) {
+__device__ __forceinline__ int find_steps(const Step<H>& step, const Found& found, Sequence& mine) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, batch = static_cast<int>(step.ids.batch);
   const int states = static_cast<int>(step.automaton.states), n_entries = static_cast<int>(step.automaton.classes) * states;
   if (threadIdx.x == 0) found.scratch[SCRATCH_WAITING] = *step.state.n_slots;
   // b2, while there is other to wait for: behind the sums it would be waited for alone.
-  if (threadIdx.x == H::THREADS - 1) found.bias() = bias_of(step.head);
+  if (threadIdx.x == H::COPIERS - 1) found.bias() = bias_of(step.head);
   int total = 0;
   for (int base = 0; base < batch; base += H::THREADS) {
     const int b = base + threadIdx.x;
@@ -123,29 +146,30 @@ __device__ __forceinline__ int find_steps(const Step<H>& step, const Found& foun
     int64_t at_state = 0, column = 0;
     bool is_text = false, may_step = false;
     // The small table comes while the token's class does, not after it.
-    constexpr int MINE = (TABLE + H::THREADS - 1) / H::THREADS;
-    int32_t mine[MINE];
-    const bool at_hand = n_entries <= TABLE;
-    if (base == 0 && at_hand) {
+    constexpr int MINE = (TABLE + H::COPIERS - 1) / H::COPIERS;
+    int32_t entries[MINE];
+    const bool at_hand = n_entries <= TABLE, brings = base == 0 && at_hand && threadIdx.x < H::COPIERS;
+    if (brings) {
 #pragma unroll
       for (int i = 0; i < MINE; ++i) {
-        const int place = i * H::THREADS + threadIdx.x;
-        mine[i] = place < n_entries ? step.automaton.transition[place] : 0;
+        const int place = i * H::COPIERS + threadIdx.x;
+        entries[i] = place < n_entries ? step.automaton.transition[place] : 0;
       }
     }
     if (row >= 0) {
-      token_class = step.token_class(step.id(b));
-      const Position at(step.seq(row));
-      at_state = at.automaton, column = at.column, is_text = at.is_text(), may_step = at.is_step(STEP);
+      const Sequence its(step, row, step.id(b));
+      token_class = step.token_class(its.id);
+      at_state = its.at.automaton, column = its.at.column, is_text = its.at.is_text(), may_step = its.at.is_step(STEP);
+      if (base == 0) mine = its;
     }
-    if (base == 0 && at_hand) {
+    if (brings) {
 #pragma unroll
       for (int i = 0; i < MINE; ++i) {
-        const int place = i * H::THREADS + threadIdx.x;
-        if (place < n_entries) found.table[place] = mine[i];
+        const int place = i * H::COPIERS + threadIdx.x;
+        if (place < n_entries) found.table[place] = entries[i];
       }
-      __syncthreads();
     }
+    if (base == 0 && at_hand) __syncthreads();
     bool ends = false;
     uint32_t place = 0;
     if (b < batch) found.places[b] = SKIPPED;

@@ -6,21 +6,6 @@
 namespace reflective::gpu {
 namespace {
 
-// All of sequence `b` of the batch that a step changes; of none if it is less than 0, or skipped.
-template <class H>
-struct Sequence {
-  Position at;
-  int64_t row = 0, n_steps = 0, id = 0;
-  uint64_t hash = 0;
-
-  __device__ Sequence(const Step<H>& step, const Found& found, int b) {
-    if (b < 0 || found.places[b] == SKIPPED) return;
-    row = found.places[b] >> 1;
-    const int64_t* const seq = step.seq(row);
-    at = Position(seq), n_steps = seq[N_STEPS], hash = static_cast<uint64_t>(seq[HASH]), id = step.id(b);
-  }
-};
-
 // Whose step a row is.
 struct Owner {
   int64_t sequence = 0, step = 0;

@@ -24,6 +24,12 @@ def inputs(dtype, device):
     return to(query), to(key), to(value), [(to(k), to(v)) for k, v in prompts], length.to(device), reads.to(device)
 
 
+def added(length, dtype):
+    """The mask [S, 1, 1, C] of seats of so many tokens before the one that is fed."""
+    there = torch.arange(C, device=length.device) <= length[:, None]
+    return torch.zeros(S, C, dtype=dtype, device=length.device).masked_fill(~there, -torch.inf)[:, None, None]
+
+
 def expected(query, key, value, prompts, length, reads):
     """In float64, one seat after the other."""
     rows = []
@@ -53,7 +59,7 @@ def plain(query, key, value, prompts, length, reads):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_as_on_a_copy_for_each(dtype, device):
     query, key, value, prompts, length, reads = given = inputs(dtype, device)
-    mask = (torch.arange(C, device=device) <= length[:, None])[:, None, None]
+    mask = added(length, dtype)
     module = SimpleNamespace(layer_idx=1)
     found, _ = attend(module, query, key, value, mask, shared_prompts=Shared([[], prompts], reads))
     assert found.dtype == dtype and found.shape == (S, 1, HEADS, D)
@@ -64,7 +70,7 @@ def test_as_on_a_copy_for_each(dtype, device):
 
 def test_scores_are_not_rounded_to_16_bits():
     query, key, value, prompts, length, reads = given = inputs(torch.bfloat16, "cpu")
-    mask = (torch.arange(C) <= length[:, None])[:, None, None]
+    mask = added(length, query.dtype)
     found, _ = attend(SimpleNamespace(layer_idx=0), query, key, value, mask, shared_prompts=Shared([prompts], reads))
     truth = expected(*given)
     error, theirs = ((x.double() - truth).pow(2).mean().sqrt() for x in (found, plain(*given)))
@@ -73,7 +79,7 @@ def test_scores_are_not_rounded_to_16_bits():
 
 def test_a_prompt_of_others_has_no_weight_however_well_it_fits():
     query, key, value, prompts, length, reads = given = inputs(torch.float32, "cpu")
-    mask = (torch.arange(C) <= length[:, None])[:, None, None]
+    mask = added(length, query.dtype)
     shared = [prompts[0], (1000 * prompts[1][0], prompts[1][1]), prompts[2]]
     found, _ = attend(SimpleNamespace(layer_idx=0), query, key, value, mask, shared_prompts=Shared([shared], reads))
     others = reads != 1
@@ -83,6 +89,6 @@ def test_a_prompt_of_others_has_no_weight_however_well_it_fits():
 @pytest.mark.parametrize("wrong", [{"softcap": 30.0}, {"sliding_window": 8}, {"s_aux": torch.ones(6)}])
 def test_what_it_does_not_know_is_refused(wrong):
     query, key, value, *_ = inputs(torch.float32, "cpu")
-    mask = torch.ones(S, 1, 1, C, dtype=torch.bool)
+    mask = torch.zeros(S, 1, 1, C)
     with pytest.raises(Unseatable, match=f"Linear attends with {next(iter(wrong))}"):
         attend(nn.Linear(1, 1), query, key, value, mask, **wrong)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from reflective.engines.base import Sampling
-from reflective.engines.hf.sampling import Rules, Uses, chances, draw, log_probs_of, pick
+from reflective.engines.hf.sampling import Rules, Uses, _leading, chances, draw, log_probs_of, pick
 from reflective.search.candidates import SAMPLING_DEFAULTS, Ask, SamplingSettings
 from reflective.search.strategies import by_name
 
@@ -123,6 +123,20 @@ def test_not_a_number_ends_no_batch_and_a_temperature_of_almost_0_is_greedy():
     logits = torch.tensor([[1.0, 3.0, 2.0], [torch.nan] * 3, [1.0, 3.0, 2.0]])
     samplings = [sampling(temperature=1e-300), sampling(top_p=0.9), sampling(temperature=0.0)]
     assert picked(samplings, logits, [0.0, 0.5, 0.9], [([1], [])] * 3) == [1, 2, 1]
+
+
+@pytest.mark.parametrize("vocabulary", [3, 127, 128, 129, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_share_of_the_masses_is_reached_where_their_sums_reach_it(vocabulary, dtype):
+    torch.manual_seed(0)
+    for zeros in (0.0, 0.9, 0.999):  # such as what is cut leaves
+        masses = torch.rand(50, vocabulary, dtype=dtype).pow(8).where(torch.rand(50, vocabulary) >= zeros, 0)
+        masses[range(50), torch.randint(vocabulary, (50,))] = 0.5
+        share = torch.cat([torch.rand(48, 1, dtype=torch.float64), torch.tensor([[0.0], [1 - 2.0**-53]])])
+        upto = masses.double().cumsum(1)
+        found = _leading(masses, share)
+        assert (masses[range(50), found] > 0).all()
+        assert torch.equal(found[:-1], (upto <= share * upto[:, -1:]).sum(1)[:-1])
 
 
 # -- each setting as transformers has it -----------------------------------------------------------------------------

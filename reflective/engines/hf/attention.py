@@ -51,7 +51,8 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     shared_prompts: Shared | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Of a token a seat, query [S, heads, 1, D], on keys [S, groups, C, D], of which a mask [S, 1, 1, C] says which there are.
+    """Of a token a seat, query [S, heads, 1, D], on keys [S, groups, C, D], of which a mask [S, 1, 1, C] says which there are: it is
+    added to the scores, 0 or -inf.
 
     The heads of a group are rows of one product, so that keys and values are read where they lie, not copied for each head; with a
     shared prompt those of all seats are, so that it is read once.
@@ -67,7 +68,8 @@ def attend(
     groups = key.shape[1]
     grouped = query.reshape(seats, groups, heads // groups, width)
     if shared_prompts is None or not (prompts := shared_prompts.prompts[module.layer_idx]):
-        out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+        mask = attention_mask.to(query.dtype)  # as it is, but under autocast
+        out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     else:
         scale = width**-0.5 if scaling is None else scaling
         out = _on_all(grouped, key, value, attention_mask, prompts, shared_prompts.reads, scale)
@@ -99,7 +101,7 @@ def _on(
     exp(score - highest)."""
     scores = _product(query * scale, key.transpose(-1, -2))
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.add_(mask)
     highest = scores.amax(-1, keepdim=True)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)

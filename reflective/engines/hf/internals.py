@@ -238,11 +238,11 @@ class SeatLayer(CacheLayerMixin):
 
 
 class SeatCache(Cache):
-    """Of ``SeatLayer``, one a layer of the model; ``columns`` a seat."""
+    """Of ``SeatLayer``, one a layer of the model; ``columns`` a seat, of ``dtype``."""
 
     def __init__(self, layers: list[SeatLayer]) -> None:
         super().__init__(layers=layers)
-        self.columns = layers[0].keys.shape[2]
+        self.columns, self.dtype = layers[0].keys.shape[2], layers[0].keys.dtype
 
     @property
     def reorder_cache(self) -> Any:

@@ -20,6 +20,7 @@ from ..base import Chance, Sampling
 
 Text = tuple[Sequence[int], Sequence[int]]  # ids of a prompt, and of what came behind it
 _COLDEST = torch.finfo(torch.float32).tiny  # a temperature below it would be a 0 to divide by
+_PIECE = 128  # tokens whose masses are added up at once; vocabularies are multiples of it as a rule
 _HEAD = 256  # likeliest tokens of a row that are looked at before its whole vocabulary is sorted
 
 
@@ -200,9 +201,32 @@ def _drawn(logits: Tensor, uniforms: Tensor, rules: Rules, uses: Uses) -> Tensor
         least = rules.min_p[:, None] * chances.amax(-1, keepdim=True)
         logits = logits.masked_fill(chances < least, -torch.inf)
     # float64: a float32 sum over the vocabulary would round away probabilities below 6e-8.
-    cdf = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
-    tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-    return tokens.clamp_max(logits.shape[1] - 1)  # NaN logits sum to no distribution
+    return _leading((logits - logits.amax(-1, keepdim=True)).double().exp(), uniforms[:, None])
+
+
+def _leading(masses: Tensor, share: Tensor) -> Tensor:
+    """Of the masses [R, V] of each row, how many from the first on come to no more than ``share`` [R, 1] float64 of them all: [R]. No
+    more than lie before the last that is not 0.
+
+    Over pieces, then within the one that crosses the share: cumsum along rows of a vocabulary takes 285 us on an H200, of 32 rows in
+    float64, where this reads the masses once.
+    """
+    V = masses.shape[1]
+    if (rest := -V % _PIECE) > 0:
+        masses = torch.nn.functional.pad(masses, (0, rest))
+    pieces = masses.unflatten(1, (-1, _PIECE))  # [R, V / PIECE, PIECE]
+    upto = pieces.sum(-1, dtype=torch.float64).cumsum(1)
+    wanted = share * upto[:, -1:]
+    which = _crossed(upto, wanted)
+    before = torch.where(which > 0, upto.gather(1, (which - 1).clamp_min(0)), 0.0)
+    within = pieces.gather(1, which[:, :, None].expand(-1, 1, _PIECE)).squeeze(1).double().cumsum(1)
+    return (which * _PIECE + _crossed(within, wanted - before)).squeeze(1).clamp_max(V - 1)
+
+
+def _crossed(upto: Tensor, wanted: Tensor) -> Tensor:
+    """Where ``upto`` [R, n], which rises, exceeds ``wanted`` [R, 1]; at its last rise if, as sums round, nowhere: [R, 1]."""
+    last = torch.searchsorted(upto, upto[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(upto, wanted, right=True), last).clamp_max(upto.shape[1] - 1)  # NaN rises nowhere
 
 
 def _tempered(logits: Tensor, rules: Rules) -> Tensor:
@@ -221,9 +245,9 @@ def _cut(logits: Tensor, rules: Rules, uses: Uses) -> Tensor:
         logits = logits.masked_fill(logits < least, -torch.inf)
         ascending = ascending.masked_fill(ascending < least, -torch.inf)
     if uses.top_p:
-        out = ascending.softmax(-1).cumsum(-1) <= (1 - rules.top_p).float()[:, None]
-        out &= (rules.top_p < 1)[:, None]  # at 1 not even those whose chance rounds to 0 go
-        out[:, -1] = False
+        out = _leading((ascending - ascending[:, -1:]).exp(), (1 - rules.top_p).float().double()[:, None])
+        out = out.where(rules.top_p < 1, 0)  # at 1 not even those whose chance rounds to 0 go
+        out = torch.arange(logits.shape[1], device=logits.device) < out[:, None]
         logits = logits.masked_fill(out.scatter(1, order, out), -torch.inf)
     return logits
 
