@@ -38,7 +38,7 @@ def logits_of(rollouts: Rollouts, w1_dtype: torch.dtype, dtype: torch.dtype) -> 
     features = rollouts.features.to(dtype)
     if dtype == torch.float64:
         return "torch", kernels.logit_rows(features, w1, b1, w2, b2)
-    backend = choose_backend(None, CPU, dtype, w1)
+    backend = choose_backend(None, CPU, dtype, w1.dtype)
     return backend.name, backend.logit_rows(features, w1, b1, w2, b2)
 
 

@@ -49,12 +49,11 @@ def test_falling_back_is_said_once_with_the_reason(monkeypatch):
     [(torch.float16, torch.float16), (torch.bfloat16, torch.float8_e4m3fn), (torch.float32, torch.float8_e4m3fn)],
 )
 def test_heads_that_the_cpu_backend_has_not_take_the_definition(dtype, weights):
-    w1 = torch.empty(4, 2, dtype=weights)
     with pytest.raises(ValueError, match=f"backend='cpu' cannot be used here: .*not {weights}"):
-        backend.choose_backend("cpu", CPU, dtype, w1)
+        backend.choose_backend("cpu", CPU, dtype, weights)
     backend._say_once.cache_clear()
     with pytest.warns(UserWarning, match=f"not {weights}"):
-        assert backend.choose_backend(None, CPU, dtype, w1).name == "torch"
+        assert backend.choose_backend(None, CPU, dtype, weights).name == "torch"
 
 
 @compiled_for_cpu
@@ -133,23 +132,22 @@ def test_what_runs_where(code, runs, does_not):
 )
 def test_heads_on_a_gpu(gpu, dtype, weights, runs):
     gpu((9, 0))
-    w1 = torch.empty(4, 2, dtype=weights)
     for name in ("cuda", "triton"):
         if runs:
-            assert backend.choose_backend(name, CUDA, dtype, w1).name == name
+            assert backend.choose_backend(name, CUDA, dtype, weights).name == name
         else:
             with pytest.raises(ValueError, match=f"cannot be used here: its heads are .*not {weights}"):
-                backend.choose_backend(name, CUDA, dtype, w1)
+                backend.choose_backend(name, CUDA, dtype, weights)
 
 
 def test_compiled_kernels_are_taken_wherever_they_run(gpu, monkeypatch):
     """Unmeasured, and so always the same: attaching compiles nothing, and the clock does not choose a score's last bits."""
     monkeypatch.setattr(torch.cuda, "Event", None)
     gpu((9, 0))
-    for w1 in (None, torch.empty(4, 2, dtype=torch.bfloat16)):
-        assert backend.choose_backend(None, CUDA, torch.bfloat16, w1).name == "cuda"
+    for weights in (None, torch.bfloat16):
+        assert backend.choose_backend(None, CUDA, torch.bfloat16, weights).name == "cuda"
     gpu((7, 5))
-    assert backend.choose_backend(None, CUDA, torch.bfloat16, w1).name == "triton"
+    assert backend.choose_backend(None, CUDA, torch.bfloat16, weights).name == "triton"
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, T5Config, T
 
 import reflective as rf
 from reflective.engines.hf.internals import cache_of, with_cache
+from reflective.scoring.sharded import ShardedHead
 
 BACKENDS = [name for name, info in rf.backends().items() if info.available]
 SAMPLING = {"do_sample": True, "temperature": 1.5, "top_k": 0, "max_new_tokens": 40}
@@ -472,6 +473,17 @@ def test_nothing_is_allocated_by_an_idle_step():
             scorer.stream.run(state, token, hidden)
     assert sum(abs(e.self_cpu_memory_usage) for e in profile.key_averages() if "decode_step" in e.key) == 0
     assert [t.data_ptr() for t in state.tensors()] == pointers
+
+
+def test_attaching_takes_no_memory_for_the_head():
+    """Its weights stay those of the module, and nothing of their size is made in order to choose who computes with them."""
+    head, net = tiny.head(), tiny.model()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        placed = ShardedHead(head, net.device, net.dtype, None, None, None).load()
+    assert [w.data_ptr() for w in placed.weights] == [
+        head.get_parameter(n).data_ptr() for n in ("0.weight", "0.bias", "3.weight", "3.bias")
+    ]
+    assert max((e.cpu_memory_usage for e in profile.events()), default=0) < head[0].weight.nbytes / 4
 
 
 # -- what must be refused, clearly ------------------------------------------------------------------------------------

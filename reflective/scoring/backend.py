@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import kernels
 from . import ops
@@ -50,9 +49,11 @@ def backends() -> dict[str, BackendInfo]:
     }
 
 
-def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype, w1: Tensor | None = None) -> Backend:
+def choose_backend(
+    name: str | None, device: torch.device, dtype: torch.dtype, w1_dtype: torch.dtype | None = None
+) -> Backend:
     """The backend ``name``, or, for None, the first of ``NAMES`` that runs features of ``dtype``, and a head whose first
-    weights are ``w1``, on ``device``.
+    weights are of ``w1_dtype`` (None: the same), on ``device``.
 
     It is not measured which is faster: noise would then decide whose last bits a score has. ``reflective bench`` measures.
 
@@ -60,7 +61,7 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype, w
         ValueError: there is no such backend, or it cannot run here; says why.
     """
     infos = backends()
-    weights = dtype if w1 is None else w1.dtype
+    weights = w1_dtype or dtype
     if name is None:
         usable = [n for n in NAMES if infos[n].available and _why_not(n, device, dtype, weights) is None]
         # An interpreted kernel is for tests: on CPU tensors it runs only where asked for by name.

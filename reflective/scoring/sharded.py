@@ -78,15 +78,13 @@ class ShardedHead:
         self.head, self.device, self.w1_dtype, self.group = head, device, w1_dtype, group
         self.activation: int = ACTIVATIONS[head.activation]
         self.rank, self.world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        mine = units(head.width, self.rank, self.world)
-        # The choice depends on shape and dtype alone; the weights themselves are read when they are needed.
-        shape = mine.stop - mine.start, aligned(head.hidden_size)
-        like = torch.empty(shape, dtype=head.w1_dtype(w1_dtype), device=self.device)
-        self.backend: Backend = choose_backend(backend, self.device, dtype, like)
+        units(head.width, self.rank, self.world)  # raises, where it cannot be split
+        w1_dtype = head.w1_dtype(w1_dtype)  # the choice depends on it alone; the weights are read when they are needed
+        self.backend: Backend = choose_backend(backend, self.device, dtype, w1_dtype)
         if group is not None:
             choice = torch.tensor(NAMES.index(self.backend.name), device=self.device)
             dist.all_reduce(choice, dist.ReduceOp.MAX, group)
-            self.backend = choose_backend(NAMES[int(choice)], self.device, dtype, like)
+            self.backend = choose_backend(NAMES[int(choice)], self.device, dtype, w1_dtype)
         self.weights: tuple[Tensor, ...] = ()
         self._own: list[bool] = []  # which of them are copies, and not the head's parameters themselves
 
