@@ -284,9 +284,11 @@ def gpu_decode(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
         ))  # fmt: skip
     ways = {r["way"]: r for r in read("gpu_generate", folder)}
     if first := ways.get("reflective", ways.get("reflective, batch")):
-        name = f"ReflectiveModel.generate ({first['way']}), {first['n']} candidates, {first['model']} shape, {first['layers']} layers"
+        name = f"ReflectiveModel.generate, {first['n']} candidates, {first['model']} shape, {first['layers']} layers"
         others = ", ".join(
-            f"{way} generate {float(r['tokens_per_s']):,.0f}" for way, r in ways.items() if r is not first
+            f"{way.removeprefix('reflective, ') if 'reflective' in way else 'transformers ' + way} {float(r['tokens_per_s']):,.0f}"
+            for way, r in ways.items()
+            if r is not first
         )
         lines.append((name, f"{float(first['tokens_per_s']):,.0f} tokens/s", others))
     return lines
