@@ -38,7 +38,7 @@ from ..engines.hf.internals import (
     state_in,
 )
 from ..engines.hf.kv import check_rows_apart
-from ..engines.hf.tap import Tap
+from ..engines.hf.tap import ModelTap
 from ..search.text import TAIL
 
 _ATTENTION = "reflective_shared_prefix"
@@ -237,7 +237,7 @@ class Sampler:
         """Logits [R, V] after the last of ``ids``."""
         if self.model.training:
             raise ValueError("model: it is in training mode, and would be sampled with dropout; call model.eval()")
-        if Tap.of(self.model):
+        if ModelTap.of(self.model):
             raise ValueError("model: a StreamScorer is attached, which cannot follow rows that fork; leave it first")
         if "logits_to_keep" in self.inputs:
             given["logits_to_keep"] = 1

@@ -29,7 +29,7 @@ from .places import Places
 from .results import Results
 from .states import States
 from .stream import Schedule, Scope, Stream
-from .tap import Tap
+from .tap import ModelTap
 from .trial import try_release
 
 __all__ = ["Schedule", "StreamScorer"]
@@ -153,7 +153,7 @@ class StreamScorer:
         weights = self.stream.placed.load().weights
         for tensor in (*weights, self.steps.token_class, self.steps.transition):
             static(tensor)
-        Tap.add(self.backbone, self, try_release)
+        ModelTap.add(self.backbone, self, try_release)
         self._attached = True
         self._as_one_batch()
         return self
@@ -161,7 +161,7 @@ class StreamScorer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        Tap.remove(self.backbone, self)
+        ModelTap.remove(self.backbone, self)
         self._attached, self._ids = False, None
         self._follower.close()
 

@@ -65,7 +65,7 @@ class Listener(Protocol):
         """The cache now holds ``length`` tokens."""
 
 
-class Tap:
+class ModelTap:
     """One model's; see the module. ``listeners`` are told in the order in which they came."""
 
     def __init__(self, backbone: Backbone) -> None:
@@ -90,12 +90,12 @@ class Tap:
         self.plain_call: Any = None  # what generate compiled before; with listeners it compiles the listening __call__
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Tap | None":
+    def of(cls, model: nn.Module) -> "ModelTap | None":
         """The model's, while a listener is attached."""
         return vars(model).get(_ATTRIBUTE)
 
     @classmethod
-    def add(cls, backbone: Backbone, listener: Listener, try_release: Callable[[str], None] | None = None) -> "Tap":
+    def add(cls, backbone: Backbone, listener: Listener, try_release: Callable[[str], None] | None = None) -> "ModelTap":
         """Have ``listener`` told of what the backbone's model does.
 
         Args:
@@ -138,9 +138,9 @@ class Tap:
             del vars(tap.model)[_ATTRIBUTE]
             internals.give_compiled_call(tap.model, tap.plain_call)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelTap":
         """Of a copied model or cache nobody hears."""
-        other = object.__new__(Tap)
+        other = object.__new__(ModelTap)
         vars(other).update(vars(self), listeners=(), cache=lambda: None, ears={}, states={})
         return other
 
@@ -316,7 +316,7 @@ class Tap:
 class _StateEar:
     """Tells a tap of the hidden states at one point."""
 
-    def __init__(self, tap: Tap, index: int, point: Point) -> None:
+    def __init__(self, tap: ModelTap, index: int, point: Point) -> None:
         self.tap, self.index, self.point = tap, index, point
 
     def hear(self, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import internals
 from .backbone import Backbone
 from .places import Places
-from .tap import Tap
+from .tap import ModelTap
 
 
 class _Notes:
@@ -67,14 +67,14 @@ def try_release(way: str) -> None:
     backbone = Backbone.of(model)
     heard = _Notes(backbone.places)
     try:
-        tap = Tap.add(backbone, heard)
+        tap = ModelTap.add(backbone, heard)
         try:
             with torch.no_grad():
                 out = model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, **_WAYS[way]
                 )
         finally:
-            Tap.remove(backbone, heard)
+            ModelTap.remove(backbone, heard)
         with torch.no_grad():
             truth = model(out[:, :-1], output_hidden_states=True).hidden_states[-2]
     except Exception as e:
