@@ -149,7 +149,7 @@ smoke() {
 
 tests() {
     local names=() chosen=() name
-    for name in $1 test_seats test_scorer test_decoding test_backend test_sprm_loss_triton test_triton; do
+    for name in $1 test_seats test_scorer test_taps test_heads test_decoding test_backend test_sprm_loss_triton test_triton; do
         [ -e "$SOURCE/tests/$name.py" ] && names+=("$name.py")
     done
     [ $MODE = rehearse ] && names=(test_triton.py test_backend.py) chosen=(-k 'score_rows or backend')

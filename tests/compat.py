@@ -25,7 +25,7 @@ BEGIN, END = "<!-- compatible: make compat -->\n", "<!-- end of compatible -->\n
 NAMED = ("torch", "transformers", "huggingface_hub", "peft", "trl")  # the table's columns
 EXTRAS = ("demo", "train", "plot", "serve")
 TESTS = (
-    "tap", "transformers_internals", "scorer", "decoding", "models", "finished", "search", "search_loop", "recorded", "engines", "hub", "sprm", "cli", "serve",
+    "tap", "taps", "heads", "seats", "transformers_internals", "scorer", "decoding", "models", "finished", "search", "search_loop", "recorded", "engines", "hub", "sprm", "cli", "serve",
     "train_backbone", "train_grpo", "train_sampler", "integrations_trl", "integrations_pipeline",
 )  # fmt: skip
 # Of each row which releases: "oldest" and "newest" of all packages, and what is different of some.
