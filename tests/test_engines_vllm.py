@@ -501,8 +501,10 @@ def test_a_head_is_written_down_as_vllm_reads_it(tmp_path, monkeypatch):
     torch.manual_seed(5)
     rule = {"rule": "contains", "delimiter": "\n\n", "consecutive": "all", "think_start_id": None, "think_end_id": None}
     tap, said = Tap((-1, 2), at="token"), {"aggregation": "last", "sigmoid": False}
-    head = LinearHead(2 * tiny.HIDDEN).use(tap=tap, step_rule=rule, **said)
-    found = reflective.vllm.settings(tmp_path, head=head)["additional_config"]
+    head = LinearHead(2 * tiny.HIDDEN).use(tap=tap, step_rule=rule, trained_on="somebody/other-7B", **said)
+    with pytest.warns(UserWarning, match="trained on the states of somebody/other-7B, and this is "):
+        found = reflective.vllm.settings(tmp_path, head=head)["additional_config"]
+    head.use(trained_on=None)
     assert reflective.vllm.settings(tmp_path, head=head)["additional_config"] == found, "written once"
     options = Options.of(json.loads(json.dumps(found)))
     assert options.tap == tap and options.reading == {"at": "token", "higher_is_better": True, **said} and options.prune is None

@@ -146,7 +146,7 @@ def test_every_activation_is_that_of_pytorch(device, activation):
         (3 * 4096, 40, torch.bfloat16),
         (4096, 2, torch.float16),  # in float32 three rows are too few: the definition's error is nearly 0 by luck
         (33 * 4096, 2, torch.float16),
-        (33 * 4096, 2, torch.float32),
+        (5 * 4096, 2, torch.float32),  # longer than one chain
     ],
 )
 @pytest.mark.parametrize("activation", [ACTIVATIONS[0], ACTIVATIONS[1]])

@@ -85,6 +85,8 @@ def for_vllm(
         found = _one(head_of(form, model=AutoConfig.from_pretrained(files)))
         found, config = used(found, config, (beside_head(home) / CONFIG_NAME).is_file())
         rule = config.step_rule
+    if head is not None:  # else it lies with the model
+        found.check_trained_on(str(path))
     # SPRM.from_pretrained, by which vLLM's processes read it, takes a file of the paper's form as it is.
     at_home = form is not None and form.name == "metastone" and found.activation == "relu"
     place_of_head = home if at_home else _plain_head(found)

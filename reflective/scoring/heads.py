@@ -2,6 +2,7 @@
 
 import functools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -169,6 +170,14 @@ class Head(nn.Module):
             )
         if self.dtype != dtype:
             raise ValueError(f"head: dtype {self.dtype} differs from the {dtype} of {name}; use head.to({dtype})")
+
+    def check_trained_on(self, path: str | None) -> None:
+        """Warn unless it may have been trained on the model of this name or directory: the last parts are the same, or one says nothing."""
+        if self.trained_on and path and Path(self.trained_on).name.lower() != Path(path).name.lower():
+            warnings.warn(
+                f"head: trained on the states of {self.trained_on}, and this is {path}: of equal size, but its states may mean something else",
+                stacklevel=4,
+            )
 
 
 def check_dtype(weight: Tensor, name: str, expected: Sequence[torch.dtype]) -> None:

@@ -1,6 +1,5 @@
 """Whether a model, a head and step-tokens fit together."""
 
-import warnings
 from collections.abc import Collection
 from pathlib import Path
 
@@ -22,12 +21,7 @@ def check_parts(backbone: Backbone, head: Head, steps: StepTokens | None) -> Ste
     name, tap = type(backbone.model).__name__, backbone.tap
     _ = backbone.places  # there are such
     head.check_model(len(tap.layers) * backbone.hidden_size, backbone.dtype, name, tap)
-    if head.trained_on is not None and not _alike(head.trained_on, backbone.model.name_or_path):
-        warnings.warn(
-            f"head: trained on the states of {head.trained_on}, and this is {backbone.model.name_or_path}: of equal size, but its "
-            "states may mean something else",
-            stacklevel=3,
-        )
+    head.check_trained_on(backbone.model.name_or_path)
     return check_steps(backbone, steps)
 
 
@@ -58,12 +52,6 @@ def name_of(model: nn.Module) -> str | None:
     """By what name a head says that it was trained on ``model``: of a directory the last part. None: it has none."""
     name = str(getattr(model, "name_or_path", None) or "")
     return (Path(name).name if Path(name).is_dir() else name) or None
-
-
-def _alike(a: str, b: str) -> bool:
-    """Whether two names may be of one model: the last parts are the same, or one says nothing."""
-    a, b = (Path(name).name.lower() for name in (a, b or ""))
-    return not a or not b or a == b
 
 
 def check_padding(backbone: Backbone, steps: StepTokens) -> None:
