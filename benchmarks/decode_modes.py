@@ -1,6 +1,6 @@
 """What the scorer costs in every way of decoding: SmolLM2-135M-Instruct, float32, on CPU.
 
-    python benchmarks/decode_modes.py [--seconds 440] [--tokens 96] [--mode NAME] [--at every] [--quick] [--out benchmarks/results]
+    python benchmarks/decode_modes.py [--seconds 440] [--tokens 96] [--mode NAME] [--at AT] [--quick] [--out benchmarks/results]
 
 Whole decodes drift by several per cent on a shared machine, so forwards are paired instead. A ``generate`` call is recorded:
 with which arguments transformers calls the model, and what it then does to the cache (a beam reorder, a rejected draft).
@@ -14,13 +14,15 @@ ratio of the sums, flushes of the deferred buffer in full. ``scorer_us`` is the 
 result included; where forwards are compiled and the op is a part of them, the op's own time under torch's profiler. There is no
 figure without scores equal to those of ``rf.score``.
 
-``--at every`` scores every token that is decoded instead of those that end a step: into ``decode_modes_every.csv``.
+``--at every`` scores every token that is decoded instead of those that end a step, ``--at every --at predict`` one after the other: into
+``decode_modes_every.csv``.
 """
 
 import argparse
 import contextlib
 import copy
 import dataclasses
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -107,7 +109,7 @@ class Subject:
 
     def wrong(self, scores: rf.TrajectoryScores, texts: Sequence[Tensor]) -> str:
         """In what ``scores`` differ from ``rf.score`` of the same texts; empty if they do not."""
-        key = tuple(tuple(text.tolist()) for text in texts)
+        key = self.at, *(tuple(text.tolist()) for text in texts)
         if key not in self.truths:
             # But for "predict" what was decoded last was never fed back, and has no state.
             fed = [text if self.at == "predict" else text[:-1] for text in texts]
@@ -376,18 +378,21 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=440, help="in all; each mode has its turn at least once")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--mode", choices=MODES, action="append", help="one or several; by default all")
-    parser.add_argument("--at", choices=("predict", "every"), default="predict", help="the tokens that are scored")
+    parser.add_argument("--at", choices=("predict", "every"), action="append", help="the tokens that are scored, by default predict")
     parser.add_argument("--quick", action="store_true", help="a tiny random model")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    end, modes = time.monotonic() + args.seconds, args.mode or list(MODES)
-    subject = dataclasses.replace(tiny() if args.quick else Subject.default(), at=args.at)
-    rows: list[dict[str, Any]] = []
-    for left, mode in zip(range(len(modes), 0, -1), modes, strict=True):
+    end, subject = time.monotonic() + args.seconds, tiny() if args.quick else Subject.default()
+    turns_left = list(itertools.product(args.at or ["predict"], args.mode or MODES))
+    name, rows = "decode_modes_every" if "every" in (args.at or ()) else "decode_modes", []
+    while turns_left:
         now = time.monotonic()
-        rows += measure(subject, mode, args.tokens, now + (end - now) / left)
-        print(*rows[-len(SCHEDULES) :], sep="\n", flush=True)
-        path = write("decode_modes" if args.at == "predict" else f"decode_modes_{args.at}", rows, args.out)
+        until = now + (end - now) / len(turns_left)
+        at, mode = turns_left.pop(0)
+        found = measure(dataclasses.replace(subject, at=at), mode, args.tokens, until)
+        rows += [{"at": at} | row for row in found]
+        print(*rows[-len(found) :], sep="\n", flush=True)
+        path = write(name, rows, args.out)
     print(path)
     return int(any(r["check"] != "scores equal" for r in rows))
 
