@@ -118,7 +118,7 @@ def ship(work: Path, target: Path = HEAD, found: dict[str, Candidate] | None = N
     answered = rollouts.rollouts(
         model, FAMILIES[FAMILY], others, work / "shipped" / name, samples=rollouts.EVAL_SAMPLES,
         seed=3, all_views=False,
-    )["steps"]  # fmt: skip
+    )["layers"]  # fmt: skip
     report = {
         "family": FAMILY, "trained": name, "seed": SEED, "questions": len(answered.question.unique()),
         "samples": rollouts.EVAL_SAMPLES, "temperature": rollouts.TEMPERATURE, "dtype": str(model.model.dtype),
