@@ -421,7 +421,7 @@ def test_the_readme_says_what_is_not_measured_and_shows_what_is(tmp_path):
         in text
     )
     assert "10.0 ms, 6.0 MiB | second pass 0.60 s, 900 MiB: 60 times less time" in text
-    assert "28 layers | 950 tokens/s | eager generate 900, compiled generate 1,000" in text
+    assert "28 layers | 950 tokens/s | transformers eager 900, transformers compiled 1,000" in text
 
 
 def test_entries_of_pytest_benchmark():
