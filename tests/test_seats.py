@@ -10,11 +10,13 @@ import tiny
 import torch
 from test_search import QUESTIONS, reflective_model
 
-from reflective.engines.base import Appended, Ended, Prompt, Sampling
+from reflective.engines.base import Appended, Ended, Prompt, Sampling, Stepped
 from reflective.engines.hf import attention
 from reflective.engines.hf import seats as module
 from reflective.engines.hf.internals import exchange_attention, register_attention
+from reflective.engines.hf.scorer import StreamScorer
 from reflective.engines.hf.seats import Seats
+from reflective.engines.hf.sequences import Continuation
 
 RUN = {"n": 4, "max_new_tokens": 40, "seed": 1, "temperature": 1.0, "top_p": 0.9}
 # Of these what becomes of a candidate depends on how far the others are when it ends a step; a step ahead they are one token further.
@@ -292,6 +294,54 @@ def test_captured_on_a_gpu(settings, decoding):
         torch.cuda.empty_cache()
         taken = [torch.full((n,), float("nan"), device="cuda") for n in (8, 64, 512, 4096, 1 << 16) for _ in range(64)]
     del taken
+
+
+def test_the_log_of_steps_is_read_whole_only_where_tags_change(like_a_gpu, monkeypatch):
+    """Elsewhere the step tells the newest score, and the host does not wait for the step launched behind it."""
+    model, whole = reflective_model(), []
+
+    def read_whole(self, row):
+        assert len(set(tags)) > len(whole), "read again, with no tag in between"
+        whole.append(row)
+        return real(self, row)
+
+    real = StreamScorer.step_scores
+    monkeypatch.setattr(StreamScorer, "step_scores", read_whole)
+    think, end = model.steps.think_start_id, model.steps.think_end_id
+    forced = {30: think, 60: end, 90: end}
+    engine, last, n, tags = model.engine(decoding="seats"), [], 0, [()]
+    with engine:
+        (prefix,) = engine.open([Prompt(model.encode(QUESTIONS[0])[0].tolist(), steps="awaited")])
+        endless = Sampling(seed=(0,), temperature=1.0, max_tokens=120, logit_bias=((2, -100.0), (3, -100.0), (4, -100.0)))
+        (sequence,) = engine.start(prefix, [endless])
+        while (events := engine.advance()) is not None:
+            for event in events:
+                if isinstance(event, Appended):
+                    n += 1
+                    if event.chance.token in (think, end):
+                        tags.append((n, event.chance.token))
+                    if n in forced:
+                        engine.force(sequence, [forced[n]])
+                elif isinstance(event, Stepped):
+                    last = event.step_scores
+                elif isinstance(event, Ended):
+                    assert event.score.step_scores == pytest.approx(last, rel=1e-6), "each as in the log"
+                    assert len(last) >= 6
+        engine.close([prefix])
+    assert 1 <= len(whole) <= 3, "as a tag lets other steps count"
+
+
+def test_a_score_is_appended_only_to_what_counts_still(monkeypatch):
+    engine = reflective_model().engine(decoding="seats")
+    monkeypatch.setattr(engine.scorer, "step_scores", lambda row: ["read", row])
+    s = Continuation(0, None, Sampling(seed=(0,)), state=7)
+    follow = engine._follow_steps
+    assert not follow(s, 0, 0.0, 0) and follow(s, 1, 0.5, 0) and s.step_scores == [0.5]
+    assert not follow(s, 1, 0.5, 3), "the tag says nothing yet"
+    assert follow(s, 2, 0.6, 3) and s.step_scores == ["read", 7], "another step may count than did"
+    assert follow(s, 3, 0.7, 3) and s.step_scores == ["read", 7, 0.7]
+    assert follow(s, 0, 0.0, 4) and s.step_scores == [] and follow(s, 1, 0.8, 4) and s.step_scores == [0.8]
+    assert follow(s, 2, 0.9, -1) and s.step_scores == ["read", 7], "the log is full"
 
 
 @pytest.mark.parametrize("decoding", ["batch", "seats", "captured"])

@@ -153,6 +153,15 @@ class StreamState:
         rows = rows.long()
         return (self.tally[rows, :, layout.COUNT] * _counted(self.seq[rows])).sum(1).long()
 
+    def newest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the sequences ``rows`` [n], the log-score of the step that ended last, [n] float32, and a number for the tags seen so far, [n]
+        int64, -1 where no such step is in the log; on the device. As for ``counted``, a row less than 0 has what is of no meaning."""
+        rows = rows.long()
+        seq = self.seq[rows]
+        n, tags = seq[:, layout.N_STEPS], seq[:, layout.N_THINK].clamp_max(2) * 3 + seq[:, layout.N_END].clamp_max(2)
+        logged = n <= self.step_score.shape[1]
+        return self.step_score[rows, (n - 1).clamp(0, self.step_score.shape[1] - 1)], tags.where(logged, -1)
+
     def sequences(self, rows: Sequence[int]) -> list["SequenceTally"]:
         """What each of the sequences ``rows`` has by now, of the regions that count for the tags seen so far.
 

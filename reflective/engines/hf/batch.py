@@ -22,11 +22,17 @@ from .sequences import Continuation
 
 
 class Drawn(NamedTuple):
-    """The next token of a sequence that was fed, and how many of its steps count; None if nobody asked."""
+    """The next token of a sequence that was fed, and what is known of its steps.
+
+    Attributes:
+        steps: how many count; None if nobody asked.
+        newest: score of the one that ended last, and a number for the tags seen, -1 for unknown.
+    """
 
     sequence: Continuation
     chance: Chance
     steps: int | None
+    newest: tuple[float, int] = (0.0, -1)
 
 
 @dataclass(frozen=True)

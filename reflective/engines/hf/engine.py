@@ -381,17 +381,18 @@ class TransformersEngine:
     def _drawn(self, drawn: list[Drawn]) -> list[Event]:
         """What there is to tell of a step: steps that ended, and the tokens of those of which more may be told now."""
         events, going = [], []
-        for s, chance, count in drawn:
+        for s, chance, count, newest in drawn:
             if s.number not in self._sequences:
                 continue  # it was stopped meanwhile
             s.drawn = chance
-            changed = count is not None and s.prefix.prompt.steps != "untold" and count != s.steps
-            if changed:
-                ended, s.steps = count > s.steps, count
+            told = count is not None and s.prefix.prompt.steps != "untold"
+            before = s.steps
+            if told and self._follow_steps(s, count, *newest):
+                ended = count > before
                 awaited = s.prefix.prompt.steps == "awaited"
                 if awaited:
                     self._places.halted(s)
-                events.append(Stepped(s.number, self.scorer.step_scores(s.state), ended))
+                events.append(Stepped(s.number, s.step_scores, ended))
                 if ended and awaited:
                     s.logits = self._places.logits_of(s)  # forks draw from it
             if s.logits is not None or s.resting:
@@ -399,6 +400,18 @@ class TransformersEngine:
             else:
                 going.append(s)
         return events + self._tell(going)
+
+    def _follow_steps(self, s: Continuation, count: int, newest: float, tags: int) -> bool:
+        """Keep the scores of the ``count`` steps that ``s`` has by now, the newest of which scores ``newest``; whether their number has
+        changed."""
+        before, s.steps = s.steps, count
+        if not count:
+            s.step_scores, s.tags = [], tags
+        elif count == before + 1 and tags == s.tags >= 0:  # what counted before counts still
+            s.step_scores = [*s.step_scores, newest]
+        elif count != before:
+            s.step_scores, s.tags = self.scorer.step_scores(s.state), tags
+        return count != before
 
     def _tell_untold(self) -> list[Event]:
         """What is known already, of those that do not rest."""
@@ -506,8 +519,9 @@ class TransformersEngine:
         states = [None] * len(samplings) if s.state is None else self.scorer.fork([s.state] * len(samplings))
         new = [
             Continuation(
-                next(self._numbers), s.prefix, sampling, tokens=list(s.tokens), steps=s.steps, forced=s.forced, state=state,
-                row=row, fed=s.fed, logits=logits,
+                next(self._numbers), s.prefix, sampling, tokens=list(s.tokens), steps=s.steps, step_scores=s.step_scores,
+                tags=s.tags,
+                forced=s.forced, state=state, row=row, fed=s.fed, logits=logits,
             )
             for sampling, state in zip(samplings, states, strict=True)
         ]  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...scoring.scores import step_scores
 from ...scoring.state import StreamState
 from ..base import Chance, Sampling
 from .attention import NAME, Shared, Unseatable, calls, takes_shared
@@ -136,7 +137,8 @@ class _Launched:
     """A step that was asked for: who is fed on which seat, and what will have come of it.
 
     Attributes:
-        found: [S, 4 + 2 likely] float64 on the host: token, log-probability, whether it was fed, steps; the likeliest, and theirs.
+        found: [S, 6 + 2 likely] float64 on the host: token, log-probability, whether it was fed, steps, score of the newest of them, tags;
+            the likeliest tokens, and their log-probabilities.
         done: a CUDA event behind it, or None.
     """
 
@@ -408,14 +410,15 @@ class Seats:
             launched.done.synchronize()
         rows, drawn = launched.found.tolist(), []
         for i, s in launched.fed:
-            token, log_prob, fed, steps, *likely = rows[i]
+            token, log_prob, fed, steps, score, tags, *likely = rows[i]
             if not fed:
                 self._not_fed(s)
                 continue
             s.flying -= 1
             k, wanted = launched.likely, s.sampling.logprobs or 0
             top = list(zip(map(int, likely[:wanted]), likely[k : k + wanted], strict=True))
-            drawn.append(Drawn(s, Chance(int(token), log_prob, top), int(steps) if launched.steps else None))
+            known = (int(steps), (score, int(tags))) if launched.steps else (None,)
+            drawn.append(Drawn(s, Chance(int(token), log_prob, top), *known))
         return drawn
 
     def _release(self, halted: list[tuple[int, Continuation]]) -> None:
@@ -530,15 +533,18 @@ class Seats:
         p.length.add_(fed)
         p.left.sub_(fed.long())
         goes = (token[:, None] != self._ends).all(1) & (p.left > 0)
-        counts = torch.zeros_like(token)
+        known = [torch.zeros_like(token)] * 3
         if steps:
             if self.scorer.schedule == "deferred":
                 stream.settle()
             counts = stream.state.counted(p.row)
             goes &= ~(p.awaited & (counts != before))
+            # The host appends it to what it has: to read the whole log it would wait for the step that is launched behind this one.
+            newest, tags = stream.state.newest(p.row)
+            known = [counts, step_scores(newest, stream.placed.head.sigmoid), tags]
         p.token.copy_(torch.where(fed, token, p.token))
         p.live.logical_and_(goes | ~fed)
-        told = torch.stack([token.double(), chance.log_prob.double(), fed.double(), counts.double()], 1)
+        told = torch.stack([t.double() for t in (token, chance.log_prob, fed, *known)], 1)
         return torch.cat([told, chance.top.double(), chance.log_probs.double()], 1)
 
     @contextlib.contextmanager

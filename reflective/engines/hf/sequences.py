@@ -37,7 +37,9 @@ class Continuation:
     prefix: Prefix
     sampling: Sampling
     tokens: list[int] = field(default_factory=list)  # as told
-    steps: int = 0
+    steps: int = 0  # that count
+    step_scores: list[float] = field(default_factory=list)  # of these, as told; never changed in place
+    tags: int = -1  # of which tags these steps count, see ``StreamState.newest``
     forced: tuple[int, Sequence[int]] = (0, ())  # from which length on, which tokens
     state: int | None = None  # of the scorer; None: as the prefix left it
     row: Row | None = None  # keys and values, outside of its place
