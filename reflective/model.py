@@ -38,6 +38,7 @@ from .search.outcome import candidate, outcome
 from .search.prompts import Messages, PromptFormat, conversations, seeds, text_list
 from .search.results import Candidate, Generation
 from .search.strategies import Strategy, by_name, observes
+from .search.strategies.select import Select
 from .search.text import Reader
 from .utils.arguments import brief, one_of, whole
 from .utils.fingerprint import fingerprint
@@ -343,7 +344,8 @@ class ReflectiveModel:
                 in one batch, and a list comes back.
             effort: ``"low"``, ``"medium"``, ``"high"``: 2, 8, 32 candidates. ``n`` overrides it, and without either the
                 strategy's own ``n`` counts, 8 if it says nothing else.
-            strategy: by name (``reflective.strategies.NAMES``) or as an object; None: best of n.
+            strategy: by name (``reflective.strategies.NAMES``) or as an object; None: with an ``effort`` ``"select"`` where the
+                checkpoint has its rule, else best of n.
             max_new_tokens: of a candidate, which ends sooner where the model has no further position.
             seed: makes the run repeatable; None draws one. Of a list every question has its own, and is answered as it
                 would be alone. Ranks of a ``process_group`` need the same one.
@@ -501,7 +503,9 @@ class ReflectiveModel:
             return dataclasses.replace(strategy, **given) if given else strategy
         if self.head.aggregation != "geometric_mean":
             given["aggregation"] = self.head.aggregation
-        return by_name(strategy or "best_of_n", self.home, **given)
+        if strategy is None:
+            strategy = Select.name if effort is not None and Select.lies_in(self.home) else "best_of_n"
+        return by_name(strategy, self.home, **given)
 
     def generation(self, prompt: str, question: Question, scoring_seconds: float = 0.0) -> Generation:
         """What a search has made of a question."""

@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import reflective as rf
 from reflective.model import Config
 from reflective.scoring.scores import AGGREGATIONS, TrajectoryScores, aggregate
+from reflective.search.selection import EXPONENTS, GROWTHS, VoteRule, fit_vote_rule, select
 from reflective.search.strategies import HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
 from reflective.search.strategies.particles import systematic
 from reflective.search.strategies.prune import Prune
 from reflective.search.strategies.rpc import RPC, fit_mixture, unlikely
+from reflective.search.strategies.select import Select
 from reflective.search.strategies.votes import classes, same_answer, same_text
 
 _OTHERS = itertools.count(2)
@@ -94,7 +96,7 @@ def search(strategy: Strategy, seed: int, *, steps: int = 4) -> list[Fake]:
 
 
 def settings(name: str) -> dict[str, float]:
-    return {"threshold": 0.5} if name == "prune" else {}
+    return {"prune": {"threshold": 0.5}, "select": {"exponent": 3.0}}.get(name, {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -230,8 +232,8 @@ def test_a_candidate_without_a_step_never_beats_one_that_has_some(name, aggregat
 
 
 def test_votes_without_a_step():
-    for name, alone in (("majority", "majority"), ("weighted_vote", "score")):
-        vote = by_name(name)
+    for name, alone in (("majority", "majority"), ("weighted_vote", "score"), ("select", "score")):
+        vote = by_name(name, **settings(name))
         few = [says("", 0.2, "3"), says("", 0.3, "3"), says("", 0.9, "5")]
         assert chosen(vote, *few) == (1, "majority"), "the likelier of two with one answer"
         assert chosen(vote, *few[:2]) == (1, "majority") and chosen(vote, *few[1:]) == (1, "likelihood")
@@ -371,6 +373,90 @@ def test_the_embedded_head_comes_with_a_rule():
 
     rule = by_name("prune", HEAD)
     assert rule.risk == 0.05 and rule.questions >= 19 and rule.n == 8 and 0 <= rule.threshold < 5
+
+
+def test_select_weighs_votes_by_a_power_of_the_score():
+    found = [Fake([0.9], answer="3"), *(Fake([0.5 + i / 100], answer="5") for i in range(3))]
+    pick = {e: by_name("select", exponent=e).choose(found) for e in (0.0, 1.0, 2.0, 4.0, 500.0)}
+    assert pick == {0.0: 3, 1.0: 3, 2.0: 0, 4.0: 0, 500.0: 0}, "0.9 ** 2 against 3 * 0.51 ** 2"
+    assert by_name("select", exponent=2.0, growth=-1.0).choose(found) == 3, "0.5 of four voters"
+    tiny = [Fake([0.9 * 1e-9], answer="3"), *(Fake([(0.5 + i / 100) * 1e-9], answer="5") for i in range(3))]
+    assert chosen(by_name("select", exponent=60.0), *tiny) == (0, "score"), "powers that would all be 0"
+    assert chosen(by_name("select", exponent=2.0), *runs(0.2, 0.7, 0.1)) == (1, "score"), "nothing to compare: best of n"
+    for wrong in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="exponent"):
+            by_name("select", exponent=wrong)
+    with pytest.raises(ValueError, match=r"select: no exponent; use Select\.calibrate"):
+        by_name("select")
+
+
+def judged(seed: int, questions: int, n: int) -> tuple[np.ndarray, ...]:
+    """``(score, right, answer, question)`` of candidates of which one in four is right; wrong ones spread over eleven answers, and
+    one in twelve of these scores as a right one does."""
+    rng = np.random.default_rng(seed)
+    right = rng.random(questions * n) < 0.25
+    answer = np.where(right, 0, rng.integers(1, 12, questions * n))
+    score = np.where(right | (rng.random(questions * n) < 1 / 12), rng.beta(8, 2, questions * n), rng.beta(2, 4, questions * n))
+    return score, right.astype(float), answer, np.repeat(np.arange(questions), n)
+
+
+def test_the_vote_rule_is_between_voting_and_choosing():
+    rule, fresh = fit_vote_rule(*judged(0, 200, 32)), judged(1, 300, 32)
+    assert rule.exponent in EXPONENTS[1:-1]
+    for n in (8, 32):
+        found = {k: v.mean() for k, v in select(*fresh[:3], n, rule).items()}
+        assert found["select"] > max(found["majority"], found["best_of"]) + 0.02, found
+        assert found["select"] >= found["weighted_vote"], found
+    assert fit_vote_rule(*judged(0, 200, 32)) == rule, "repeatable"
+    score, right, answer, question = judged(2, 200, 8)
+    assert fit_vote_rule(np.random.default_rng(0).random(len(score)), right, answer, question).exponent < 1, "of no use: nearly majority"
+    assert select(score, right, answer, 8, VoteRule(1.0))["select"].tolist() == select(score, right, answer, 8)["weighted_vote"].tolist()
+    with pytest.raises(ValueError, match="no question has as many candidates"):
+        fit_vote_rule([0.5], [1.0], [0], [0])
+
+
+def test_the_strategy_chooses_as_the_estimator_does():
+    rule = VoteRule(2.0, 0.25)
+    score, right, answer, _ = judged(3, 60, 9)
+    answer[::5] = -1
+    by_estimator = select(score, right, answer, 9, rule)["select"]
+    strategy = by_name("select", exponent=rule.exponent, growth=rule.growth)
+    for g, expected in enumerate(by_estimator):
+        part = range(9 * g, 9 * g + 9)
+        there = [Fake([score[i]], answer=None if answer[i] < 0 else str(answer[i])) for i in part]
+        assert right[part[strategy.choose(there)]] == expected
+
+
+def test_select_is_calibrated_on_what_generation_returns(model):
+    found = model.generate(["why?", "how much?", "when?"], n=6, max_new_tokens=40, temperature=1.0, top_p=1.0, seed=1)
+    right = [max((c.answer for c in one.candidates if c.answer), default="0") for one in found]
+    rule = Select.calibrate(found, right, n=4)
+    assert rule.exponent in EXPONENTS and rule.growth in GROWTHS and (rule.n, rule.questions) == (4, 3)
+    with pytest.raises(ValueError, match="right: 1 answers to 3 questions"):
+        Select.calibrate(found, right[:1])
+    for one in found:
+        for c in one.candidates:
+            c.answer = None
+    with pytest.raises(ValueError, match="no candidate has an answer"):
+        Select.calibrate(found, right)
+    found[0].candidates[0].status = "stopped"
+    with pytest.raises(ValueError, match="ran to their end"):
+        Select.calibrate(found, right)
+
+
+def test_select_is_what_effort_uses_where_the_checkpoint_has_it(tmp_path, model):
+    rule = Select(exponent=3.0, growth=0.25, questions=40)
+    rule.save(tmp_path)
+    assert by_name("select", tmp_path) == rule == Select.load(tmp_path / "select.json")
+    assert by_name("select", tmp_path, exponent=1.0) == Select(exponent=1.0)
+    model = rf.ReflectiveModel(model.model, model.tokenizer, model.head, model.config, home=tmp_path)
+    assert model.strategy(None, "high") == dataclasses.replace(rule, n=32)
+    assert model.strategy().name == model.strategy(n=4).name == model.strategy("best_of_n", "high").name == "best_of_n"
+    (tmp_path / "select.json").unlink()
+    assert model.strategy(None, "high").name == "best_of_n"
+    with pytest.raises(ValueError, match=r"exponent=nan: select\.json holds numbers alone"):
+        rule.exponent = math.nan
+        rule.save(tmp_path)
 
 
 def test_prune_is_kept_as_json(tmp_path):
@@ -568,7 +654,7 @@ def model() -> rf.ReflectiveModel:
 @pytest.mark.parametrize("name", NAMES)
 def test_generation(model, name):
     def run(seed: int) -> list[rf.model.Generation]:
-        strategy = by_name(name, n=4, **({"threshold": 0.4} if name == "prune" else {}))
+        strategy = by_name(name, n=4, **settings(name) | ({"threshold": 0.4} if name == "prune" else {}))
         sampling = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 1.0}
         return model.generate(["why?", "how much?"], strategy=strategy, seed=seed, **sampling)
 
@@ -589,7 +675,7 @@ def test_generation(model, name):
     forks = [c for one in found for c in one.candidates if c.parent is not None]
     assert bool(forks) == (name in ("step_beam", "dvts", "particles", "astar"))
     stopped = [c for one in found for c in one.candidates if c.status == "stopped"]
-    assert bool(stopped) == (name not in ("best_of_n", "majority", "weighted_vote", "rpc"))
+    assert bool(stopped) == (name not in ("best_of_n", "majority", "weighted_vote", "select", "rpc"))
 
 
 def test_pruned_candidates_are_those_of_best_of_n_up_to_their_end(model):

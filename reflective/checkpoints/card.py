@@ -44,7 +44,7 @@ def write_card(
 ) -> Path:
     """Write ``README.md``: what lies in the directory, how it is used, how it was trained, what was measured.
 
-    Everything is read from the files there: the head, ``reflective.json``, the adapter, ``prune.json``, and ``report.json``
+    Everything is read from the files there: the head, ``reflective.json``, the adapter, ``select.json``, ``prune.json``, and ``report.json``
     as ``train`` writes it: ``metrics`` has ``value``, ``low`` and ``high`` by name, and so has, beside ``before`` or each
     of ``candidates`` (heads among which this one was chosen), whatever is there of them.
 
@@ -76,7 +76,7 @@ def write_card(
     training, limits = own.pop("Training", _training(report)), own.pop("Limits", _LIMITS)
     parts = {
         "Use": _use(config), **own, "Training": training, "Held out": _held_out(report),
-        "Pruning": _pruning(read(path / "prune.json")), "Limits": limits,
+        "Choosing": _choosing(read(path / "select.json")), "Pruning": _pruning(read(path / "prune.json")), "Limits": limits,
     }  # fmt: skip
     text = [f"# {title or (f'SPRM head for {base}' if base else 'SPRM head')}", _contents(path, base, adapter)]
     text += [f"## {heading}\n\n{part}" for heading, part in parts.items() if part]
@@ -196,6 +196,17 @@ def _shown(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name in (measure, *(f"{measure}@{n}" for n in at.get(measure, some)))
         if name in metrics
     ]
+
+
+def _choosing(rule: Mapping[str, Any]) -> str:
+    if not rule:
+        return ""
+    power = f"{rule['exponent']:g}" + (f" n^{rule['growth']:g}" if rule["growth"] else "")
+    calibrated = f"calibrated on {rule['questions']} questions that measured nothing else" if rule["questions"] else "set by hand"
+    return (
+        f'`select.json` is the rule of `strategy="select"`, which `effort=` uses: each of n candidates votes for its answer with its score to the power '
+        f"of {power}; {calibrated}."
+    )
 
 
 def _pruning(rule: Mapping[str, Any]) -> str:

@@ -48,8 +48,12 @@ def generate(
     model: ModelOption = "default",
     head: HeadOption = None,
     strategy: Annotated[
-        str, typer.Option(help="How candidates are steered by their scores and chosen: " + ", ".join(STRATEGIES) + ".")
-    ] = "best_of_n",
+        str | None,
+        typer.Option(
+            help="How candidates are steered by their scores and chosen: " + ", ".join(STRATEGIES) + "; default best_of_n, with --effort "
+            "select where the checkpoint has its rule."
+        ),
+    ] = None,
     effort: Annotated[
         str | None, typer.Option(help="low, medium or high: 2, 8 or 32 candidates; default medium.")
     ] = None,

@@ -4,10 +4,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import Self
 
 Array = NDArray[np.float64]
 _SUBSETS = 512  # groups that stand for all of a question: their choice moves its mean by 0.02 at most (1 sd)
@@ -22,45 +23,149 @@ class Metric:
     high: float
 
 
-def select(score: ArrayLike, right: ArrayLike, answer: ArrayLike, n: int) -> dict[str, Array]:
+@dataclass(frozen=True)
+class VoteRule:
+    """How much a vote of score s weighs among n voters: ``s ** e(n)`` with ``e(n) = exponent * n ** growth``.
+
+    0 is majority, 1 the weighted vote, infinity the answer of the highest score.
+    """
+
+    exponent: float
+    growth: float = 0.0
+
+    def of(self, voters: ArrayLike) -> Array:
+        """``e`` of so many voters each."""
+        return self.exponent * np.asarray(voters, np.float64) ** self.growth
+
+
+def select(
+    score: ArrayLike, right: ArrayLike, answer: ArrayLike, n: int, rule: VoteRule | None = None
+) -> dict[str, Array]:
     """[G] outcome of every way to select from each group of ``n``; the arguments, [G n], are group by group.
 
     =================  =======================================================================================
     ``majority``       of the answer that most of a group give; of equally frequent ones the mean
     ``weighted_vote``  of the answer with the largest sum of scores, where it scores highest
+    ``select``         of the answer with the largest sum of what ``rule`` makes of scores, where it scores highest
     ``best_of``        of the highest score; of equals the mean
     ``any``            whether one is correct
     =================  =======================================================================================
 
-    Where nobody in a group answers, ``majority`` is its mean outcome and ``weighted_vote`` its best of n.
+    Where nobody in a group answers, ``majority`` is its mean outcome and the votes by score are its best of n. Without a ``rule`` there is no
+    ``select``.
 
     Args:
         score: at least 0. right: 1 or 0. answer: integers, equal ones for equal answers, -1 for none.
     """
+    votes = _Votes.of(score, right, answer, n)
+    found = {"majority": votes.majority(), "weighted_vote": votes.weighed()}
+    if rule is not None:
+        found["select"] = votes.weighed(rule)
     score, right = (np.asarray(v, np.float64) for v in (score, right))
-    answer = np.asarray(answer, np.int64)
-    groups = len(score) // n
-    group = np.repeat(np.arange(groups), n)
-    # Only who answers votes; where nobody does, all vote for the same.
-    voters = (answer >= 0) | (answer.reshape(-1, n) < 0).all(1)[group]
-    score_v, right_v = score[voters], right[voters]
-    width = int(answer.max(initial=-1)) + 2
-    party, party_of = np.unique(group[voters] * width + answer[voters] + 1, return_inverse=True)
-    party_group = party // width
-
-    def elected(weight: Array, choice: NDArray[np.bool_]) -> Array:
-        votes = np.bincount(party_of, weight, len(party))
-        return _mean(
-            _mean(right_v, choice, party_of, len(party)), _top(votes, party_group, groups), party_group, groups
-        )
-
-    everyone = np.ones(len(score_v), bool)
-    return {
-        "majority": elected(everyone.astype(np.float64), everyone),
-        "weighted_vote": elected(score_v, _top(score_v, party_of, len(party))),
-        "best_of": _mean(right, _top(score, group, groups), group, groups),
+    group = np.repeat(np.arange(votes.groups), n)
+    return found | {
+        "best_of": _mean(right, _top(score, group, votes.groups), group, votes.groups),
         "any": right.reshape(-1, n).max(1, initial=0.0),
     }
+
+
+@dataclass(frozen=True)
+class _Votes:
+    """Those who vote in ``groups`` groups, and for whom: ``party_of`` [V] numbers pairs of a group and an answer, whose groups are
+    ``party_group`` [P]."""
+
+    score: Array
+    right: Array
+    group: NDArray[np.int64]
+    party_of: NDArray[np.int64]
+    party_group: NDArray[np.int64]
+    groups: int
+
+    @classmethod
+    def of(cls, score: ArrayLike, right: ArrayLike, answer: ArrayLike, n: int) -> Self:
+        score, right = (np.asarray(v, np.float64) for v in (score, right))
+        answer = np.asarray(answer, np.int64)
+        groups = len(score) // n
+        group = np.repeat(np.arange(groups), n)
+        # Only who answers votes; where nobody does, all vote for the same.
+        voters = (answer >= 0) | (answer.reshape(-1, n) < 0).all(1)[group]
+        width = int(answer.max(initial=-1)) + 2
+        party, party_of = np.unique(group[voters] * width + answer[voters] + 1, return_inverse=True)
+        return cls(score[voters], right[voters], group[voters], party_of, party // width, groups)
+
+    def majority(self) -> Array:
+        everyone = np.ones(len(self.score), bool)
+        return self._elected(everyone.astype(np.float64), everyone)
+
+    def weighed(self, rule: VoteRule | None = None) -> Array:
+        return self._elected(self._weight(rule), self._best)
+
+    def _weight(self, rule: VoteRule | None) -> Array:
+        if rule is None:
+            return self.score
+        highest = np.zeros(self.groups)
+        np.maximum.at(highest, self.group, self.score)
+        # Of the highest of its group each: as they are, high powers of small scores would all be 0.
+        part = self.score / np.where(highest > 0, highest, 1.0)[self.group]
+        return part ** rule.of(np.bincount(self.group, minlength=self.groups))[self.group]
+
+    @cached_property
+    def _best(self) -> NDArray[np.bool_]:
+        """Who scores highest of a party."""
+        return _top(self.score, self.party_of, len(self.party_group))
+
+    def _elected(self, weight: Array, choice: NDArray[np.bool_]) -> Array:
+        votes = np.bincount(self.party_of, weight, len(self.party_group))
+        return _mean(
+            _mean(self.right, choice, self.party_of, len(self.party_group)), _top(votes, self.party_group, self.groups),
+            self.party_group, self.groups,
+        )  # fmt: skip
+
+
+EXPONENTS = tuple(2.0 ** (k / 2) for k in range(-2, 11))  # 0.5 to 32
+GROWTHS = (-0.25, 0.0, 0.25, 0.5)
+
+
+def fit_vote_rule(
+    score: ArrayLike, right: ArrayLike, answer: ArrayLike, question: ArrayLike, *, sizes: Sequence[int] = (2, 4, 8, 16, 32),
+    seed: int = 0,
+) -> VoteRule:  # fmt: skip
+    """The rule of ``EXPONENTS`` and ``GROWTHS`` by which most is right in groups of ``sizes``, each size weighing the same.
+
+    The accuracy of a rule is smoothed over its neighbours (a quarter, a half, a quarter in either direction), as it jumps by single questions:
+    with 256 of them its error is 0.02, and rules within a factor of two in the exponent lie closer.
+
+    Args:
+        score, right, answer: as for ``select``, [M], of candidates in any order; question: [M], whose they are. Sizes above what a question has
+            are left out for it.
+
+    Raises:
+        ValueError: no question has two candidates.
+    """
+    score, right, answer, question = (np.asarray(v) for v in (score, right, answer, question))
+    rng, found = np.random.default_rng(seed), []
+    of_question = [np.flatnonzero(question == q) for q in np.unique(question)]
+    for n in sizes:
+        # As many groups of a question as give the same number of draws, disjoint ones where there is but one way to be.
+        drawn = [
+            rng.permutation(own)[: len(own) // n * n] for own in of_question if len(own) >= n for _ in range(1 + 3 * (len(own) > n))
+        ]
+        if not drawn or n < 2:
+            continue
+        rows = np.concatenate(drawn)
+        votes = _Votes.of(score[rows], right[rows], answer[rows], n)
+        found.append([[votes.weighed(VoteRule(e, g)).mean() for g in GROWTHS] for e in EXPONENTS])
+    if not found:
+        raise ValueError("no question has as many candidates as one of the sizes")
+    accuracy = np.mean(found, 0)
+    for axis in (0, 1):
+        accuracy = np.apply_along_axis(_smooth, axis, accuracy)
+    e, g = np.unravel_index(accuracy.argmax(), accuracy.shape)
+    return VoteRule(EXPONENTS[e], GROWTHS[g])
+
+
+def _smooth(values: Array) -> Array:
+    return np.convolve(np.pad(values, 1, "edge"), (0.25, 0.5, 0.25), "valid")
 
 
 def best_of(score: Sequence[float], right: Sequence[float], n: int) -> float:

@@ -12,7 +12,7 @@ from ..kernels.score_rows import score_rows
 from ..scoring.scores import AGGREGATIONS, FLOOR
 from ..scoring.sharded import ACTIVATIONS
 from ..scoring.sprm import SPRM
-from ..search.selection import Metric, saturation, select  # noqa: F401 (saturation: imported from here)
+from ..search.selection import Metric, VoteRule, fit_vote_rule, saturation, select  # noqa: F401 (saturation: imported from here)
 from .data import Rollouts
 
 _CALIBRATION_BINS = 10
@@ -80,6 +80,7 @@ def evaluate(
     *,
     n: Sequence[int] = (2, 8, 32),
     aggregation: str = "geometric_mean",
+    rule: VoteRule | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Metric]:
@@ -92,6 +93,7 @@ def evaluate(
     ``pass@1``           mean outcome of the draws
     ``majority@n``       outcome of the answer that most of a group give; of equally frequent ones the mean
     ``weighted_vote@n``  outcome of the answer with the largest sum of scores, where it scores highest
+    ``select@n``         the same with the ``rule``'s powers of the scores; only with a rule
     ``best_of@n``        outcome of the highest score in a group; of equals the mean
     ``any@n``            whether one of a group is correct
     ``auc_step``         chance that a step of a correct draw outscores a step of an incorrect one, ties 1/2
@@ -110,6 +112,7 @@ def evaluate(
 
     Args:
         head_or_log_scores: a head for the recorded features, or [M] log-scores of the recorded steps.
+        rule: how votes are weighed, calibrated on other questions, see ``vote_rule``.
         resamples: of the questions, drawn with replacement, for the intervals.
         seed: of groups and resamples.
 
@@ -117,7 +120,7 @@ def evaluate(
         ValueError: nothing was judged, or what ``trajectory_scores`` and ``log_scores`` refuse.
     """
     return evaluate_seeds(
-        [(rollouts, head_or_log_scores)], n=n, aggregation=aggregation, resamples=resamples, seed=seed
+        [(rollouts, head_or_log_scores)], n=n, aggregation=aggregation, rules=[rule], resamples=resamples, seed=seed
     )
 
 
@@ -126,13 +129,14 @@ def evaluate_seeds(
     *,
     n: Sequence[int] = (2, 8, 32),
     aggregation: str = "geometric_mean",
+    rules: Sequence[VoteRule | None] | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Metric]:
     """``evaluate`` of several seeds: the mean over them, its interval from resampling both questions and seeds.
 
     A question that occurs in several runs, by its number, is drawn for all of them at once. Measures that a run lacks are
-    left out.
+    left out. ``rules``: of each run.
 
     Raises:
         ValueError: see ``evaluate``; no run.
@@ -142,8 +146,8 @@ def evaluate_seeds(
         raise ValueError("rollouts: no trajectory has a verdict")
     questions = torch.cat(judged).unique()
     tables = [
-        _measures(rollouts, scores, questions, n, aggregation, torch.Generator().manual_seed(seed))
-        for rollouts, scores in runs
+        _measures(rollouts, scores, questions, n, aggregation, rule, torch.Generator().manual_seed(seed))
+        for (rollouts, scores), rule in zip(runs, rules or [None] * len(runs), strict=True)
     ]
     generator = torch.Generator().manual_seed(seed)
     weight = _resampled(len(questions), resamples, generator)  # [R, Q]
@@ -156,6 +160,20 @@ def evaluate_seeds(
             low, high = draws.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
             metrics[name] = Metric(sum(table[name].value for table in tables) / len(tables), low, high)
     return metrics
+
+
+def vote_rule(
+    rollouts: Rollouts, head_or_log_scores: SPRM | Tensor, *, aggregation: str = "geometric_mean", seed: int = 0
+) -> VoteRule:
+    """The rule of ``strategy="select"`` that is worth most on these rollouts, see ``fit_vote_rule``. They should be of questions that neither
+    the head has learnt from nor anything is measured on.
+
+    Raises:
+        ValueError: see ``evaluate``; no question was answered twice.
+    """
+    kept = _Judged.of(rollouts, head_or_log_scores, aggregation, rollouts.question.unique())
+    drawn = (t.repeat_interleave(kept.count).numpy() for t in (kept.score, kept.outcome, kept.answer, kept.question))
+    return fit_vote_rule(*drawn, seed=seed)
 
 
 def calibration(
@@ -219,6 +237,7 @@ def _measures(
     questions: Tensor,
     n: Sequence[int],
     aggregation: str,
+    rule: VoteRule | None,
     generator: torch.Generator,
 ) -> dict[str, _Measure]:
     kept, size = _Judged.of(rollouts, scores, aggregation, questions), len(questions)
@@ -231,7 +250,7 @@ def _measures(
         return _measure(lambda w: (w @ above) / (w @ below), size)
 
     table = {"pass@1": ratio(total(count * right), total(count))}
-    for group_size, group_question, outcomes in _groups(kept, n, generator):
+    for group_size, group_question, outcomes in _groups(kept, n, rule, generator):
         groups = total(torch.ones(len(group_question), dtype=torch.float64), group_question)
         table |= {f"{k}@{group_size}": ratio(total(v, group_question), groups) for k, v in outcomes.items()}
 
@@ -261,7 +280,7 @@ def _measure(resample: Callable[[Tensor], Tensor], questions: int) -> _Measure:
 
 
 def _groups(
-    kept: _Judged, sizes: Sequence[int], generator: torch.Generator
+    kept: _Judged, sizes: Sequence[int], rule: VoteRule | None, generator: torch.Generator
 ) -> list[tuple[int, Tensor, dict[str, Tensor]]]:
     """``(n, question [G], outcome [G] of every way to select)`` for every n for which there are groups."""
     draws = torch.arange(len(kept.count)).repeat_interleave(kept.count)
@@ -274,7 +293,7 @@ def _groups(
     for n in sizes:
         used = draws[rank < (drawn // n * n)[question]]
         if len(used):
-            outcomes = select(*(t[used].numpy() for t in (kept.score, kept.outcome, kept.answer)), n)
+            outcomes = select(*(t[used].numpy() for t in (kept.score, kept.outcome, kept.answer)), n, rule)
             found.append((n, kept.question[used[::n]], {k: torch.from_numpy(v) for k, v in outcomes.items()}))
     return found
 

@@ -31,6 +31,7 @@ _HOME = {
     "best_of_n": "BestOfN",
     "majority": "Majority",
     "weighted_vote": "WeightedVote",
+    "select": "Select",
     "first_finish": "FirstFinish",
     "prune": "Prune",
     "step_beam": "StepBeam",
@@ -190,11 +191,11 @@ def by_name(name: str, home: str | Path | None = None, **settings: Any) -> Strat
     """The strategy called ``name``.
 
     Args:
-        home: directory of the checkpoint's head, where a calibrated strategy finds its rule (``prune.json``).
+        home: directory of the checkpoint's head, where a calibrated strategy finds its rule (``prune.json``, ``select.json``).
         settings: instead of the defaults.
 
     Raises:
-        ValueError: unknown name; ``"prune"`` without a calibrated rule. TypeError: unknown setting.
+        ValueError: unknown name; a calibrated strategy (``"prune"``, ``"select"``) without its rule. TypeError: unknown setting.
     """
     if not isinstance(name, str) or name not in _HOME:
         raise ValueError(f"strategy={name!r}; expected one of {', '.join(NAMES)}")

@@ -1,24 +1,20 @@
 """Best of N without those that cannot plausibly win."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 from ...scoring.scores import FLOOR, TrajectoryScores
-from ...utils.outputs import json_text, write_text
-from . import KEEP, STOP, Step, Strategy
+from . import KEEP, STOP, Step
+from .calibrated import Calibrated
 
 if TYPE_CHECKING:
     from ..results import Generation
 
-FILE = "prune.json"
-
 
 @dataclass
-class Prune(Strategy):
+class Prune(Calibrated):
     """Best of N in which candidate i is stopped at its k-th step if ``max_j S_j(k) - S_i(k) > threshold``.
 
     ``S_i(k) = mean_{s <= k} ln max(score_is, 1e-10)``, the running log-score. j are the candidates with at least k steps and
@@ -44,6 +40,8 @@ class Prune(Strategy):
     """
 
     name: ClassVar[str] = "prune"
+    file: ClassVar[str] = "prune.json"
+    rule: ClassVar[tuple[str, ...]] = ("threshold", "n", "min_steps", "risk", "questions")
     threshold: float | None = None
     min_steps: int = 1
     risk: float | None = None
@@ -52,16 +50,8 @@ class Prune(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threshold is None:
-            raise ValueError("prune: no threshold; use Prune.calibrate, Prune.load or a checkpoint that comes with one")
         if self.aggregation != "geometric_mean" or self.min_steps < 1:
             raise ValueError("prune judges running geometric means, after at least one step")
-
-    @classmethod
-    def of(cls, home: str | Path | None, **settings: Any) -> "Prune":
-        if "threshold" in settings or home is None or not (Path(home) / FILE).is_file():
-            return cls(**settings)
-        return cls.load(Path(home) / FILE, **settings)
 
     @classmethod
     def calibrate(
@@ -87,33 +77,6 @@ class Prune(Strategy):
         if rank > len(lags):
             raise ValueError(f"risk={risk} needs at least {math.ceil(1 / risk - 1 - 1e-9)} questions, not {len(lags)}")
         return cls(n=len(scored[0]), threshold=lags[rank - 1], min_steps=min_steps, risk=risk, questions=len(lags))
-
-    def save(self, path: str | Path) -> None:
-        """Write the rule to a json file, or as ``prune.json`` into a directory.
-
-        Raises:
-            ValueError: a threshold that is no number. OSError: ``path`` cannot be written.
-        """
-        if not math.isfinite(self.threshold):  # as of questions whose step scores are missing
-            raise ValueError(
-                f"threshold={self.threshold}: {FILE} holds numbers alone; calibrate on questions with scores"
-            )
-        path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-        rule = {k: getattr(self, k) for k in ("n", "threshold", "min_steps", "risk", "questions")}
-        write_text(path, json_text(rule, indent=2) + "\n", "path")
-
-    @classmethod
-    def load(cls, path: str | Path, **settings: Any) -> "Prune":
-        """What ``save`` wrote, with ``settings`` in its place.
-
-        Raises:
-            ValueError: the file, which is named, holds no rule.
-        """
-        path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")) | settings)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not a valid {FILE}: {error}") from error
 
     def observe(self, step: Step) -> Sequence[int] | None:
         finals = [c.finished is not None for c in step.candidates]
