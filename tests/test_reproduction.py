@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from reflective.benchmarks import record
-from reflective.benchmarks.reproduction import heads, layers, results, rollouts, separate, tables
+from reflective.benchmarks.reproduction import choosing, heads, layers, results, rollouts, separate, tables
 from reflective.benchmarks.reproduction.families import FAMILIES
 from reflective.checkpoints.default import HEAD, converted
+from reflective.scoring.sprm import SPRM
 from reflective.scoring.taps import Tap
 from reflective.train.data import Rollouts
 from reflective.train.metrics import evaluate
@@ -45,6 +46,11 @@ def test_questions_and_examples_are_right(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_that_is_held_out_was_trained_on(name):
     train, held_out = rollouts.questions(FAMILIES[name])
+    more, calibration = rollouts.further(FAMILIES[name])
+    parts = [{q.text for q in part} for part in (train, held_out, more, calibration)]
+    assert [len(part) for part in parts] == [rollouts.TRAIN, rollouts.EVAL, rollouts.MORE, rollouts.CALIBRATION]
+    assert not any(a & b for a, b in itertools.combinations(parts, 2)), "what a rule is calibrated on measures nothing, nor is it learnt from"
+    assert not {question for question, *_ in FAMILIES[name].examples} & parts[3]
     assert len({q.text for q in train}) == rollouts.TRAIN and len({q.text for q in held_out}) == rollouts.EVAL >= 500
     assert not {q.text for q in train} & {q.text for q in held_out}
     assert not {question for question, *_ in FAMILIES[name].examples} & {q.text for q in held_out}
@@ -156,6 +162,40 @@ def test_heads_and_tables_of_a_small_work_directory(tmp_path, monkeypatch):
     assert {r["weights"] for r in steps} == set(tables.DIVERGENCE) and json.loads(
         (tmp_path / "divergence.json").read_text()
     )
+
+
+def test_choosing_in_a_small_work_directory(tmp_path, monkeypatch):
+    """Heads that learn one thing after the other, a rule that is calibrated on other questions, and paired differences."""
+    for name, value in {"TRAIN": 40, "MAIN": dataclasses.replace(heads.MAIN, questions=40, epochs=6)}.items():
+        monkeypatch.setattr(heads, name, value)
+    monkeypatch.setattr(rollouts, "TRAIN", 40)
+    for part, seed, questions in (("train", 0, 40), ("more", 1, 40), ("calibration", 2, 40), ("eval", 3, 30)):
+        block = tmp_path / "sums" / part / "00000"
+        block.mkdir(parents=True)
+        for view in ("steps", "layers"):
+            synthetic(questions, 32, seed).save(block / f"{view}.safetensors")
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "layers" / "sums, chosen.json").write_text(json.dumps({"layer": -10, "auc_within": {}}))
+    assert choosing.done(tmp_path) == []
+    variants = choosing.variants(tmp_path, "sums")
+    assert variants["the main head"] is heads.MAIN and variants[choosing.BEST].layers == (-10,)
+    for variant in variants.values():
+        for seed in range(rollouts.SEEDS):
+            heads._fit((tmp_path, "sums", variant, seed))
+    assert choosing.done(tmp_path) == ["sums"] and heads.train_rollouts(tmp_path, "sums", "steps", more=True).question.max() == 79
+    choosing.make(tmp_path, tmp_path / "out")
+    rows = {(r["table"], r["variant"], r["measure"]): r for r in record.read("reproduction_choosing", tmp_path / "out")}
+    at = {k: float(rows["learning", choosing.BEST, k]["value"]) for k in ("select@8", "majority@8", "select@8 - majority@8", "within_beyond")}
+    assert at["select@8 - majority@8"] == pytest.approx(at["select@8"] - at["majority@8"], abs=2e-4) and at["select@8"] > at["majority@8"] + 0.1
+    assert at["within_beyond"] > 0.9 and float(rows["rule", choosing.BEST, "exponent, seed 2"]["value"]) > 0
+    assert rows["learning", choosing.TOGETHER, "pass@1"]["seeds"] == "1" and rows["learning", choosing.BEST, "pass@1"]["seeds"] == "3"
+    assert float(rows["accuracy against N", choosing.BEST, "any@32"]["value"]) == 1 and (tmp_path / "out" / "reproduction_choosing.png").is_file()
+
+
+def test_heads_together_are_one_of_their_mean_logit():
+    parts = [SPRM(8, width).requires_grad_(False).eval() for width in (4, 6, 5)]
+    x = torch.randn(7, 8)
+    torch.testing.assert_close(choosing.together(parts)(x), torch.stack([p(x) for p in parts]).mean(0))
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------

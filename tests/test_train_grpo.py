@@ -28,6 +28,7 @@ from reflective.scoring.taps import Tap
 from reflective.train.data import question_weights
 from reflective.train.grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts
 from reflective.train.objective import sprm_objective
+from reflective.train.replay import Drawn, Replay
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL, transformers and torch announce what they will deprecate
 RIGHT, WRONG, STEP, THINK, END_THINK, EOS = 30, 31, 40, 50, 51, 1
@@ -253,6 +254,51 @@ def test_the_head_learns(tmp_path):
     assert [g["initial_lr"] for g in optimizer] == [0.0, 0.0, 1e-2] and all(g["lr"] == 0 for g in optimizer)
 
 
+def test_the_head_learns_by_itself_between_two_steps_of_the_policy(tmp_path):
+    """From what was drawn last; six times as often it learns sooner, and the policy's optimizer knows nothing of it."""
+    settings = {"max_steps": 3, "sprm_warmup_steps": None, "learning_rate": 0.0, "head_learning_rate": 1e-2}
+    often = trainer_of(tmp_path / "often", sprm=tiny.head(), head_updates=8, head_batch=6, **settings)
+    often.train()
+    with_it = trainer_of(tmp_path / "with", sprm=tiny.head(), **settings)
+    with_it.train()
+    assert logged(often, "sprm/auc")[-1] > 0.95 and logged(often, "sprm/loss")[-1] < 0.5 * logged(with_it, "sprm/loss")[-1]
+    assert len(often.optimizer.param_groups) == 2 and len(with_it.optimizer.param_groups) == 3
+    assert not any(p.requires_grad for p in often.head.parameters())
+    kept = often._replay._kept
+    assert sum(len(d.outcome) for d in kept) > 8 and all(d.features.shape[1] == tiny.HIDDEN for d in kept)
+    for wrong, message in (
+        ({"head_replay": 3}, "head_replay=3"), ({"head_batch": 0}, "head_batch=0"), ({"head_dropout": 1.0}, "head_dropout=1.0"),
+        ({"head_float32": False}, "head_updates"), ({"head_updates": -1}, "head_updates=-1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ReflectiveGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{"head_updates": 4} | wrong)
+
+
+def test_replay_keeps_the_last_and_learns_in_standardised_coordinates():
+    g = torch.Generator().manual_seed(0)
+
+    def drawn(n):
+        outcome = (torch.rand(n, generator=g) < 0.5).float()
+        owner = torch.arange(n).repeat_interleave(2)
+        features = torch.randn(2 * n, 16, generator=g)
+        features[:, 3] += 2 * outcome[owner]
+        return Drawn(features * torch.logspace(-2, 2, 16) + 5, owner, outcome, torch.ones(n))
+
+    sprm = rf.SPRM(16)
+    replay = Replay(sprm, lr=1e-2, weight_decay=0.0, dropout=0.1, batch=32, keep=100, seed=0)
+    replay.learn(5, 0, dynamic=False, class_balance=False)  # nothing there yet
+    for number in range(6):
+        replay.add(drawn(40))
+        assert sum(len(d.outcome) for d in replay._kept) <= 139
+        replay.learn(60, number, dynamic=False, class_balance=False)
+    fresh = drawn(200)
+    with torch.no_grad():
+        right = (sprm.eval()(fresh.features).squeeze(-1) > 0) == (fresh.outcome[fresh.owner] > 0.5)
+    assert right.float().mean() > 0.75, "features from 0.01 to 100 in size"
+    part = fresh.of(torch.tensor([3, 7]))
+    assert torch.equal(part.features, fresh.features[[6, 7, 14, 15]]) and part.owner.tolist() == [0, 0, 1, 1]
+
+
 # -- outcomes ----------------------------------------------------------------------------------------------------------
 
 
@@ -311,12 +357,13 @@ def test_nothing_is_left_on_the_model(tmp_path):
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
-def test_killed_and_continued(tmp_path, peft):
+@pytest.mark.parametrize(("peft", "updates"), [(None, 0), (LORA, 0), (LORA, 3)], ids=["full", "lora", "replay"])
+def test_killed_and_continued(tmp_path, peft, updates):
     """Four steps are two, a new trainer from the checkpoint, and two more: sampling, dropout and both optimizers go on."""
     settings = {
         "rollout": None, "rewards": even, "steps": OFTEN, "peft": peft, "max_steps": 4, "save_strategy": "steps",
         "save_steps": 2, "head_learning_rate": 1e-3, "sprm_warmup_steps": 3, "save_score_module_pt": True,
+        "head_updates": updates, "head_batch": 6,
     }  # fmt: skip
     through = trainer_of(tmp_path / "through", **settings)
     through.train()
@@ -329,6 +376,7 @@ def test_killed_and_continued(tmp_path, peft):
     assert logged(through, "sprm/loss")[2:] == pytest.approx(logged(continued, "sprm/loss")[-2:], rel=1e-4)
 
     files = {f.name for f in checkpoint.iterdir()}
+    assert ("head_replay.pt" in files) == bool(updates)
     assert {"score_module.safetensors", "score_module.pt"} < files
     assert ("adapter_model.safetensors" if peft else "model.safetensors") in files
     last = tmp_path / "through" / "checkpoint-4"
@@ -371,22 +419,27 @@ def test_shared_rollouts(tmp_path):
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
-def train_for(folder, batch):
+def train_for(folder, batch, **changes):
     """Two steps of an even share of the same global batch; the heads begin as that of rank 0."""
     sprm = head()
     sprm[0].bias += float(os.environ.get("RANK", "0"))
     trainer = trainer_of(
         folder, sprm=sprm, per_device_train_batch_size=batch, max_steps=2, head_learning_rate=1e-3,
-        feature_gradient_scale=1.0, within_questions=True,
+        feature_gradient_scale=1.0, within_questions=True, **changes,
     )  # fmt: skip
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "sprm/loss" in entry]
     return weights(trainer), log, trainer.accelerator.num_processes
 
 
-def test_two_processes_are_one(tmp_path):
+REPLAY = {"head_updates": 3, "head_batch": 64, "head_dropout": 0.0, "sprm_warmup_steps": None}  # all there is in each batch
+
+
+@pytest.mark.parametrize("how", ["together", "replay"])
+def test_two_processes_are_one(tmp_path, how):
     found = []
-    run_ranks([sys.executable, __file__, tmp_path], meanwhile=lambda: found.append(train_for(tmp_path, 8)))
+    changes = REPLAY if how == "replay" else {}
+    run_ranks([sys.executable, __file__, tmp_path, how], meanwhile=lambda: found.append(train_for(tmp_path, 8, **changes)))
     ((one, log, _),) = found
     first, second = (pickle.loads((tmp_path / f"{r}.pickle").read_bytes()) for r in range(2))
     assert first[2] == second[2] == 2
@@ -401,5 +454,5 @@ def test_two_processes_are_one(tmp_path):
 
 if __name__ == "__main__":
     home = Path(sys.argv[1])
-    result = train_for(home, 4)
+    result = train_for(home, 4, **(REPLAY if sys.argv[2] == "replay" else {}))
     (home / f"{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(result))

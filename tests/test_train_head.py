@@ -73,6 +73,17 @@ def test_the_dynamic_weights_begin_after_the_warmup():
     assert found[0, 0] < 0.8 * found[None, 0]
 
 
+def test_dropout_is_that_which_is_asked_for():
+    r = synthetic(40)
+    losses = {p: [] for p in (0.0, 0.5, 0.9)}
+    for p, found in losses.items():
+        fit(r, epochs=12, lr=3e-3, dropout=p, on_epoch=lambda epoch, loss, head, found=found: found.append(loss))
+    assert losses[0.0][-1] < losses[0.5][-1] < losses[0.9][-1]
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="dropout="):
+            fit(r, dropout=wrong)
+
+
 def test_leaves_the_callers_random_numbers_alone():
     before = torch.get_rng_state()
     fit(synthetic(10), epochs=1)

@@ -10,7 +10,15 @@ import torch
 import reflective as rf
 from reflective.scoring.scores import AGGREGATIONS, aggregate
 from reflective.train.data import Rollouts
-from reflective.train.metrics import calibration, evaluate, evaluate_seeds, log_scores, saturation, trajectory_scores
+from reflective.train.metrics import (
+    calibration,
+    evaluate,
+    evaluate_seeds,
+    log_scores,
+    saturation,
+    trajectory_scores,
+    vote_rule,
+)
 
 
 def rollouts(outcome, question=None, answer=None, count=None, steps=None):
@@ -197,6 +205,33 @@ def test_seeds_are_pooled():
     )
     short = (rollouts([1, 0], [5, 9999]), logs(0.9, 0.1))  # other questions, and too few draws
     assert not any("@2" in name for name in evaluate_seeds([(rollouts([1, 1]), logs(0.5, 0.5)), short], n=(2,)))
+
+
+def test_differences_are_paired():
+    """Best of 2 is majority, and a fifth of the questions better: its interval is a fraction of theirs."""
+    n, better = 400, 80
+    right = [[float(q % 2)] * 2 if q >= better else [1.0, 0.0] for q in range(n)]
+    r = rollouts([x for pair in right for x in pair], [q for q in range(n) for _ in range(2)], [0, 1] * n)
+    runs = [(r, logs(*[0.9, 0.1] * n))]
+    pair = ("best_of@2", "majority@2")
+    found = evaluate_seeds(runs * 2, n=(2,), differences=[pair, ("best_of@2", "best_of@9")])
+    told = found["best_of@2 - majority@2"]
+    assert told.value == pytest.approx(found["best_of@2"].value - found["majority@2"].value) == pytest.approx(0.1)
+    assert 0.06 < told.low < 0.1 < told.high < 0.14
+    assert found["best_of@2"].high - found["best_of@2"].low > 2 * (told.high - told.low)
+    assert not any("@9" in name for name in found)
+
+
+def test_votes_by_a_rule():
+    """A right answer that scores 0.9 against three wrong ones alike of 0.5."""
+    r = rollouts([1, 0, 0, 0] * 50, [q for q in range(50) for _ in range(4)], [0, 1, 1, 1] * 50)
+    scores = logs(*[0.9, 0.5, 0.5, 0.5] * 50)
+    rule = vote_rule(r, scores)
+    found = {k: m.value for k, m in evaluate(r, scores, n=(4,), rule=rule, resamples=2).items()}
+    assert rule.exponent > 1 and found["select@4"] == 1 and found["weighted_vote@4"] == found["majority@4"] == 0
+    assert "select@4" not in evaluate(r, scores, n=(4,), resamples=2)
+    counted = rollouts([1, 0] * 50, [q for q in range(50) for _ in range(2)], [0, 1] * 50, [1, 3] * 50)
+    assert vote_rule(counted, logs(*[0.9, 0.5] * 50)) == rule, "a draw as often as it was drawn"
 
 
 def test_what_cannot_be_measured_is_refused():

@@ -3,10 +3,10 @@
     python -m reflective.benchmarks.reproduction WORK [--stage NAME ...] [--family NAME ...] [--out benchmarks/results]
 
 Stages, each of which goes on where it was interrupted: rollouts of the embedded model on three families of questions; heads
-from their features; heads of other layers, one chosen for each family; joint training of policy and head, and rollouts afterwards; a
+from their features; heads of other layers, one chosen for each family; heads that learn better, and rules for choosing; joint training of policy and head, and rollouts afterwards; a
 separate PRM; tables and pictures. Only where asked for by name: ``ship``, which replaces the head that the package comes with by the
 best one, and ``refit``, which fits heads anew to rollouts of the policy that the package comes with, and replaces its head by the
-best of these. ``--family`` is for the stages ``rollouts`` and ``layers``.
+best of these. ``--family`` is for the stages ``rollouts``, ``layers`` and ``choosing``.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 
 from reflective.benchmarks.record import RESULTS, write
 
-from . import heads, joint, layers, rollouts, separate, ship, tables
+from . import choosing, heads, joint, layers, rollouts, separate, ship, tables
 from .families import FAMILIES
 
 
@@ -37,6 +37,8 @@ def decode(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
                 model, family, asked, work / name / part, samples=samples, seed=int(part == "eval"), all_views=True
             )
             print(f"rollouts: {name}, {part}", flush=True)
+        choosing.decode(model, work, family)
+        print(f"rollouts: {name}, further", flush=True)
 
 
 def fit(work: Path) -> None:
@@ -49,6 +51,12 @@ def read_layers(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
     """A layer for every family, and its heads."""
     for name in layers.fit_all(work, families):
         print(f"layers: {name}", flush=True)
+
+
+def choose(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
+    """Heads that learn better."""
+    for name in choosing.fit_all(work, families):
+        print(f"choosing: {name}", flush=True)
 
 
 def train_jointly(work: Path) -> None:
@@ -78,7 +86,7 @@ def compare(work: Path) -> None:
 
 
 STAGES: dict[str, Callable[..., None]] = {
-    "rollouts": decode, "heads": fit, "layers": read_layers, "joint": train_jointly, "separate": compare,
+    "rollouts": decode, "heads": fit, "layers": read_layers, "choosing": choose, "joint": train_jointly, "separate": compare,
 }  # fmt: skip
 
 
@@ -86,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="directory for everything in between")
     parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "ship", "refit"], help="only these")
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="only these, in this order (rollouts, layers)")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="only these, in this order (rollouts, layers, choosing)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -100,8 +108,8 @@ def main() -> None:
             ship.refit(args.work)
         else:
             STAGES[name](args.work, *([args.family] if args.family else []))
-        if name == "layers":
-            layers.make(args.work, args.out)
+        if name in ("layers", "choosing"):
+            {"layers": layers, "choosing": choosing}[name].make(args.work, args.out)
         _note(args.work, name, time.perf_counter() - began)
     write(
         "reproduction_stages", [{"stage": k, "seconds": round(v, 1)} for k, v in _seconds(args.work).items()], args.out

@@ -93,8 +93,14 @@ def part_of(rollouts: Rollouts, v: Variant, seed: int) -> Rollouts:
     return thinned(rollouts, v.samples, seed) if v.samples < TRAIN_SAMPLES else rollouts
 
 
-def train_rollouts(work: Path, family: str, view: str, layers: tuple[int, ...] = (-2,)) -> Rollouts:
-    return load(work / family / "train", view, layers)
+def train_rollouts(work: Path, family: str, view: str, layers: tuple[int, ...] = (-2,), more: bool = False) -> Rollouts:
+    """Of the training questions, or of these and the further ones (``more``)."""
+    rollouts = load(work / family / "train", view, layers)
+    if more:
+        others = load(work / family / "more", view, layers)
+        others.question += TRAIN
+        rollouts = Rollouts.join([rollouts, others])
+    return rollouts
 
 
 def load(path: Path, view: str, layers: tuple[int, ...] = (-2,)) -> Rollouts:
@@ -131,7 +137,7 @@ def _fit(task: tuple[Path, str, Variant, int]) -> str:
     work, family, v, seed = task
     families = list(FAMILIES) if family == ALL else [family]
     epochs = v.epochs // 2 if family == ALL else v.epochs
-    parts = [train_rollouts(work, f, v.view, v.layers) for f in families]
+    parts = [train_rollouts(work, f, v.view, v.layers, more=v.questions > TRAIN) for f in families]
     for i, part in enumerate(parts):
         part.question += i * TRAIN
     rollouts = Rollouts.join(parts)

@@ -17,7 +17,7 @@ from .families import FAMILIES
 from .rollouts import MAX_NEW_TOKENS, TEMPERATURE, policy, questions, trained
 
 STEPS, PROMPTS, GROUP = 30, 4, 8  # optimizer steps; of each: questions, answers to each
-RANK, POLICY_LR, HEAD_LR = 16, 2e-4, 1e-4
+RANK, POLICY_LR, HEAD_LR, HEAD_UPDATES = 16, 2e-4, 3e-4, 10
 
 
 def train(model: ReflectiveModel, head: SPRM, path: Path, seed: int, steps: int = STEPS) -> None:
@@ -54,6 +54,7 @@ def train(model: ReflectiveModel, head: SPRM, path: Path, seed: int, steps: int 
         temperature=TEMPERATURE, top_p=1.0, learning_rate=POLICY_LR, lr_scheduler_type="constant_with_warmup",
         warmup_steps=3, beta=0.0, bf16=True, use_cpu=not torch.cuda.is_available(), **checkpointing_setting(False),
         logging_steps=1, save_steps=max(1, steps // 4), save_total_limit=1, head_learning_rate=HEAD_LR,
+        head_updates=HEAD_UPDATES,
         sprm_warmup_steps=None, within_questions=True, class_balance=False,
     )  # fmt: skip
     trainer = ReflectiveGRPOTrainer(

@@ -20,6 +20,7 @@ from reflective.train.rollout import View, recorded, roll_out_views
 from .families import Family
 
 TRAIN, FIRST, EVAL, SEEDS = 1024, 512, 510, 3  # questions; those of evaluation are dealt to the seeds of joint training
+MORE, CALIBRATION = 1024, 256  # further ones to learn from, and those that rules are calibrated on
 TRAIN_SAMPLES, EVAL_SAMPLES, TEMPERATURE, MAX_NEW_TOKENS = 12, 32, 0.8, 48
 LAYERS = (*range(-1, -11, -1), -12, -14, -16, -20)  # of the model's 30
 RULES = {"blank line": "\n\n", "full stop": ".", "equals sign": "="}  # delimiters beside ".\n\n"
@@ -27,12 +28,22 @@ RULES = {"blank line": "\n\n", "full stop": ".", "equals sign": "="}  # delimite
 
 def questions(family: Family) -> tuple[list[Question], list[Question]]:
     """For training and for evaluation, without a common question."""
-    # Held out between two parts of the others: TRAIN can grow without changing what is held out.
-    train, held_out, more = split(family.questions(0), FIRST, EVAL, TRAIN - FIRST)
-    train += more
-    seen = {q.text for q in train} | {question for question, *_ in family.examples}
-    assert not seen & {q.text for q in held_out}
+    train, held_out, *_ = _split(family)
     return train, held_out
+
+
+def further(family: Family) -> tuple[list[Question], list[Question]]:
+    """More for training, and those on which rules are calibrated: none of ``questions``, and none of both."""
+    *_, more, calibration = _split(family)
+    return more, calibration
+
+
+def _split(family: Family) -> tuple[list[Question], ...]:
+    # Held out between two parts of the others: what is trained on can grow without changing what is held out.
+    first, held_out, rest, more, calibration = split(family.questions(0), FIRST, EVAL, TRAIN - FIRST, MORE, CALIBRATION)
+    seen = {q.text for q in (*first, *rest, *more)} | {question for question, *_ in family.examples}
+    assert not seen & {q.text for q in (*held_out, *calibration)}
+    return first + rest, held_out, more, calibration
 
 
 def policy(model: ReflectiveModel, family: Family) -> ReflectiveModel:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .grpo import ReflectiveGRPOConfig, ReflectiveGRPOTrainer, shared_rollouts
     from .head import fit
     from .layers import choose_layer
-    from .metrics import Metric, calibration, evaluate, evaluate_seeds, saturation
+    from .metrics import Metric, calibration, evaluate, evaluate_seeds, saturation, vote_rule
     from .objective import sprm_objective
     from .record import record_features
     from .rollout import roll_out
@@ -54,6 +54,7 @@ __all__ = [
     "train",
     "tune",
     "verifier",
+    "vote_rule",
     "write_rollouts",
 ]
 _NAMES = {
@@ -62,7 +63,7 @@ _NAMES = {
     "grpo": ("ReflectiveGRPOConfig", "ReflectiveGRPOTrainer", "shared_rollouts"),
     "head": ("fit",),
     "layers": ("choose_layer",),
-    "metrics": ("Metric", "calibration", "evaluate", "evaluate_seeds", "saturation"),
+    "metrics": ("Metric", "calibration", "evaluate", "evaluate_seeds", "saturation", "vote_rule"),
     "objective": ("sprm_objective",),
     "record": ("record_features",),
     "rollout": ("roll_out",),

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import trl
-from accelerate.utils import broadcast, is_peft_model
+from accelerate.utils import broadcast, gather_object, is_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -22,11 +23,12 @@ from ..engines.hf.parts import check_steps
 from ..scoring.sprm import NAMES, SPRM
 from ..scoring.steps import StepTokens
 from ..scoring.taps import AT, At, Tap
-from ..utils.arguments import one_of
+from ..utils.arguments import one_of, whole
 from .data import question_weights
 from .head import check_trainable
 from .objective import sprm_objective
 from .processes import Processes
+from .replay import Drawn, Replay
 from .sampler import Sampler
 
 _EXTENDED = (
@@ -37,6 +39,7 @@ _EXTENDED = (
 
 _TEXT_ONLY = ("batch_size", "compute_entropy", "compute_aux_loss")  # what its forward is told without images
 _WORTH_SHARING = 16  # tokens
+_REPLAY = "head_replay.pt"  # in a checkpoint
 
 
 @dataclass
@@ -45,7 +48,13 @@ class ReflectiveGRPOConfig(GRPOConfig):
 
     Attributes:
         sprm_weight: of the SPRM loss beside the policy loss. 0: GRPO alone, bit for bit; the head is only carried along.
-        head_learning_rate: the head's own, under the policy's schedule. ``max_grad_norm`` is the policy's alone.
+        head_learning_rate: the head's own, under the policy's schedule, or constant with ``head_updates``. ``max_grad_norm`` is the
+            policy's alone.
+        head_updates: steps that the head takes by itself after each of the policy's, on batches of what was drawn last, see
+            ``replay.Replay``; 0: it takes one with the policy, as published. With it a head keeps telling right from wrong while the policy
+            moves on (``benchmarks/results/reproduction.csv``, table "after joint training"); 8 to 16 with a rate of 3e-4 did.
+        head_batch, head_replay: of these steps, responses of a batch, and responses kept, the last ones.
+        head_dropout: of these steps.
         head_float32: train, and save, the head in float32; else in the dtype that it has.
         feature_gradient_scale: factor on the gradient that the SPRM loss sends into the policy.
         sprm_warmup_steps: optimizer steps in plain BCE before the dynamic weights switch on; None: never. A head that
@@ -65,6 +74,10 @@ class ReflectiveGRPOConfig(GRPOConfig):
 
     sprm_weight: float = 1.0
     head_learning_rate: float = 1e-5
+    head_updates: int = 0
+    head_batch: int = 64
+    head_replay: int = 1024
+    head_dropout: float = 0.1
     head_float32: bool = True
     feature_gradient_scale: float = 1e-4
     sprm_warmup_steps: int | None = 0
@@ -82,9 +95,16 @@ class ReflectiveGRPOConfig(GRPOConfig):
         if self.at is not None:
             one_of("at", self.at, AT)
         one_of("scope", self.scope, ("response", "text"))
-        for name in ("sprm_weight", "head_learning_rate", "feature_gradient_scale"):
+        for name in ("sprm_weight", "head_learning_rate", "feature_gradient_scale", "head_updates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.head_updates:
+            whole("head_batch", self.head_batch, 1)
+            whole("head_replay", self.head_replay, self.head_batch)
+            if not 0 <= self.head_dropout < 1:
+                raise ValueError(f"head_dropout={self.head_dropout}; expected a share of the hidden units, from 0 to less than 1")
+            if not self.head_float32 or not self.sprm_weight:
+                raise ValueError("head_updates: they are made in float32, and where there is an SPRM loss; leave head_float32 and sprm_weight on")
 
 
 class ReflectiveGRPOTrainer(GRPOTrainer):
@@ -155,11 +175,16 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
                 head = SPRM(width, dtype=self.backbone.dtype)
         check_trainable(head)
         head.use(tap=tap).check_model(width, head.dtype, type(self.model).__name__, tap)
-        self.head = head.to(self.backbone.device, torch.float32 if args.head_float32 else None).requires_grad_(True)
-        for p in self.head.parameters():
-            broadcast(p.data)
+        self.head = head.to(self.backbone.device, torch.float32 if args.head_float32 else None)
+        self.head.requires_grad_(not args.head_updates)
+        self._share_head()
+        self._replay = Replay(
+            self.head, lr=args.head_learning_rate, weight_decay=args.weight_decay, dropout=args.head_dropout, batch=args.head_batch,
+            keep=args.head_replay, seed=args.seed,
+        )  # fmt: skip
         self._heard: list[Tensor] = []
         self.add_callback(_Begin(self.head))
+        self.add_callback(_Save(self._save_replay))
 
     # -- rollouts --------------------------------------------------------------------------------------------------------
 
@@ -281,7 +306,18 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
             features = hidden[row, read][:, : self.head.hidden_size].to(self.head.dtype)
             log_scores = F.logsigmoid(self.head.eval()(features).float()).squeeze(-1)
         self._record(loss.detach(), kept[0], log_scores, row, outcomes, "train" if training else "eval")
+        if training and args.head_updates:
+            self._replay.add(self._drawn(features, row, outcomes, inputs["sprm_weights"].to(outcomes)))
         return loss
+
+    def _drawn(self, features: Tensor, row: Tensor, outcomes: Tensor, weights: Tensor) -> Drawn:
+        """What all processes drew: each learns from it the same."""
+        chosen = (~outcomes.isnan() & (torch.bincount(row, minlength=len(outcomes)) > 0)).nonzero().flatten()
+        drawn = Drawn(features.float(), row, outcomes.float(), weights.float()).of(chosen)
+        if self._processes.count == 1:
+            return drawn
+        parts = gather_object([{k: v.cpu() for k, v in vars(drawn).items()}])
+        return Drawn.join([Drawn(**{k: v.to(features.device) for k, v in part.items()}) for part in parts])
 
     def _record(self, loss: Tensor, kept: Tensor, log_scores: Tensor, row: Tensor, outcomes: Tensor, mode: str) -> None:
         steps = torch.zeros_like(outcomes).index_add(0, row, torch.ones_like(log_scores))
@@ -309,8 +345,14 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
 
     # -- the head beside the model ---------------------------------------------------------------------------------------
 
+    def _share_head(self) -> None:
+        for p in self.head.parameters():
+            broadcast(p.data)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.head_updates:
+            return optimizer
         head = list(self.head.parameters())
         if not any(p is head[0] for group in optimizer.param_groups for p in group["params"]):
             settings = {"lr": self.args.head_learning_rate, "weight_decay": self.args.weight_decay}
@@ -319,7 +361,11 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and self.args.head_updates:
+            warm = self.args.sprm_warmup_steps is not None and self.state.global_step >= self.args.sprm_warmup_steps
+            self._replay.learn(self.args.head_updates, self.state.global_step, dynamic=warm, class_balance=self.args.class_balance)
+            self._share_head()
+        elif self.accelerator.sync_gradients:
             gradients = [p.grad for p in self.head.parameters() if p.grad is not None]
             self._processes.add_up(*gradients)
             for gradient in gradients:
@@ -332,9 +378,16 @@ class ReflectiveGRPOTrainer(GRPOTrainer):
                 self.head.save_pretrained(Path(output_dir or self.args.output_dir) / name)
         super().save_model(output_dir, _internal_call)  # last: it may push the directory
 
+    def _save_replay(self, path: Path) -> None:
+        if self.args.head_updates and self.args.should_save:
+            torch.save(self._replay.state_dict(), path / _REPLAY)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_head(resume_from_checkpoint)
+        kept = Path(resume_from_checkpoint) / _REPLAY
+        if self.args.head_updates and kept.is_file():
+            self._replay.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -361,6 +414,18 @@ class _Begin(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.head.zero_grad()
+
+
+class _Save(TrainerCallback):
+    """Beside the trainer's checkpoints."""
+
+    def __init__(self, save: Callable[[Path], None]) -> None:
+        self.save = save
+
+    def on_save(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
+        place = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if place.is_dir():
+            self.save(place)
 
 
 def shared_rollouts(*, stop: str | None = None, batch_rows: int = 256) -> Callable[[list, GRPOTrainer], dict[str, Any]]:

@@ -130,13 +130,19 @@ def evaluate_seeds(
     n: Sequence[int] = (2, 8, 32),
     aggregation: str = "geometric_mean",
     rules: Sequence[VoteRule | None] | None = None,
+    differences: Sequence[tuple[str, str]] = (),
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Metric]:
     """``evaluate`` of several seeds: the mean over them, its interval from resampling both questions and seeds.
 
     A question that occurs in several runs, by its number, is drawn for all of them at once. Measures that a run lacks are
-    left out. ``rules``: of each run.
+    left out.
+
+    Args:
+        rules: of each run.
+        differences: pairs of measures; the first less the second is told as ``"FIRST - SECOND"``, with the interval of the difference: each
+            resample takes both of the same questions and seeds.
 
     Raises:
         ValueError: see ``evaluate``; no run.
@@ -152,14 +158,17 @@ def evaluate_seeds(
     generator = torch.Generator().manual_seed(seed)
     weight = _resampled(len(questions), resamples, generator)  # [R, Q]
     share = _resampled(len(runs), resamples, generator) / len(runs)  # [R, S]
-    metrics = {}
+    values, drawn = {}, {}
     for name in tables[0]:
         if all(name in table for table in tables):
             draws = torch.stack([table[name].resample(weight) for table in tables], 1)
-            draws = torch.where(share > 0, share * draws, 0.0).sum(1)
-            low, high = draws.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-            metrics[name] = Metric(sum(table[name].value for table in tables) / len(tables), low, high)
-    return metrics
+            drawn[name] = torch.where(share > 0, share * draws, 0.0).sum(1)
+            values[name] = sum(table[name].value for table in tables) / len(tables)
+    for a, b in differences:
+        if a in values and b in values:
+            values[f"{a} - {b}"], drawn[f"{a} - {b}"] = values[a] - values[b], drawn[a] - drawn[b]
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {name: Metric(value, *drawn[name].nanquantile(ends).tolist()) for name, value in values.items()}
 
 
 def vote_rule(
