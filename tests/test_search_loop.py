@@ -186,7 +186,7 @@ def test_every_strategy_ends_with_a_finished_answer_on_any_engine(name, late):
         c = seed[2]
         return "".join("ab"[: 1 + (c + k) % 2] + str(1 + (7 * c + 3 * k * k) % 9) for k in range(3 + c % 3)) + "$"
 
-    given = {"prune": {"threshold": 0.4}, "select": {"exponent": 4.0}}.get(name, {})
+    given = {"prune": {"threshold": 0.4}, "select": {"exponent": 4.0}, "replace": {"interval": 3, "warmup": 3}}.get(name, {})
     strategy = by_name(name, n=4, **given)
     q, _ = run([script((0, 0, c)) for c in range(400)], strategy, engine=ScriptedEngine(script, late=late))
     chosen = q.strategy.choose(

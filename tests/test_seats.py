@@ -20,7 +20,7 @@ from reflective.engines.hf.sequences import Continuation
 
 RUN = {"n": 4, "max_new_tokens": 40, "seed": 1, "temperature": 1.0, "top_p": 0.9}
 # Of these what becomes of a candidate depends on how far the others are when it ends a step; a step ahead they are one token further.
-LOOK_AROUND = ("prune", "first_finish", "patient", "stop")
+LOOK_AROUND = ("prune", "replace", "first_finish", "patient", "stop")
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

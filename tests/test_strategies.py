@@ -96,7 +96,7 @@ def search(strategy: Strategy, seed: int, *, steps: int = 4) -> list[Fake]:
 
 
 def settings(name: str) -> dict[str, float]:
-    return {"prune": {"threshold": 0.5}, "select": {"exponent": 3.0}}.get(name, {})
+    return {"prune": {"threshold": 0.5}, "select": {"exponent": 3.0}, "replace": {"interval": 6, "warmup": 6}}.get(name, {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -508,6 +508,44 @@ def test_prune_keeps_its_promise(risk, m):
     assert steps.sum() < 0.95 * all_steps.sum(), "it does prune"
 
 
+def long(score: float, tokens: int, **given) -> Fake:
+    return Fake([score], token_ids=list(range(tokens)), **given)
+
+
+def test_replace_by_hand():
+    strategy = by_name("replace", n=4, swap=1, interval=10, warmup=20)
+    some = [long(0.2, 12), long(0.9, 15), long(0.5, 8), Fake([], token_ids=[0] * 19)]
+    assert decide(strategy, *some) == [KEEP] * 4, "still warming up"
+    some[3].token_ids = [0] * 25
+    assert decide(strategy, *some) == [STOP, 2, KEEP, KEEP], "the worst for a fork of the best; who has no step is left alone"
+    assert decide(strategy, *some) == [KEEP] * 4, "not again at once"
+    some[1].token_ids = [0] * 35
+    assert decide(strategy, some[1], some[2], some[3]) == [2, KEEP, KEEP], "one place is free: nobody has to go"
+    strategy = by_name("replace", n=4, swap=4, interval=1, warmup=0)
+    assert decide(strategy, *some[:3], long(0.1, 9)) == [STOP, 2, 2, STOP], "at most half of them"
+    strategy = by_name("replace", n=4, swap=0, interval=1, warmup=0, floor=0.4)
+    assert decide(strategy, *some[:3], long(0.8, 9, finished="stop")) == [STOP, 2, KEEP, KEEP], "below the floor"
+    assert decide(strategy, long(0.1, 99), long(0.2, 50)) == [STOP, 4], "but never all"
+    assert decide(strategy, long(0.9, 120, finished="stop")) is None
+    assert by_name("replace").swap is None and by_name("replace", n=32)._checked == 0
+
+
+def test_replace_keeps_within_memory():
+    step_rule = by_name("replace", n=4, swap=0, interval=10**6, warmup=10**6, memory=40)
+    some = [long(0.2, 12), long(0.9, 15), long(0.5, 8), Fake([], token_ids=[0] * 9)]
+    assert decide(step_rule, *some) == [STOP, KEEP, KEEP, KEEP], "44 tokens: the worst goes"
+    assert decide(step_rule, *some[1:]) == [KEEP] * 3
+    step_rule.memory = 3
+    assert decide(step_rule, *some) == [STOP, KEEP, STOP, KEEP], "the best stays, and who was not yet scored"
+    both = by_name("replace", n=3, swap=1, interval=1, warmup=0, memory=40)
+    assert decide(both, *some[:3]) == [STOP, 2, KEEP] and decide(by_name("replace", n=3, swap=1, interval=1, warmup=0, memory=37), *some[:3]) == [
+        STOP, 2, STOP,
+    ], "38 tokens with the fork"  # fmt: skip
+    for wrong in ({"swap": -1}, {"interval": 0}, {"memory": 0}, {"floor": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            by_name("replace", **wrong)
+
+
 def test_step_beam_by_hand():
     beam = by_name("step_beam", n=4, width=2)
     assert decide(beam, *runs(0.1, 0.9, 0.5, 0.2)) == [STOP, 2, 2, STOP]
@@ -673,7 +711,7 @@ def test_generation(model, name):
             assert c.step_scores == pytest.approx(expected.step_scores[i].tolist(), rel=1e-4), (i, c.status)
             assert c.score == pytest.approx(float(expected.score[i]), rel=1e-4)
     forks = [c for one in found for c in one.candidates if c.parent is not None]
-    assert bool(forks) == (name in ("step_beam", "dvts", "particles", "astar"))
+    assert bool(forks) == (name in ("step_beam", "dvts", "particles", "astar", "replace"))
     stopped = [c for one in found for c in one.candidates if c.status == "stopped"]
     assert bool(stopped) == (name not in ("best_of_n", "majority", "weighted_vote", "select", "rpc"))
 

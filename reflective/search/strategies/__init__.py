@@ -34,6 +34,7 @@ _HOME = {
     "select": "Select",
     "first_finish": "FirstFinish",
     "prune": "Prune",
+    "replace": "Replace",
     "step_beam": "StepBeam",
     "dvts": "DVTS",
     "particles": "Particles",
