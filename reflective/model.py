@@ -413,6 +413,39 @@ class ReflectiveModel:
             generation.engine, generation.aggregation = engine.how, self.head.in_progress
         return found[0] if single else found
 
+    def forced_answers(
+        self, generations: Sequence[Generation], *, max_new_tokens: int = 32, batch_rows: int | None = None
+    ) -> list[list[list[str | None]]]:
+        """The answers that candidates give if their thinking is ended early: at each step of each candidate of each of ``generations``.
+
+        ``</think>``, or ``config.think_end``, is put behind the step, and the rest is decoded greedily. What ``Exit.calibrate`` needs.
+
+        Args:
+            max_new_tokens: for the end of thinking and the answer.
+
+        Raises:
+            ValueError: there is nothing that ends thinking, or a checkpoint without an answer pattern.
+        """
+        if not self.config.answer:
+            raise ValueError("model: its configuration has no pattern for answers; give answer in reflective.json")
+        once, asks, places = by_name("best_of_n", n=1), [], []
+        for g, generation in enumerate(generations):
+            prompt = self.encode(generation.prompt)[0].tolist()
+            for c, response in enumerate(generation.candidates):
+                ids = torch.tensor([prompt + response.token_ids])
+                ends = self.steps.to("cpu").mask(ids, prompt_lengths=len(prompt))[0].nonzero().flatten().tolist()
+                for end in ends[: len(response.step_scores)]:
+                    asks.append(Ask(
+                        ids[0, : end + 1].tolist(), once, max_new_tokens=max_new_tokens, temperature=0.0, number=len(asks), thinking_budget=0
+                    ))  # fmt: skip
+                    places.append((g, c))
+        found: list[list[list[str | None]]] = [[[] for _ in g.candidates] for g in generations]
+        with self._engine_kept(batch_rows, {"schedule": "deferred"}) as engine:
+            done = Search(engine, self.reader).run(asks)
+        for (g, c), question in zip(places, done, strict=True):
+            found[g][c].append(question.candidates[0].answer)
+        return found
+
     @contextlib.contextmanager
     def _engine_kept(self, batch_rows: int | None, scoring: dict[str, Any]) -> Iterator[Engine]:
         """An engine, kept for the next call where its seats are worth keeping: what was captured of them is of their tensors, and takes

@@ -3,9 +3,9 @@
 from typing import Any
 
 from .search import strategies as _strategies
-from .search.strategies import HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
+from .search.strategies import ANSWER, HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
 
-__all__ = ["HOLD", "KEEP", "NAMES", "STOP", "Step", "Strategy", "by_name"]
+__all__ = ["ANSWER", "HOLD", "KEEP", "NAMES", "STOP", "Step", "Strategy", "by_name"]
 
 
 def __getattr__(name: str) -> Any:

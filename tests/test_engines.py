@@ -299,6 +299,33 @@ def test_forced_tokens_come_whatever_was_drawn(kind):
     assert log.tokens[later][:4] == alone(kind, prompt, sampling(5, 1))[0][:4]
 
 
+def test_forced_behind_a_step_that_is_awaited(kind):
+    """What was drawn there, and held back, is not what comes; nor for one that rests meanwhile, or is forked afterwards."""
+    engine, prompt, forced = kind.make(8), kind.prompts[0], [ord("x")] * 3 if kind.prompts[0] == ids("?") else [50, 51, 52]
+    with engine:
+        (prefix,) = engine.open([Prompt(prompt, steps="awaited")])
+        engine.start(prefix, [sampling(5, c, max_tokens=30) for c in range(7)])
+        log, told, forks = Log(engine), {}, {}
+        while log.advance():
+            for s in [s for s in log.steps if s not in told and s not in log.ended and s not in forks]:
+                told[s] = len(log.tokens[s])
+                if len(told) == 2:
+                    engine.rest([s])
+                engine.force(s, forced)
+                if len(told) == 3:
+                    (fork,) = engine.fork(s, [sampling(5, 9, max_tokens=30)])
+                    forks[fork], log.tokens[fork] = told[s], list(log.tokens[s])
+                if len(told) == 2:
+                    engine.resume([s])
+        engine.close([prefix])
+    assert len(told) >= 3 and len(forks) == 1
+    for s, at in (told | forks).items():
+        behind = log.tokens[s][at:][: len(forced)]
+        assert behind == forced[: len(behind)] and (len(behind) == 3 or s in log.ended), s
+        positions = kind.truth(prompt, log.tokens[s])
+        assert log.ended[s].score.step_scores == pytest.approx(positions, rel=1e-3)
+
+
 def test_closed_prefixes_are_forgotten_run_or_not(kind):
     engine = kind.make(4)
     with engine:

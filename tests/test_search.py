@@ -241,7 +241,7 @@ class Faulty(Strategy):
         (Faulty(fault=lambda step: 1 / 0), "Faulty: observe failed: ZeroDivisionError"),
         (Faulty(fault=lambda found: {}["x"], method="choose"), "Faulty: choose failed: KeyError"),
         (Faulty(fault=[KEEP]), r"Faulty: observe gave \[1\] for 8 candidates"),
-        (Faulty(fault=lambda step: [-2] * 8), "Faulty: observe gave"),
+        (Faulty(fault=lambda step: [-3] * 8), "Faulty: observe gave"),
         (Faulty(fault=lambda step: [HOLD] * len(step.candidates)), "Faulty: it holds every candidate"),
     ],
 )

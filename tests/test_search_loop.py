@@ -7,7 +7,7 @@ from scripted import ScriptedEngine, ids, reader
 
 from reflective.search.candidates import Ask, Question
 from reflective.search.loop import Search
-from reflective.search.strategies import HOLD, KEEP, NAMES, STOP, Strategy, by_name
+from reflective.search.strategies import ANSWER, HOLD, KEEP, NAMES, STOP, Strategy, by_name
 
 
 @dataclass
@@ -105,6 +105,21 @@ def test_who_holds_all_for_ever_is_told():
         run(["1a$", "2b$"], Stubborn())
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_a_strategy_ends_thinking(late):
+    strategy = Turns(n=3, says=[[ANSWER, KEEP, KEEP], [KEEP, ANSWER, KEEP]])
+    texts = ["<a1bbbbb2$", "<aaa>4bb$", "<cccccc$"]
+    q, engine = run(texts, strategy, engine=ScriptedEngine(lambda seed: texts[seed[2]], late=late))
+    assert texts_of(q) == ["<a1>bbbb2", "<aaa>4bb", "<cccccc"], "in place of what would have come; who has ended is left alone"
+    assert [call for call in engine.calls if call[0] == "force"] == [("force", "<a1")]
+    held = Turns(n=2, says=[[HOLD, KEEP], [ANSWER, KEEP]])
+    q, engine = run(["<1aa$", "<bbb2c$"], held)
+    assert texts_of(q) == ["<1>a", "<bbb2c"], "one that rests goes on with it"
+    with pytest.raises(RuntimeError, match="Turns: it has candidates end their thinking, and the tokenizer has no </think>"):
+        engine = ScriptedEngine(lambda seed: "1a$")
+        Search(engine, reader().__class__(reader().tokenizer)).run([Ask([1], Turns(n=1, says=[[ANSWER]]))])
+
+
 def test_by_step_waits_for_the_slowest():
     strategy = Turns(n=3, by_step=True)
     q, engine = run(["1a$", "bb2$", "$"], strategy)
@@ -126,7 +141,7 @@ def test_a_finished_candidate_may_be_forked_and_costs_nothing():
     assert not any(verb == "fork" for verb, _ in engine.calls)
 
 
-@pytest.mark.parametrize("says", [[[KEEP]], [[KEEP, -2]]])
+@pytest.mark.parametrize("says", [[[KEEP]], [[KEEP, -3]]])
 def test_actions_that_are_none(says):
     engine = ScriptedEngine(lambda seed: "5a$")
     with pytest.raises(RuntimeError, match="Turns: observe gave"):
@@ -186,7 +201,7 @@ def test_every_strategy_ends_with_a_finished_answer_on_any_engine(name, late):
         c = seed[2]
         return "".join("ab"[: 1 + (c + k) % 2] + str(1 + (7 * c + 3 * k * k) % 9) for k in range(3 + c % 3)) + "$"
 
-    given = {"prune": {"threshold": 0.4}, "select": {"exponent": 4.0}, "replace": {"interval": 3, "warmup": 3}}.get(name, {})
+    given = {"prune": {"threshold": 0.4}, "select": {"exponent": 4.0}, "replace": {"interval": 3, "warmup": 3}, "exit": {"threshold": 0.6}}.get(name, {})
     strategy = by_name(name, n=4, **given)
     q, _ = run([script((0, 0, c)) for c in range(400)], strategy, engine=ScriptedEngine(script, late=late))
     chosen = q.strategy.choose(

@@ -20,7 +20,8 @@ import reflective as rf
 from reflective.model import Config
 from reflective.scoring.scores import AGGREGATIONS, TrajectoryScores, aggregate
 from reflective.search.selection import EXPONENTS, GROWTHS, VoteRule, fit_vote_rule, select
-from reflective.search.strategies import HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
+from reflective.search.strategies import ANSWER, HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
+from reflective.search.strategies.exit import Exit
 from reflective.search.strategies.particles import systematic
 from reflective.search.strategies.prune import Prune
 from reflective.search.strategies.rpc import RPC, fit_mixture, unlikely
@@ -96,7 +97,7 @@ def search(strategy: Strategy, seed: int, *, steps: int = 4) -> list[Fake]:
 
 
 def settings(name: str) -> dict[str, float]:
-    return {"prune": {"threshold": 0.5}, "select": {"exponent": 3.0}, "replace": {"interval": 6, "warmup": 6}}.get(name, {})
+    return {"prune": {"threshold": 0.5}, "select": {"exponent": 3.0}, "replace": {"interval": 6, "warmup": 6}, "exit": {"threshold": 2.0}}.get(name, {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -546,6 +547,82 @@ def test_replace_keeps_within_memory():
             by_name("replace", **wrong)
 
 
+def test_exit_by_hand():
+    rule = Exit(threshold=0.8, min_steps=2, n=3)
+    assert decide(rule, Fake([0.9]), Fake([0.1, 0.81]), Fake([0.9, 0.8])) == [KEEP, ANSWER, KEEP], "at step 2 and above the threshold"
+    assert decide(rule, Fake([0.9, 0.95]), Fake([0.1, 0.81, 0.9]), Fake([0.9, 0.9], finished="stop")) == [ANSWER, KEEP, KEEP], "once each"
+    assert decide(Exit(threshold=0.5, aggregation="min"), Fake([0.4, 0.9])) == [KEEP]
+    with pytest.raises(ValueError, match=r"exit: no threshold; use Exit\.calibrate"):
+        by_name("exit")
+    with pytest.raises(ValueError, match="min_steps=0"):
+        Exit(threshold=0.5, min_steps=0)
+
+
+@dataclass
+class Ran:
+    candidates: list[Fake]
+
+
+def early(changed: list[float], kept: list[float], answer: str | None = "7") -> tuple[Ran, list[list[str | None]]]:
+    """A response whose answer would be another at steps that score ``changed``, and no other at ``kept``."""
+    return Ran([Fake([*changed, *kept], answer=answer)]), [["1"] * len(changed) + [answer] * len(kept)]
+
+
+def test_exit_calibration_by_hand():
+    runs = [early([0.1 * i], [0.9]) for i in range(1, 10)]
+    rule = Exit.calibrate(*zip(*runs, strict=True), risk=0.2)
+    assert (rule.threshold, rule.questions, rule.risk, rule.n) == (pytest.approx(0.8), 9, 0.2, 1), "the 8th of 9"
+    assert Exit.calibrate(*zip(*runs, strict=True), risk=0.2, min_steps=2).threshold == 0.0, "never wrong behind the first step"
+    none = [early([0.1], [0.95], answer=None)] * 9
+    assert Exit.calibrate(*zip(*none, strict=True), risk=0.1).threshold == 0.95, "no answer at all: nothing was kept"
+    for wrong, message in (({"risk": 0.05}, "needs at least 19 questions"), ({"risk": 1.0}, "risk=1.0")):
+        with pytest.raises(ValueError, match=message):
+            Exit.calibrate(*zip(*runs, strict=True), **wrong)
+    with pytest.raises(ValueError, match="forced: 1 answers for 2 steps"):
+        Exit.calibrate([runs[0][0]], [[["1"]]], risk=0.5)
+
+
+@pytest.mark.parametrize(("risk", "m"), [(0.2, 9), (0.05, 39)])
+def test_exit_keeps_its_promise(risk, m):
+    """Readiness that says little: responses whose answer is settled at a step drawn at random."""
+    rng = np.random.default_rng(1)
+
+    def response():
+        steps = int(rng.integers(2, 9))
+        settled = int(rng.integers(0, steps))
+        ready = 1 / (1 + np.exp(-rng.normal(0, 1, steps) - np.where(np.arange(steps) >= settled, 1.5, -0.5)))
+        return early(ready[:settled].tolist(), ready[settled:].tolist())
+
+    premature, saved = [], []
+    for _ in range(600):
+        rule = Exit.calibrate(*zip(*(response() for _ in range(m)), strict=True), risk=risk)
+        (fresh,), (answers,) = (part[:1] if isinstance(part, list) else part.candidates for part in response())
+        at = next((k for k in range(len(answers)) if fresh.step_scores[k] > rule.threshold), len(answers) - 1)
+        premature.append(answers[at] != "7")
+        saved.append(len(answers) - 1 - at)
+    assert np.mean(premature) <= risk + 3 * math.sqrt(risk * (1 - risk) / 600) and sum(saved) > 0
+
+
+def test_answers_are_forced_where_steps_end(model):
+    model = rf.ReflectiveModel(model.model, model.tokenizer, model.head, dataclasses.replace(model.config, think_end="\n= "))
+    found = model.generate(["why?", "how much?"], n=2, max_new_tokens=30, temperature=1.0, top_p=1.0, seed=4)
+    forced = model.forced_answers(found, max_new_tokens=12)
+    assert [[len(c) for c in q] for q in forced] == [[len(c.step_scores) for c in one.candidates] for one in found]
+    one, k = found[0].candidates[0], 1
+    cut = one.text[: one.step_spans[k][1]]
+    alone = model.generate("why?", n=1, temperature=0.0, max_new_tokens=1, seed=0)  # another question must not disturb it
+    ids = model.encode(found[0].prompt + cut + "\n= ")
+    with torch.no_grad():
+        out = model.model.generate(ids, do_sample=False, max_new_tokens=12 - 3, pad_token_id=0)
+    text = model.decode(out[0, ids.shape[1] :].tolist())
+    assert forced[0][0][k] == model.answer("\n= " + text.split("z")[0] + "z" * ("z" in text)) and alone.candidates
+    rule = Exit.calibrate(found, forced, risk=0.5)
+    again = model.generate("why?", strategy=dataclasses.replace(rule, threshold=0.0), max_new_tokens=30, temperature=1.0, top_p=1.0, seed=4)
+    assert again.best.text.startswith(one.text[: one.step_spans[0][1]] + "\n= "), "after the first step"
+    with pytest.raises(ValueError, match="no pattern for answers"):
+        rf.ReflectiveModel(model.model, model.tokenizer, model.head, dataclasses.replace(model.config, answer=None)).forced_answers(found)
+
+
 def test_step_beam_by_hand():
     beam = by_name("step_beam", n=4, width=2)
     assert decide(beam, *runs(0.1, 0.9, 0.5, 0.2)) == [STOP, 2, 2, STOP]
@@ -713,7 +790,7 @@ def test_generation(model, name):
     forks = [c for one in found for c in one.candidates if c.parent is not None]
     assert bool(forks) == (name in ("step_beam", "dvts", "particles", "astar", "replace"))
     stopped = [c for one in found for c in one.candidates if c.status == "stopped"]
-    assert bool(stopped) == (name not in ("best_of_n", "majority", "weighted_vote", "select", "rpc"))
+    assert bool(stopped) == (name not in ("best_of_n", "majority", "weighted_vote", "select", "rpc", "exit"))
 
 
 def test_pruned_candidates_are_those_of_best_of_n_up_to_their_end(model):

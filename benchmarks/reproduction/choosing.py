@@ -1,7 +1,7 @@
 """Accuracy that rises with N: why the best of 32 fell below the best of 8, and what mends it.
 
-Half of it is how the head learns. Beginning with the recipe's main head one thing is changed after the other (dropout, layer,
-questions), and then further ones, each by itself, that are blamed for such a fall (``variants``). The other half is how an answer is chosen: ``strategy="select"``, whose rule is calibrated on
+Half of it is how the head learns. Beginning with the recipe's main head one thing is changed after the other (``variants``: dropout, layer,
+questions). The other half is how an answer is chosen: ``strategy="select"``, whose rule is calibrated on
 questions that nothing else is done with (``rollouts.further``). All of it is measured on the held-out questions, which chose nothing.
 
 Differences are paired: of the same questions, the same draws and the same seeds.
@@ -59,10 +59,8 @@ def variants(work: Path, family: str) -> dict[str, heads.Variant]:
             heads.MAIN, settings=learns, questions=rollouts.TRAIN + rollouts.MORE, epochs=heads.MAIN.epochs // 2, **read
         ),
     }
-    last = steps["twice the questions"]
-    alone = {"weight decay 0.3": replace(last, settings=learns | {"weight_decay": 0.3})}
     return {
-        name: replace(v, group="choosing", name=name) if v is not heads.MAIN else v for name, v in (steps | alone).items()
+        name: replace(v, group="choosing", name=name) if v is not heads.MAIN else v for name, v in steps.items()
     }
 
 

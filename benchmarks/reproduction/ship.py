@@ -13,6 +13,7 @@ from reflective.model import ReflectiveModel
 from reflective.scoring.sprm import SPRM
 from reflective.scoring.taps import Tap
 from reflective.search.strategies.prune import Prune
+from reflective.search.strategies.select import Select
 from reflective.train.head import fit
 from reflective.train.layers import choose_layer
 from reflective.train.metrics import Metric, evaluate
@@ -128,7 +129,23 @@ def ship(work: Path, target: Path = HEAD, found: dict[str, Candidate] | None = N
     (target / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     finished = model.generate([q.text for q in held_out[:CALIBRATED]], n=8, seed=0, max_new_tokens=64, batch_rows=128)
     Prune.calibrate(finished, risk=0.05).save(target)
-    write_card(target, title="The head and the adapter of the embedded model", license="apache-2.0", sections=_card(best.head.tap))
+    choose(target)
+    describe(target)
+
+
+def choose(target: Path = HEAD) -> None:
+    """Calibrate ``select.json`` anew for what lies in ``target``, on questions that nothing else is done with, sampled as ``generate`` does."""
+    asked = rollouts.further(FAMILIES[FAMILY])[1]
+    (target / Select.file).unlink(missing_ok=True)
+    model = rollouts.trained(torch.bfloat16, target)
+    finished = model.generate([q.text for q in asked], n=32, seed=0, max_new_tokens=64, batch_rows=256)
+    Select.calibrate(finished, [q.answer for q in asked]).save(target)
+
+
+def describe(target: Path = HEAD) -> None:
+    """The model card of what lies there."""
+    head = SPRM.from_pretrained(target)
+    write_card(target, title="The head and the adapter of the embedded model", license="apache-2.0", sections=_card(head.tap))
 
 
 def _card(tap: Tap) -> dict[str, str]:

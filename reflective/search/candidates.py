@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypedDict
 
 import numpy as np
@@ -177,8 +178,11 @@ class Question:
         # Numbered beyond every candidate: numpy takes a shorter seed for one that ends in zeros.
         self.random = np.random.default_rng([self.ask.seed, self.ask.number, 0, 1])
         self.watch = Watch(self.reader, self.ask.stop)
-        self._end_ids = [] if self.ask.thinking_budget is None else self.reader.thinking_end()
-        self._end_text = self.reader.decode(self._end_ids, special=True).strip()
+        if self.ask.thinking_budget is not None:  # before the first token
+            try:
+                _ = self._end
+            except ValueError as error:
+                raise ValueError(f"thinking_budget: {error}") from None
         thinking, self._may_cut = self.reader.opens(self.prompt)
         temperatures = self.ask.temperatures
         self.candidates = [
@@ -197,11 +201,26 @@ class Question:
 
     def forced(self, candidate: "Live") -> Sequence[int]:
         """The tokens that must come next: those that end thinking, where the budget is just used up and it still thinks."""
-        if not self._end_ids or not self._may_cut or len(candidate.token_ids) != self.ask.thinking_budget:
+        if len(candidate.token_ids) != self.ask.thinking_budget:
             return ()
-        ended = self.reader.think_end in candidate.token_ids
-        ended = ended or self._end_text in self.reader.decode(candidate.token_ids, special=True)
-        return () if ended else self._end_ids
+        return self.thinking_end(candidate)
+
+    def thinking_end(self, candidate: "Live") -> Sequence[int]:
+        """The tokens that end its thinking here; none where that has ended.
+
+        Raises:
+            ValueError: there is nothing that ends thinking.
+        """
+        ids, text = self._end
+        if not self._may_cut or self.reader.think_end in candidate.token_ids:
+            return ()
+        return () if text in self.reader.decode(candidate.token_ids, special=True) else ids
+
+    @cached_property
+    def _end(self) -> tuple[list[int], str]:
+        """What ends thinking, as tokens and as text."""
+        ids = self.reader.thinking_end()
+        return ids, self.reader.decode(ids, special=True).strip()
 
     def went_by(self, watched: float) -> None:
         """Note the time. ``watched``: seconds that the search has spent within ``on_step`` by now."""

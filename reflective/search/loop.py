@@ -7,7 +7,7 @@ from typing import Any
 
 from ..engines.base import Appended, Ended, Engine, Event, Opened, Score, Stepped
 from .candidates import Ask, Live, Question
-from .strategies import HOLD, KEEP, STOP, Step, Strategy
+from .strategies import ANSWER, HOLD, KEEP, STOP, Step, Strategy
 from .text import Reader
 
 
@@ -206,12 +206,14 @@ class Search:
 
     def _act(self, q: Question, shown: list[Live], actions: Sequence[int] | None) -> None:
         actions = [KEEP] * len(shown) if actions is None else [int(a) for a in actions]
-        if len(actions) != len(shown) or min(actions, default=KEEP) < HOLD:
+        if len(actions) != len(shown) or min(actions, default=KEEP) < ANSWER:
             raise RuntimeError(f"strategy {name_of(q.strategy)}: observe gave {actions} for {len(shown)} candidates")
         for c, action in zip(shown, actions, strict=True):
             c.changed, c.held = False, action == HOLD and c.running
             if action > 1:
                 self._fork(c, action - 1)
+            elif action == ANSWER and c.running:
+                self._answer(c)
         stopped = [c for c, action in zip(shown, actions, strict=True) if action == STOP]
         self._end([c for c in stopped if c.running], "stopped")
         for c in stopped:
@@ -230,6 +232,15 @@ class Search:
             self.engine.rest([c.sequence for c in candidates])
         for c in candidates:
             c.resting = True
+
+    def _answer(self, c: Live) -> None:
+        """Have ``c`` end its thinking."""
+        try:
+            tokens = c.question.thinking_end(c)
+        except ValueError as error:
+            raise RuntimeError(f"strategy {name_of(c.question.strategy)}: it has candidates end their thinking, and {error}") from error
+        if tokens:
+            self.engine.force(c.sequence, tokens)
 
     def _fork(self, c: Live, k: int) -> None:
         """``k`` further candidates that go on where ``c`` is, or are as it has ended."""

@@ -67,7 +67,7 @@ class Reader:
             return self.tokenizer(self.end_thinking, add_special_tokens=False).input_ids
         if self.think_end is None:
             raise ValueError(
-                "thinking_budget: the tokenizer has no </think>; give think_end in reflective.json, a text that ends thinking"
+                "the tokenizer has no </think>; give think_end in reflective.json, a text that ends thinking"
             )
         return [self.think_end]
 

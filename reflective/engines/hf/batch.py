@@ -139,6 +139,9 @@ class Batch:
     def halted(self, s: Continuation) -> None:
         """What waits leaves the batch."""
 
+    def halt(self, s: Continuation) -> None:
+        """Nor does it feed anything that was not told."""
+
     def read(self) -> list[Drawn]:
         """What came of the launch."""
         drawn, self._drawn = self._drawn, []

@@ -427,10 +427,12 @@ class TransformersEngine:
 
     def _drawn_anew(self, s: Continuation) -> Chance:
         """What ``s`` is forced to, instead of what its place has drawn."""
-        self._places.halt(s)
+        if s.seated:
+            self._places.halt(s)
         s.unused()
+        logits = self._places.logits_of(s) if s.logits is None else s.logits
         with torch.no_grad():
-            return self._draws([s], self._places.logits_of(s)[None])[0]
+            return self._draws([s], logits[None])[0]
 
     def _draw(self, sequences: list[Continuation], logits: Tensor) -> None:
         """A next token for each, from ``logits`` [R, V]."""
@@ -489,6 +491,8 @@ class TransformersEngine:
         for s in leave:
             if s.number in self._sequences:
                 s.row = places.take(s)
+                if s.drawn is not None and s.logits is None:
+                    s.logits = places.logits_of(s)  # for whoever is forked from it, or forced to something else
                 if s in put_off:
                     s.row = s.row.to(torch.device("cpu"))
         self._give_states(join)
@@ -520,8 +524,8 @@ class TransformersEngine:
         new = [
             Continuation(
                 next(self._numbers), s.prefix, sampling, tokens=list(s.tokens), steps=s.steps, step_scores=s.step_scores,
-                tags=s.tags,
-                forced=s.forced, state=state, row=row, fed=s.fed, logits=logits,
+                tags=s.tags, forced=s.forced,
+                state=state, row=row, fed=s.fed, logits=logits,
             )
             for sampling, state in zip(samplings, states, strict=True)
         ]  # fmt: skip
@@ -544,6 +548,8 @@ class TransformersEngine:
     def force(self, sequence: int, tokens: Sequence[int]) -> None:
         s = self._going(sequence)
         s.forced = len(s.tokens), list(tokens)
+        if s.drawn is not None:  # and not told: it lies behind a step that is awaited, or the sequence rests
+            s.drawn = self._drawn_anew(s)
         if s.flying:  # a token is being drawn that is not the one
             self._read += self._places.read()
         self._read = [d._replace(chance=self._drawn_anew(s)) if d.sequence is s else d for d in self._read]

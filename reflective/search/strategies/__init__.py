@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..results import Candidate
 
-STOP, KEEP, HOLD = 0, 1, -1  # k > 1 forks a candidate into k, itself the first
+STOP, KEEP, HOLD, ANSWER = 0, 1, -1, -2  # k > 1 forks a candidate into k, itself the first
 _HOME = {
     "best_of_n": "BestOfN",
     "majority": "Majority",
@@ -35,6 +35,7 @@ _HOME = {
     "first_finish": "FirstFinish",
     "prune": "Prune",
     "replace": "Replace",
+    "exit": "Exit",
     "step_beam": "StepBeam",
     "dvts": "DVTS",
     "particles": "Particles",
@@ -126,8 +127,9 @@ class Strategy:
         return cls(**settings)
 
     def observe(self, step: Step) -> Sequence[int] | None:
-        """An action for each of ``step.candidates``: STOP, KEEP, HOLD (rest until a later ``observe`` says otherwise)
-        or k > 1 (fork into k). None keeps all. On a finished candidate KEEP leaves it among the results."""
+        """An action for each of ``step.candidates``: STOP, KEEP, HOLD (rest until a later ``observe`` says otherwise), ANSWER (end its
+        thinking here, as a thinking budget does, and go on with the answer) or k > 1 (fork into k). None keeps all. On a finished candidate
+        KEEP leaves it among the results."""
         return None
 
     def choose(self, candidates: "Sequence[Candidate]") -> int:
@@ -192,11 +194,11 @@ def by_name(name: str, home: str | Path | None = None, **settings: Any) -> Strat
     """The strategy called ``name``.
 
     Args:
-        home: directory of the checkpoint's head, where a calibrated strategy finds its rule (``prune.json``, ``select.json``).
+        home: directory of the checkpoint's head, where a calibrated strategy finds its rule (``prune.json``, ``select.json``, ``exit.json``).
         settings: instead of the defaults.
 
     Raises:
-        ValueError: unknown name; a calibrated strategy (``"prune"``, ``"select"``) without its rule. TypeError: unknown setting.
+        ValueError: unknown name; a calibrated strategy (``"prune"``, ``"select"``, ``"exit"``) without its rule. TypeError: unknown setting.
     """
     if not isinstance(name, str) or name not in _HOME:
         raise ValueError(f"strategy={name!r}; expected one of {', '.join(NAMES)}")
