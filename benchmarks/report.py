@@ -10,6 +10,7 @@ from pathlib import Path
 
 from reflective.benchmarks.cases import OURS
 from reflective.benchmarks.record import RESULTS, read
+from reflective.benchmarks.reproduction.choosing import BEST
 from reflective.benchmarks.suite import speedups
 
 HERE = Path(__file__).parent
@@ -228,6 +229,31 @@ def reproduction(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
     return lines
 
 
+def choosing(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+    """A line for each family of ``reproduction_choosing.csv``, of its best heads."""
+    rows = [r for r in read("reproduction_choosing", folder) if r["table"] == "learning" and r["variant"] == BEST]
+    lines = []
+    for family in dict.fromkeys(r["family"] for r in rows):
+        at = {r["measure"]: {k: float(r[k]) for k in ("value", "low", "high")} for r in rows if r["family"] == family}
+        first = next(r for r in rows if r["family"] == family)
+
+        def of(rule: str, at: dict[str, dict[str, float]] = at) -> str:
+            return " / ".join(f"{at[f'{rule}@{n}']['value']:.3f}" for n in (2, 8, 32))
+
+        def less(rule: str, at: dict[str, dict[str, float]] = at) -> str:
+            difference = at[f"select@32 - {rule}@32"]
+            return f"{difference['value']:+.3f} ({difference['low']:+.3f} – {difference['high']:+.3f})"
+
+        lines.append(
+            (
+                f"{family}, frozen policy, a head that learnt more; {first['questions']} unseen questions, {first['seeds']} seeds, N = 2 / 8 / 32",
+                f"majority {of('majority')}, one of N {of('any')}",
+                f"best of N {of('best_of')}, `select` {of('select')}; at 32 `select` less majority {less('majority')}, less best of N {less('best_of')}",
+            )
+        )
+    return lines
+
+
 def gpu(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
     """A line for each width of ``gpu_suite.csv``, bfloat16, of the fastest of our implementations, and one for its flush."""
     found = read("gpu_suite", folder)
@@ -326,7 +352,7 @@ def table(folder: Path = RESULTS) -> str:
     lines = ["| what | measured | |", "|---|---|---|"]
     lines += [
         "| " + " | ".join(row) + " |"
-        for part in (decode_step, decode_modes, best_of_n, in_vllm, soak, finished_text, head, reproduction, strategies)
+        for part in (decode_step, decode_modes, best_of_n, in_vllm, soak, finished_text, head, reproduction, choosing, strategies)
         for row in part()
     ]
     where = f"{first['cpu']}, {first['cores']} cores, torch {first['torch']}, transformers {first['transformers']}"

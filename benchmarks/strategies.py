@@ -30,7 +30,7 @@ from reflective.benchmarks.reproduction.rollouts import questions as held_out
 from reflective.benchmarks.reproduction.rollouts import trained
 from reflective.checkpoints.default import HEAD
 from reflective.plot import pyplot
-from reflective.search.strategies import NAMES, Strategy, by_name
+from reflective.search.strategies import NAMES, Strategy, by_name, kind
 from reflective.search.strategies.votes import same_answer
 from reflective.tasks import Question
 
@@ -54,8 +54,8 @@ def records(
 
 
 def strategies(n: int) -> dict[str, list[Strategy]]:
-    """By the name of the run that they share."""
-    made = [by_name(name, HEAD, n=n) for name in NAMES]
+    """By the name of the run that they share. Those for which the embedded head has no rule are left out."""
+    made = [by_name(name, HEAD, n=n) for name in NAMES if getattr(kind(name), "lies_in", lambda home: True)(HEAD)]
     choosers = [s for s in made if type(s).observe is Strategy.observe]
     return {choosers[0].name: choosers} | {s.name: [s] for s in made if s not in choosers}
 

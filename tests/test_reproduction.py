@@ -82,6 +82,17 @@ def synthetic(questions, draws, seed, signal=2.0):
     )  # fmt: skip
 
 
+def test_the_dtype_of_rollouts_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollouts, "_seconds", lambda dtype: {torch.float32: 1.0, torch.bfloat16: 2.0}[dtype])
+    assert rollouts.dtype_of(tmp_path) == torch.float32
+    monkeypatch.setattr(rollouts, "_seconds", lambda dtype: {torch.float32: 2.0, torch.bfloat16: 1.0}[dtype])
+    assert rollouts.dtype_of(tmp_path) == torch.float32, "as it was begun"
+    (tmp_path / "b" / "sums").mkdir(parents=True)
+    assert rollouts.dtype_of(tmp_path / "b") == torch.bfloat16
+    monkeypatch.undo()
+    assert rollouts._seconds(torch.float32) > 0
+
+
 def test_thinning_draws_without_replacement():
     whole = synthetic(6, 5, 0)
     whole.count = torch.arange(30) % 3 + 1

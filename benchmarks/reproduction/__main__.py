@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from reflective.benchmarks.record import RESULTS, write
 
 from . import choosing, heads, joint, layers, rollouts, separate, ship, tables
@@ -25,7 +23,7 @@ from .families import FAMILIES
 
 def decode(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
     """Rollouts of the policy as it comes."""
-    model = rollouts.untrained(torch.bfloat16)
+    model = rollouts.untrained(rollouts.dtype_of(work))
     for name in families:
         family = FAMILIES[name]
         train, held_out = rollouts.questions(family)
@@ -64,12 +62,12 @@ def train_jointly(work: Path) -> None:
     for seed in range(rollouts.SEEDS):
         place = work / "joint" / f"seed {seed}"
         if not (place / "trainer_state.json").is_file():
-            model = rollouts.untrained(torch.bfloat16)
+            model = rollouts.untrained(rollouts.dtype_of(work))
             joint.train(model, heads.head(work, heads.ALL, heads.MAIN, seed).float(), place, seed)
             print(f"joint: trained, seed {seed}", flush=True)
     for seed in range(rollouts.SEEDS):
         place = work / "joint" / f"seed {seed}"
-        model = joint.merged(place)
+        model = joint.merged(place, rollouts.dtype_of(work))
         for name, family in FAMILIES.items():
             asked = rollouts.questions(family)[1][seed :: rollouts.SEEDS]
             rollouts.rollouts(

@@ -68,6 +68,6 @@ def train(model: ReflectiveModel, head: SPRM, path: Path, seed: int, steps: int 
     trainer.state.save_to_json(str(path / "trainer_state.json"))
 
 
-def merged(path: Path) -> ReflectiveModel:
-    """The embedded model with the adapter that ``train`` left in ``path`` merged into it, in bfloat16, and its head."""
-    return trained(torch.bfloat16, path)
+def merged(path: Path, dtype: torch.dtype = torch.bfloat16) -> ReflectiveModel:
+    """The embedded model with the adapter that ``train`` left in ``path`` merged into it, and its head."""
+    return trained(dtype, path)

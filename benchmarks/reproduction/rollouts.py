@@ -1,5 +1,8 @@
 """Rollouts of the recipe: per family and policy, with every view of the states that a table asks for."""
 
+import json
+import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +20,7 @@ from reflective.tasks import Question, split
 from reflective.train.data import Rollouts
 from reflective.train.rollout import View, recorded, roll_out_views
 
-from .families import Family
+from .families import FAMILIES, Family
 
 TRAIN, FIRST, EVAL, SEEDS = 1024, 512, 510, 3  # questions; those of evaluation are dealt to the seeds of joint training
 MORE, CALIBRATION = 1024, 256  # further ones to learn from, and those that rules are calibrated on
@@ -91,6 +94,33 @@ def rollouts(
     return recorded(path, depends, make)
 
 
+def dtype_of(work: Path) -> torch.dtype:
+    """In which the recipe's models decode: what is faster on the machine that began it, and kept with ``work``, as rollouts of two dtypes do not
+    go together.
+
+    bfloat16 is four times as fast where the CPU has it in hardware, and slower than float32 where not.
+    """
+    kept = work / "dtype.json"
+    if not kept.is_file():
+        seconds = {name: _seconds(getattr(torch, name)) for name in ("bfloat16", "float32")}
+        found = {"dtype": min(seconds, key=seconds.__getitem__), "seconds": {name: round(s, 6) for name, s in seconds.items()}}
+        if any((work / name).is_dir() for name in FAMILIES):  # begun when nothing was measured
+            found["dtype"] = "bfloat16"
+        kept.write_text(json.dumps(found))
+    return getattr(torch, json.loads(kept.read_text())["dtype"])
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Of a product of the size of those in decoding 256 rows, the median of many."""
+    x, w = torch.randn(256, 576).to(dtype), torch.randn(1536, 576).to(dtype)
+    taken = []
+    for _ in range(30):
+        began = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
 def untrained(dtype: torch.dtype) -> ReflectiveModel:
     """The embedded model before any training of ours: what the package ships has an adapter, which came of this recipe."""
     model = AutoModelForCausalLM.from_pretrained(converted(), dtype=dtype).eval()
@@ -101,7 +131,6 @@ def untrained(dtype: torch.dtype) -> ReflectiveModel:
 def trained(dtype: torch.dtype, place: Path = HEAD) -> ReflectiveModel:
     """The embedded model with the head and the adapter in ``place``, by default those that are shipped.
 
-    Rollouts run in bfloat16: its matrix products are four times as fast as float32's on a CPU that has them in hardware.
     Models are loaded so: ``model.to(bfloat16)`` would round the frequencies of the rotary embedding too.
     """
     return ReflectiveModel.from_pretrained(converted(), head=place, dtype=dtype)

@@ -44,7 +44,7 @@ def write_card(
 ) -> Path:
     """Write ``README.md``: what lies in the directory, how it is used, how it was trained, what was measured.
 
-    Everything is read from the files there: the head, ``reflective.json``, the adapter, ``select.json``, ``prune.json``, and ``report.json``
+    Everything is read from the files there: the head, ``reflective.json``, the adapter, ``select.json``, ``prune.json``, ``exit.json``, and ``report.json``
     as ``train`` writes it: ``metrics`` has ``value``, ``low`` and ``high`` by name, and so has, beside ``before`` or each
     of ``candidates`` (heads among which this one was chosen), whatever is there of them.
 
@@ -76,7 +76,8 @@ def write_card(
     training, limits = own.pop("Training", _training(report)), own.pop("Limits", _LIMITS)
     parts = {
         "Use": _use(config), **own, "Training": training, "Held out": _held_out(report),
-        "Choosing": _choosing(read(path / "select.json")), "Pruning": _pruning(read(path / "prune.json")), "Limits": limits,
+        "Choosing": _choosing(read(path / "select.json")), "Pruning": _pruning(read(path / "prune.json")),
+        "Ending early": _exiting(read(path / "exit.json")), "Limits": limits,
     }  # fmt: skip
     text = [f"# {title or (f'SPRM head for {base}' if base else 'SPRM head')}", _contents(path, base, adapter)]
     text += [f"## {heading}\n\n{part}" for heading, part in parts.items() if part]
@@ -206,6 +207,18 @@ def _choosing(rule: Mapping[str, Any]) -> str:
     return (
         f'`select.json` is the rule of `strategy="select"`, which `effort=` uses: each of n candidates votes for its answer with its score to the power '
         f"of {power}; {calibrated}."
+    )
+
+
+def _exiting(rule: Mapping[str, Any]) -> str:
+    if not rule:
+        return ""
+    text = f'`exit.json` is the rule of `strategy="exit"`: a response answers at its first step whose readiness is above {rule["threshold"]:g}'
+    if not rule["questions"]:
+        return text + "; set by hand."
+    return (
+        f"{text}, with a stated risk of {rule['risk']:.0%} that this changes its answer. Calibrated on {rule['questions']} questions; it holds for "
+        "questions like these, sampled like these."
     )
 
 

@@ -84,6 +84,9 @@ def train(
     ] = Settings.backbone_epochs,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps (joint).")] = Settings.steps,
     group: Annotated[int, typer.Option(min=2, help="Answers to each question of a step (joint).")] = Settings.group,
+    head_updates: Annotated[
+        int, typer.Option(min=0, help="Steps of the head by itself after each optimizer step (joint); 0: one with the policy, as published.")
+    ] = Settings.head_updates,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a second forward (backbone, joint).")
     ] = Settings.gradient_checkpointing,

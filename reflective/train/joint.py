@@ -73,7 +73,7 @@ def train_jointly(
         bf16=s.dtype != "float32", **checkpointing_setting(s.gradient_checkpointing), per_device_train_batch_size=rows,
         gradient_accumulation_steps=share // rows, num_generations=s.group, max_completion_length=s.max_new_tokens,
         temperature=s.temperature, top_p=s.top_p, beta=0.0, learning_rate=s.backbone_lr, warmup_steps=3,
-        lr_scheduler_type="constant_with_warmup", head_learning_rate=s.lr, sprm_warmup_steps=s.warmup,
+        lr_scheduler_type="constant_with_warmup", head_learning_rate=s.lr, head_updates=s.head_updates, sprm_warmup_steps=s.warmup,
         within_questions=s.within_questions, class_balance=s.class_balance, at=model.config.at,
     )  # fmt: skip
     trainer = ReflectiveGRPOTrainer(

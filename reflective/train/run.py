@@ -131,6 +131,8 @@ class _Run:
         start = self.start and fingerprint(self.start.parameters())
         self.tap = self._recorded_tap()
         given = {k: v for k, v in asdict(s).items() if v is not None or k not in _LATER}
+        if s.way != "joint":  # of nothing else, and runs of before do not have it
+            del given["head_updates"]
         self.run = json.loads(json_text(self.policy | given | {"start": start}))
         # Of all that is recorded; where it is as it always was, nothing is said of it.
         self.policy |= {} if self.tap == Tap(at=model.config.at) else {"tap": self.tap.to_dict()}

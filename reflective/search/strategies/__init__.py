@@ -190,6 +190,17 @@ def eligible(candidates: "Sequence[Candidate]") -> list[int]:
     return [i for i, c in enumerate(candidates) if c.status != "stopped"] or list(range(len(candidates)))
 
 
+def kind(name: str) -> type[Strategy]:
+    """The class of the strategy called ``name``.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if not isinstance(name, str) or name not in _HOME:
+        raise ValueError(f"strategy={name!r}; expected one of {', '.join(NAMES)}")
+    return __getattr__(_HOME[name])
+
+
 def by_name(name: str, home: str | Path | None = None, **settings: Any) -> Strategy:
     """The strategy called ``name``.
 
@@ -200,9 +211,7 @@ def by_name(name: str, home: str | Path | None = None, **settings: Any) -> Strat
     Raises:
         ValueError: unknown name; a calibrated strategy (``"prune"``, ``"select"``, ``"exit"``) without its rule. TypeError: unknown setting.
     """
-    if not isinstance(name, str) or name not in _HOME:
-        raise ValueError(f"strategy={name!r}; expected one of {', '.join(NAMES)}")
-    return __getattr__(_HOME[name]).of(home, **settings)
+    return kind(name).of(home, **settings)
 
 
 def __getattr__(attribute: str) -> Any:
