@@ -343,7 +343,8 @@ class ReflectiveModel:
             question: put into the checkpoint's prompt: a text, or a conversation, see ``format``. Of several, all are decoded
                 in one batch, and a list comes back.
             effort: ``"low"``, ``"medium"``, ``"high"``: 2, 8, 32 candidates. ``n`` overrides it, and without either the
-                strategy's own ``n`` counts, 8 if it says nothing else.
+                strategy's own ``n`` counts, 8 if it says nothing else. ``"auto"``: as many as the question turns out to need, by the rule
+                ``auto.json`` of the checkpoint.
             strategy: by name (``reflective.strategies.NAMES``) or as an object; None: with an ``effort`` ``"select"`` where the
                 checkpoint has its rule, else best of n.
             max_new_tokens: of a candidate, which ends sooner where the model has no further position.
@@ -528,8 +529,12 @@ class ReflectiveModel:
             raise ValueError(
                 "head: its scores are of risk, and a search would keep the riskiest; use it with rf.score, StreamScorer or add_head"
             )
-        if effort is not None and (not isinstance(effort, str) or effort not in EFFORT):
-            raise ValueError(f"effort={effort!r}; expected one of {', '.join(EFFORT)}")
+        if effort is not None and (not isinstance(effort, str) or effort not in (*EFFORT, "auto")):
+            raise ValueError(f"effort={effort!r}; expected one of {', '.join(EFFORT)}, auto")
+        if effort == "auto":
+            if strategy not in (None, "auto"):
+                raise ValueError(f"effort='auto' is a strategy of its own; leave strategy={strategy!r} out")
+            strategy, effort = "auto", None
         n = EFFORT.get(effort) if n is None else n
         given: dict[str, Any] = {} if n is None else {"n": n}
         if isinstance(strategy, Strategy):

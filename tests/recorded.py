@@ -45,7 +45,7 @@ def runs() -> dict[str, tuple[dict[str, Any], Strategy, dict[str, Any]]]:
     """By name: settings of the checkpoint, a strategy and settings of ``generate``."""
     found = {}
     for name in NAMES:
-        given = {"prune": {"threshold": 0.02, "min_steps": 1}, "select": {"exponent": 4.0, "growth": 0.25}, "replace": {"interval": 5, "warmup": 6}, "exit": {"threshold": 0.52}}.get(name, {})
+        given = {"prune": {"threshold": 0.02, "min_steps": 1}, "select": {"exponent": 4.0, "growth": 0.25}, "replace": {"interval": 5, "warmup": 6}, "exit": {"threshold": 0.52}, "auto": {"exponent": 4.0, "enough": 0.6}}.get(name, {})
         for seed in (0, 1):
             found[f"{name}, seed {seed}"] = {}, by_name(name, n=5, **given), {"seed": seed, "batch_rows": 6}
     found["patient"] = {}, Patient(), {"seed": 5, "batch_rows": 5}

@@ -326,6 +326,18 @@ def test_forced_behind_a_step_that_is_awaited(kind):
         assert log.ended[s].score.step_scores == pytest.approx(positions, rel=1e-3)
 
 
+def test_a_sequence_may_start_when_others_have_ended(kind):
+    engine, prompt = kind.make(4), kind.prompts[0]
+    with engine:
+        (prefix,) = engine.open([Prompt(prompt, steps="awaited")])
+        engine.start(prefix, [sampling(6, c) for c in range(2)])
+        log = Log(engine).run()
+        (late,) = engine.start(prefix, [sampling(6, 7)])
+        log.run()
+        engine.close([prefix])
+    assert len(log.ended) == 3 and log.tokens[late] == alone(kind, prompt, sampling(6, 7))[0]
+
+
 def test_closed_prefixes_are_forgotten_run_or_not(kind):
     engine = kind.make(4)
     with engine:

@@ -120,6 +120,21 @@ def test_a_strategy_ends_thinking(late):
         Search(engine, reader().__class__(reader().tokenizer)).run([Ask([1], Turns(n=1, says=[[ANSWER]]))])
 
 
+def test_a_strategy_has_further_candidates_begin():
+    class Wanting(Turns):
+        begins_with = 1
+
+        def observe(self, step):
+            step.fresh = 2 if len(step.candidates) == 1 and step.candidates[0].finished else 0
+            return super().observe(step)
+
+    texts = ["a5$", "<bb$", "c7c$"]
+    q, _ = run(texts, Wanting(n=3), temperature=[0.1, 0.2], thinking_budget=1, max_new_tokens=6)
+    assert len(q.candidates) == 3 and q.tokens == sum(c.new_tokens for c in q.candidates)
+    assert [c.temperature for c in q.candidates] == [0.1, 0.2, 0.1] and [c.parent for c in q.candidates] == [None] * 3
+    assert [c.text[1] for c in q.candidates[1:]] == [">", ">"], "forced as the first ones are"
+
+
 def test_by_step_waits_for_the_slowest():
     strategy = Turns(n=3, by_step=True)
     q, engine = run(["1a$", "bb2$", "$"], strategy)
@@ -201,7 +216,7 @@ def test_every_strategy_ends_with_a_finished_answer_on_any_engine(name, late):
         c = seed[2]
         return "".join("ab"[: 1 + (c + k) % 2] + str(1 + (7 * c + 3 * k * k) % 9) for k in range(3 + c % 3)) + "$"
 
-    given = {"prune": {"threshold": 0.4}, "select": {"exponent": 4.0}, "replace": {"interval": 3, "warmup": 3}, "exit": {"threshold": 0.6}}.get(name, {})
+    given = {"prune": {"threshold": 0.4}, "select": {"exponent": 4.0}, "replace": {"interval": 3, "warmup": 3}, "exit": {"threshold": 0.6}, "auto": {"exponent": 4.0, "enough": 0.95}}.get(name, {})
     strategy = by_name(name, n=4, **given)
     q, _ = run([script((0, 0, c)) for c in range(400)], strategy, engine=ScriptedEngine(script, late=late))
     chosen = q.strategy.choose(

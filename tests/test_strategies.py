@@ -21,6 +21,7 @@ from reflective.model import Config
 from reflective.scoring.scores import AGGREGATIONS, TrajectoryScores, aggregate
 from reflective.search.selection import EXPONENTS, GROWTHS, VoteRule, fit_vote_rule, select
 from reflective.search.strategies import ANSWER, HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
+from reflective.search.strategies.auto import Auto, sizes
 from reflective.search.strategies.exit import Exit
 from reflective.search.strategies.particles import systematic
 from reflective.search.strategies.prune import Prune
@@ -97,7 +98,7 @@ def search(strategy: Strategy, seed: int, *, steps: int = 4) -> list[Fake]:
 
 
 def settings(name: str) -> dict[str, float]:
-    return {"prune": {"threshold": 0.5}, "select": {"exponent": 3.0}, "replace": {"interval": 6, "warmup": 6}, "exit": {"threshold": 2.0}}.get(name, {})
+    return {"prune": {"threshold": 0.5}, "select": {"exponent": 3.0}, "replace": {"interval": 6, "warmup": 6}, "exit": {"threshold": 2.0}, "auto": {"exponent": 3.0, "first": 8}}.get(name, {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -623,6 +624,68 @@ def test_answers_are_forced_where_steps_end(model):
         rf.ReflectiveModel(model.model, model.tokenizer, model.head, dataclasses.replace(model.config, answer=None)).forced_answers(found)
 
 
+def test_auto_by_hand():
+    rule = by_name("auto", n=7, exponent=4.0, enough=0.7)
+    assert rule.begins_with == 2 and by_name("auto", n=1, exponent=1.0).begins_with == 1
+    done = [Fake([s], finished="stop") for s in (0.2, 0.4, 0.6, 0.5, 0.3, 0.1, 0.1)]
+
+    def more(*candidates):
+        seen = step(*candidates)
+        assert rule.observe(seen) is None
+        return seen.fresh
+
+    assert more(done[0], Fake([0.3])) == 0, "one runs"
+    assert [more(*done[:k]) for k in (2, 3, 5, 7)] == [1, 2, 2, 0], "2, 3, 5, and 7 are all"
+    assert more(done[0], Fake([0.7], finished="stop")) == 0, "one is good enough"
+    assert more(Fake([math.nan], finished="stop"), Fake([], finished="stop")) == 1
+    with pytest.raises(ValueError, match="first=0"):
+        by_name("auto", exponent=1.0, first=0)
+
+
+def test_auto_is_calibrated_to_lose_little():
+    """Right answers that score high: half of the questions are easy, and two candidates do for them."""
+    rng = np.random.default_rng(0)
+
+    def made(number):
+        found, right = [], []
+        for q in range(number):
+            easy = q % 2 == 0
+            ok = rng.random(16) < (0.8 if easy else 0.15)
+            scores = np.where(ok, rng.beta(12, 2, 16), rng.beta(2, 4, 16))
+            found.append(Ran([Fake([float(s)], answer="0" if y else str(rng.integers(1, 9))) for s, y in zip(scores, ok, strict=True)]))
+            right.append("0")
+        return found, right
+
+    rule = Auto.calibrate(*made(120), n=16, loss=0.02)
+    assert 0.3 < rule.enough < 1 and (rule.n, rule.questions, rule.loss) == (16, 120, 0.02)
+    hits, whole, drawn = [], [], 0
+    for question, _ in zip(*made(200), strict=True):
+        k = next(k for k in sizes(2, 16) if k == 16 or max(c.score for c in question.candidates[:k]) >= rule.enough)
+        hits.append(question.candidates[rule.choose(question.candidates[:k])].answer == "0")
+        whole.append(question.candidates[rule.choose(question.candidates)].answer == "0")
+        drawn += k
+    assert np.mean(hits) > np.mean(whole) - 0.06 and drawn < 0.6 * 200 * 16
+    with pytest.raises(ValueError, match="n=32: a question has fewer candidates"):
+        Auto.calibrate(*made(4), n=32)
+
+
+def test_effort_auto(tmp_path, model):
+    model = rf.ReflectiveModel(model.model, model.tokenizer, model.head, model.config, home=tmp_path)
+    with pytest.raises(ValueError, match=r"auto: no exponent; use Auto\.calibrate"):
+        model.generate("why?", effort="auto")
+    Auto(n=9, exponent=3.0, enough=0.99, questions=40).save(tmp_path)
+    assert model.strategy(effort="auto") == Auto.load(tmp_path) and model.strategy(effort="auto", n=5).n == 5
+    with pytest.raises(ValueError, match="effort='auto' is a strategy of its own"):
+        model.strategy("prune", "auto")
+    sampling = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+    run = model.generate("why?", effort="auto", **sampling)
+    full = model.generate("why?", strategy=model.strategy("auto"), n=len(run.candidates), **sampling)
+    assert len(run.candidates) in (2, 3, 5, 8, 9) and [c.token_ids for c in run.candidates] == [c.token_ids for c in full.candidates]
+    assert (max(c.score for c in run.candidates) >= 0.99) == (len(run.candidates) < 9), "no more than are needed"
+    lazy = model.generate("why?", strategy=Auto(exponent=3.0, enough=0.0), **sampling)
+    assert [c.token_ids for c in lazy.candidates] == [c.token_ids for c in full.candidates[:2]]
+
+
 def test_step_beam_by_hand():
     beam = by_name("step_beam", n=4, width=2)
     assert decide(beam, *runs(0.1, 0.9, 0.5, 0.2)) == [STOP, 2, 2, STOP]
@@ -790,7 +853,7 @@ def test_generation(model, name):
     forks = [c for one in found for c in one.candidates if c.parent is not None]
     assert bool(forks) == (name in ("step_beam", "dvts", "particles", "astar", "replace"))
     stopped = [c for one in found for c in one.candidates if c.status == "stopped"]
-    assert bool(stopped) == (name not in ("best_of_n", "majority", "weighted_vote", "select", "rpc", "exit"))
+    assert bool(stopped) == (name not in ("best_of_n", "majority", "weighted_vote", "select", "rpc", "exit", "auto"))
 
 
 def test_pruned_candidates_are_those_of_best_of_n_up_to_their_end(model):

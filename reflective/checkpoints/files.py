@@ -10,7 +10,7 @@ from ..utils.outputs import json_text, write_text
 CONFIG_NAME = "reflective.json"
 ADAPTER = "adapter_config.json"
 REPORT = "report.json"
-COMPANIONS = (ADAPTER, "adapter_model.safetensors", REPORT, "prune.json", "select.json", "exit.json")  # of a head
+COMPANIONS = (ADAPTER, "adapter_model.safetensors", REPORT, "prune.json", "select.json", "exit.json", "auto.json")  # of a head
 
 
 def write(file: Path, value: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ def generate(
         ),
     ] = None,
     effort: Annotated[
-        str | None, typer.Option(help="low, medium or high: 2, 8 or 32 candidates; default medium.")
+        str | None, typer.Option(help="low, medium or high: 2, 8 or 32 candidates; auto: as many as needed, where the checkpoint has its rule; default medium.")
     ] = None,
     n: Annotated[int | None, typer.Option("-n", help="Candidates, instead of --effort.")] = None,
     max_new_tokens: TokensOption = 512,

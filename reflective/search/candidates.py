@@ -184,11 +184,19 @@ class Question:
             except ValueError as error:
                 raise ValueError(f"thinking_budget: {error}") from None
         thinking, self._may_cut = self.reader.opens(self.prompt)
-        temperatures = self.ask.temperatures
-        self.candidates = [
-            Live(i, self, answer_from=None if thinking else 0, temperature=temperatures[i % len(temperatures)])
-            for i in range(self.strategy.n)
+        self._thinks = thinking
+        self.candidates = []
+        self.begin(self.strategy.begins_with)
+
+    def begin(self, k: int) -> list["Live"]:
+        """``k`` further candidates, from the prompt on."""
+        temperatures, there = self.ask.temperatures, len(self.candidates)
+        new = [
+            Live(i, self, answer_from=None if self._thinks else 0, temperature=temperatures[i % len(temperatures)])
+            for i in range(there, there + k)
         ]
+        self.candidates += new
+        return new
 
     @property
     def open(self) -> list["Live"]:

@@ -90,11 +90,14 @@ class Search:
         for q, prefix in zip(questions, prefixes, strict=True):
             self._prefixes[q], self._opened[prefix] = prefix, q
             q.watched = self._watched if q.watched is None else q.watched
-            sequences = self.engine.start(prefix, [q.ask.sampling(c.number, c.temperature) for c in q.candidates])
-            for c, sequence in zip(q.candidates, sequences, strict=True):
-                c.sequence = sequence
-                self._live[sequence] = c
-                self._force(c)
+            self._start(q, q.candidates)
+
+    def _start(self, q: Question, candidates: list[Live]) -> None:
+        sequences = self.engine.start(self._prefixes[q], [q.ask.sampling(c.number, c.temperature) for c in candidates])
+        for c, sequence in zip(candidates, sequences, strict=True):
+            c.sequence = sequence
+            self._live[sequence] = c
+            self._force(c)
 
     def _follow(self, events: list[Event]) -> None:
         """Take in what an ``advance`` told, and have the strategies act on it until none has anything to say."""
@@ -198,6 +201,8 @@ class Search:
             return False
         step = Step(shown, q.random, q.tokens, [c.changed for c in shown])
         self._act(q, shown, ask(q.strategy, "observe", step))
+        if step.fresh > 0:
+            self._start(q, q.begin(step.fresh))
         if stuck and q.open and all(c.held for c in q.open):
             raise RuntimeError(
                 f"strategy {name_of(q.strategy)}: it holds every candidate that could decode, time and again"

@@ -194,7 +194,7 @@ class StreamOptions(_Request):
 class Sampling(_Request):
     """What OpenAI's two ways to ask have in common.
 
-    Beyond OpenAI's: ``effort`` (low, medium, high: 2, 8, 32), ``best_of`` or ``strategy`` has so many candidates decoded and
+    Beyond OpenAI's: ``effort`` (low, medium, high: 2, 8, 32; auto: as many as are needed), ``best_of`` or ``strategy`` has so many candidates decoded and
     one of them chosen; ``thinking_budget``; a list of temperatures, one a candidate; and vLLM's ``top_k``, ``min_p``,
     ``repetition_penalty``, ``min_tokens``. Temperature and top-p default to the published 0.6 and 0.95, ``max_tokens`` to
     what the model has positions for.
@@ -224,7 +224,7 @@ class Sampling(_Request):
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    effort: Literal["low", "medium", "high"] | None = None
+    effort: Literal["low", "medium", "high", "auto"] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     strategy: str | None = None
     thinking_budget: int | None = None

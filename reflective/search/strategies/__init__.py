@@ -36,6 +36,7 @@ _HOME = {
     "prune": "Prune",
     "replace": "Replace",
     "exit": "Exit",
+    "auto": "Auto",
     "step_beam": "StepBeam",
     "dvts": "DVTS",
     "particles": "Particles",
@@ -81,12 +82,14 @@ class Step:
         rng: of this question, from the run's seed; the only randomness a strategy may use.
         tokens: decoded for this question so far, by all its candidates.
         changed: which candidates ended a step or finished since the last ``observe``.
+        fresh: set it, to have so many further candidates begin, from the prompt on.
     """
 
     candidates: list[Live]
     rng: "Generator"
     tokens: int
     changed: list[bool]
+    fresh: int = 0
 
 
 @dataclass
@@ -125,6 +128,11 @@ class Strategy:
     def of(cls, home: str | Path | None, **settings: Any) -> "Strategy":
         """The strategy with ``settings`` and what the checkpoint at ``home`` says of it."""
         return cls(**settings)
+
+    @property
+    def begins_with(self) -> int:
+        """Candidates to begin with, where these are not n."""
+        return self.n
 
     def observe(self, step: Step) -> Sequence[int] | None:
         """An action for each of ``step.candidates``: STOP, KEEP, HOLD (rest until a later ``observe`` says otherwise), ANSWER (end its
@@ -205,11 +213,11 @@ def by_name(name: str, home: str | Path | None = None, **settings: Any) -> Strat
     """The strategy called ``name``.
 
     Args:
-        home: directory of the checkpoint's head, where a calibrated strategy finds its rule (``prune.json``, ``select.json``, ``exit.json``).
+        home: directory of the checkpoint's head, where a calibrated strategy finds its rule (``prune.json``, ``select.json``, ``exit.json``, ``auto.json``).
         settings: instead of the defaults.
 
     Raises:
-        ValueError: unknown name; a calibrated strategy (``"prune"``, ``"select"``, ``"exit"``) without its rule. TypeError: unknown setting.
+        ValueError: unknown name; a calibrated strategy (``"prune"``, ``"select"``, ``"exit"``, ``"auto"``) without its rule. TypeError: unknown setting.
     """
     return kind(name).of(home, **settings)
 

@@ -71,7 +71,10 @@ class Select(Calibrated, Majority):
         return cls(n=n, exponent=rule.exponent, growth=rule.growth, questions=len(questions))
 
     def weights(self, voters: "Sequence[Candidate]") -> list[float]:
-        scores = [max(self.value(c), 0.0) for c in voters]
+        return self.powers([max(self.value(c), 0.0) for c in voters])
+
+    def powers(self, scores: Sequence[float]) -> list[float]:
+        """Weights of votes that score so, up to a common factor."""
         highest = max(scores)
-        e = float(VoteRule(self.exponent, self.growth).of(len(voters)))
+        e = float(VoteRule(self.exponent, self.growth).of(len(scores)))
         return [(s / highest) ** e if highest > 0 else 0.0 for s in scores]
