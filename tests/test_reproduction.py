@@ -199,6 +199,9 @@ def test_choosing_in_a_small_work_directory(tmp_path, monkeypatch):
     at = {k: float(rows["learning", choosing.BEST, k]["value"]) for k in ("select@8", "majority@8", "select@8 - majority@8", "within_beyond")}
     assert at["select@8 - majority@8"] == pytest.approx(at["select@8"] - at["majority@8"], abs=2e-4) and at["select@8"] > at["majority@8"] + 0.1
     assert at["within_beyond"] > 0.9 and float(rows["rule", choosing.BEST, "exponent, seed 2"]["value"]) > 0
+    text = "\n".join(results._choosing(record.read("reproduction_choosing", tmp_path / "out")))
+    assert "(here -10)" in text and f"| select@8 | {float(rows['learning', 'the main head', 'select@8']['value']):.3f} (" in text
+    assert "| select@32 - best_of@32 |" in text and "| candidates drawn again | 0 |" in text
     assert rows["learning", choosing.TOGETHER, "pass@1"]["seeds"] == "1" and rows["learning", choosing.BEST, "pass@1"]["seeds"] == "3"
     assert float(rows["accuracy against N", choosing.BEST, "any@32"]["value"]) == 1 and (tmp_path / "out" / "reproduction_choosing.png").is_file()
 

@@ -23,7 +23,7 @@ from reflective.search.selection import VoteRule
 from reflective.train.data import Rollouts
 from reflective.train.metrics import Metric, evaluate_seeds, log_scores, trajectory_scores, vote_rule
 
-from . import heads, layers, rollouts
+from . import heads, layers, results, rollouts
 from .families import FAMILIES, Family
 
 NS = (2, 8, 32)
@@ -143,6 +143,7 @@ def rows(work: Path, family: str) -> list[dict[str, Any]]:
         numbers = {k: round(x, 4) if isinstance(x, float) else x for k, x in numbers.items()}
         found.append({"table": table, "family": family, "variant": variant, "measure": measure, **numbers, "seeds": seeds, "questions": questions})
 
+    add("layer", BEST, "layer", layers.chosen(work, family)["layer"])
     for name in (*variants(work, family), TOGETHER):
         metrics, rules, questions = measured(work, family, name)
         for measure, m in metrics.items():
@@ -184,6 +185,8 @@ def make(work: Path, out: Path = RESULTS) -> None:
     found = [row for family in families for row in known[family]]
     write("reproduction_choosing", found, out)
     draw(found, out / "reproduction_choosing.png")
+    if out == RESULTS:
+        results.FILE.write_text(results.markdown(out), encoding="utf-8")
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:

@@ -8,6 +8,7 @@ from .families import FAMILIES
 
 FILE = Path(__file__).with_name("RESULTS.md")
 SELECTION = ("pass@1", *(f"{how}@{n}" for n in (2, 8, 32) for how in ("majority", "weighted_vote", "best_of", "any")))
+DIFFERENCES = ("best_of@8 - majority@8", "weighted_vote@8 - majority@8", "best_of@32 - best_of@8")  # paired
 QUALITY = ("auc_within", "auc_trajectory", "auc_step", "score_correct", "score_incorrect", "kept", "ece")
 ABLATIONS = {
     "rollouts": "How many rollouts the head learns from",
@@ -52,7 +53,7 @@ def markdown(folder: Path = RESULTS) -> str:
                 for key, cells in found.items()
                 if key[0] in names and (family, "pass@1") in cells
             ]
-            measures = [m for m in (*SELECTION, *QUALITY) if any((family, m) in cells for _, cells in variants)]
+            measures = [m for m in (*SELECTION, *DIFFERENCES, *QUALITY) if any((family, m) in cells for _, cells in variants)]
             if variants:
                 lines = [[m, *(_show(cells.get((family, m))) for _, cells in variants)] for m in measures]
                 parts += [f"## {title}: {family}\n", _table([family, *(name for name, _ in variants)], lines)]
@@ -63,6 +64,7 @@ def markdown(folder: Path = RESULTS) -> str:
     for table, title in ABLATIONS.items():
         parts += [f"## {title}\n", _by_family(found, table, ("best_of@8", "auc_within"))]
     parts += _layers(read("reproduction_layers", folder))
+    parts += _choosing(read("reproduction_choosing", folder))
     parts += ["## How step scores become one\n", _by_family(found, "aggregation", ("best_of@8", "best_of@32"))]
     lines = [
         [
@@ -94,6 +96,34 @@ def _layers(rows: list[dict[str, str]]) -> list[str]:
         measures = [m for m in (*SELECTION, *QUALITY, *BEYOND) if any((v, m) in found for v in variants)]
         lines = [[m, *(_show(found.get((v, m))) for v in variants)] for m in measures]
         parts += [f"## A layer chosen on training questions: {family}\n", LAYERS.format(choice=told.strip(), seeds=size["seeds"], questions=size["questions"]), _table([family, *variants], lines)]
+    return parts
+
+
+CHOOSING = """One thing is changed after the other (`choosing.py`): dropout 0.1 in place of 0.5; the layer that heads tell right from wrong best by, within a quarter of
+the training questions (here {layer}); 2,048 questions to learn from in place of 1,024, half as many epochs. `select`: votes weighed by a power of the score,
+calibrated on 256 questions that nothing else is done with (exponent n^growth: {rules}). {questions} held-out questions, {seeds} seeds.
+"""
+CHOSEN = ("auc_within", "within_beyond", *(f"{how}@{n}" for how in ("majority", "weighted_vote", "select", "best_of", "any") for n in (2, 8, 32)))
+
+
+def _choosing(rows: list[dict[str, str]]) -> list[str]:
+    """Heads that learn better, and what choosing by them is worth."""
+    parts = []
+    for family in dict.fromkeys(r["family"] for r in rows):
+        own = [r for r in rows if r["family"] == family]
+        found = {(r["variant"], r["measure"]): r for r in own if r["table"] == "learning"}
+        variants = list(dict.fromkeys(variant for variant, _ in found))
+        rule = {(r["variant"], r["measure"]): float(r["value"]) for r in own if r["table"] == "rule"}
+        best = variants[-2]  # the last but the seeds together
+        rules = ", ".join(f"{rule[best, f'exponent, seed {s}']:.3g} n^{rule[best, f'growth, seed {s}']:g}" for s in range(int(found[best, "pass@1"]["seeds"])))
+        layer = next(f"{float(r['value']):.0f}" for r in own if r["table"] == "layer")
+        head = CHOOSING.format(layer=layer, rules=rules, questions=found[best, "pass@1"]["questions"], seeds=found[best, "pass@1"]["seeds"])
+        lines = [[m, *(_show(found.get((v, m))) for v in variants)] for m in CHOSEN]
+        parts += [f"## Heads that learn better, and choosing: {family}\n", head, _table([family, *variants], lines)]
+        paired = [[m, _show(found[best, m])] for v, m in found if v == best and " - " in m]
+        parts += [f"Paired differences, {best}:\n", _table(["", family], paired)]
+        causes = [[r["measure"], _number(float(r["value"]))] for r in own if r["table"] == "causes"]
+        parts += [_table(["", family], causes)]
     return parts
 
 

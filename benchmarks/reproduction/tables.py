@@ -25,6 +25,7 @@ from .separate import EVAL_SAMPLES
 
 NS = (2, 8, 32)
 CURVE = (1, 2, 4, 8, 16, 32)
+AFTER = (("best_of@8", "majority@8"), ("weighted_vote@8", "majority@8"), ("best_of@32", "best_of@8"))  # what the score adds then
 SHORT = (
     "pass@1", "majority@8", "weighted_vote@8", "best_of@8", "any@8", "auc_step", "auc_within", "score_gap", "kept", "ece",
 )  # fmt: skip
@@ -96,7 +97,7 @@ class Tables:
                     self._curve(family, runs)
             after = self.after(family)
             if after:
-                self.add("after joint training", family, "policy and SPRM", after, n=NS)
+                self.add("after joint training", family, "policy and SPRM", after, n=NS, differences=AFTER)
 
     def after(self, family: str) -> list[Run]:
         """A seed's own policy on its own share of the held-out questions, scored by its own head."""
