@@ -39,10 +39,12 @@ def check(generation, truth, prompt):
 
 
 @pytest.mark.parametrize(
-    "strategy", ["best_of_n", "prune", "step_beam", "dvts", "particles", "astar", "first_finish", "rpc"]
+    "strategy", ["best_of_n", "prune", "replace", "auto", "step_beam", "dvts", "particles", "astar", "first_finish", "rpc"]
 )
 def test_strategies(model, truth, strategy):
-    given = {"threshold": 0.1} if strategy == "prune" else {}
+    given = {
+        "prune": {"threshold": 0.1}, "replace": {"interval": 6, "warmup": 6}, "auto": {"exponent": 3.0, "enough": 0.99},
+    }.get(strategy, {})  # fmt: skip
     from reflective.search.strategies import by_name
 
     n, tokens = (4, 24) if V2 else (8, 60)
