@@ -88,7 +88,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against tokens a question, every point with its name; a line joins a strategy's sizes."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    colors = dict(zip(NAMES, plt.get_cmap("tab10").colors, strict=True))
+    colors = dict(zip(NAMES, plt.get_cmap("tab20").colors, strict=False))
     for name in NAMES:
         part = sorted((row for row in rows if row["strategy"] == name), key=lambda row: row["n"])
         ax.plot([r["tokens"] for r in part], [r["accuracy"] for r in part], "o-", color=colors[name], ms=6, lw=1)

@@ -59,7 +59,8 @@ def in_vllm(model: rf.ReflectiveModel, monkeypatch, **how) -> tuple[rf.Reflectiv
     return rf.ReflectiveModel(None, model.tokenizer, model.head, model.config, host=host), like
 
 
-@pytest.mark.parametrize("name", [name for name in recorded.runs() if "seed 1" not in name])
+# Whom ``replace`` exchanges depends on how far the others are when one ends a step, and a fork is a request that takes vLLM a step to begin.
+@pytest.mark.parametrize("name", [n for n in recorded.runs() if "seed 1" not in n and not n.startswith("replace")])
 def test_strategies_come_to_what_they_come_to_in_transformers(name, monkeypatch):
     """All runs of ``recorded``, with a place for everybody: the same tokens, scores and chosen candidates."""
     checkpoint, strategy, settings = recorded.runs()[name]

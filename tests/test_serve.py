@@ -476,7 +476,7 @@ def test_one_of_several_is_chosen(alone, client, asked, settings, stream):
         ({"n": 65}, "65 in one request"),
         ({"best_of": 65}, "65 in one request"),
         ({"n": 2, "best_of": 4}, "leave n at 1"),
-        ({"effort": "extreme"}, "'low', 'medium' or 'high'"),
+        ({"effort": "extreme"}, "'low', 'medium', 'high' or 'auto'"),
         ({"strategy": "none"}, "expected one of best_of_n"),
         ({"temperature": -1}, "temperature=-1"),
         ({"top_p": 1.5}, "top_p=1.5"),

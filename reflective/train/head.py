@@ -27,7 +27,7 @@ def fit(
     lr: float = 3e-4,
     batch: int = 64,
     width: int | None = None,
-    dropout: float = 0.5,
+    dropout: float | None = None,
     weight_decay: float = 0.01,
     within_questions: bool = True,
     class_balance: bool = False,
@@ -49,8 +49,8 @@ def fit(
             (``benchmarks/results/head_schedules.csv``).
         batch: different trajectories a step, all of a question's together; over all processes.
         width: hidden units, default twice the features' size.
-        dropout: of the hidden units while the head learns; 0.5 as published. With a thousand questions and more 0.1 ranked better on
-            others (``benchmarks/results/reproduction_choosing.csv``).
+        dropout: of the hidden units while the head learns; None: that of ``init``, and of a new head 0.5 as published. With a thousand
+            questions and more 0.1 ranked better on others (``benchmarks/results/reproduction_choosing.csv``).
         within_questions: use only questions with both outcomes and weigh the two sides of each equally, so that nothing
             can be learnt from how hard a question is.
         class_balance: weigh the two outcomes of a batch against each other, see ``sprm_loss``; adds nothing to the
@@ -71,7 +71,7 @@ def fit(
     """
     if rollouts.features is None:
         raise ValueError("rollouts: without features; record them while rolling out, or train with the backbone")
-    if not 0 <= dropout < 1:
+    if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}; expected a share of the hidden units, from 0 to less than 1")
     size = rollouts.features.shape[1]
     if init is not None:
@@ -89,7 +89,7 @@ def fit(
         "within_questions": within_questions, "class_balance": class_balance, "seed": seed, "processes": processes.count,
         "init": None if init is None else fingerprint(init.parameters()),
         "rollouts": fingerprint(rollouts.tensors.values()),
-    } | ({} if dropout == 0.5 else {"dropout": dropout})  # fmt: skip
+    } | ({} if dropout is None else {"dropout": dropout})  # fmt: skip
     kept = Checkpoint(checkpoint, settings)
     if init is None:
         scale = Standardised.of(rollouts.features[rows_of(batches.used)[0]])
@@ -99,7 +99,8 @@ def fit(
         scale = Standardised.none(size)
         head = scale.unfolded(init)
     head.use(**{k: v for k, v in (("tap", rollouts.tap), ("trained_on", rollouts.model)) if v is not None})
-    head[2].p = dropout
+    if dropout is not None:
+        head[2].p = dropout
     scale, head = scale.to(processes.device), head.to(processes.device).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     begin = 0
