@@ -51,8 +51,8 @@ class ReflectiveGRPOConfig(GRPOConfig):
         head_learning_rate: the head's own, under the policy's schedule, or constant with ``head_updates``. ``max_grad_norm`` is the
             policy's alone.
         head_updates: steps that the head takes by itself after each of the policy's, on batches of what was drawn last, see
-            ``replay.Replay``; 0: it takes one with the policy, as published. With it a head keeps telling right from wrong while the policy
-            moves on (``benchmarks/results/reproduction.csv``, table "after joint training"); 8 to 16 with a rate of 3e-4 did.
+            ``replay.Replay``; 0: it takes one with the policy, as published. A head that goes on so tells right from wrong better than one
+            trained along, and than one left alone (``benchmarks/NOTES.md``, "Joint training and its head").
         head_batch, head_replay: of these steps, responses of a batch, and responses kept, the last ones.
         head_dropout: of these steps.
         head_float32: train, and save, the head in float32; else in the dtype that it has.

@@ -44,7 +44,7 @@ class Replay:
 
     Trained in the policy's optimizer the head takes one step for each of the policy's, on that step's answers alone, and on raw features, of
     which some dimensions are a thousand times as large as others: an AUC within questions of 0.69 to 0.72 came of that, less than the
-    head had that nobody trained (``benchmarks/NOTES.md``, "Joint training").
+    head had that nobody trained (``benchmarks/NOTES.md``, "Joint training and its head").
 
     Args:
         head: in float32; what is learnt is written into it after every ``learn``.
