@@ -112,15 +112,15 @@ def measured(work: Path, family: str, name: str, ns: Sequence[int] = NS) -> tupl
 
 
 def _beyond(runs: list[Rollouts], scores: list[Tensor]) -> dict[str, Metric]:
-    """AUC within questions with tokens and steps taken out of the score, see ``layers``; and what the number of steps has to do with it."""
+    """AUC within questions with tokens and steps taken out of the score, see ``layers``."""
     left = [layers.beyond(r, s, within=True)[1] for r, s in zip(runs, scores, strict=True)]
     found = evaluate_seeds([layers.as_run(r, value) for r, value in zip(runs, left, strict=True)], n=())
     return {"within_beyond": found["auc_within"]}
 
 
-def duplicates(r: Rollouts, scores: Tensor, n: int = 32) -> dict[str, float]:
-    """Of groups of n: the share of candidates of which another has the same tokens, and by how much wrong answers that score highest have
-    more steps than all wrong ones have."""
+def duplicates(r: Rollouts, scores: Tensor) -> dict[str, float]:
+    """The share of draws that another draw of the question has been before; how many steps wrong answers have that score highest of their
+    question's draws, and all wrong ones."""
     drawn, question = r.count.double(), r.question.unique(return_inverse=True)[1]
     again = float((drawn - 1).sum() / drawn.sum())
     steps = torch.bincount(r.trajectory, minlength=len(r)).double()

@@ -98,7 +98,7 @@ def dtype_of(work: Path) -> torch.dtype:
     """In which the recipe's models decode: what is faster on the machine that began it, and kept with ``work``, as rollouts of two dtypes do not
     go together.
 
-    bfloat16 is four times as fast where the CPU has it in hardware, and slower than float32 where not.
+    bfloat16 is four times as fast where the CPU has it in hardware.
     """
     kept = work / "dtype.json"
     if not kept.is_file():

@@ -112,7 +112,7 @@ def save_head(
     ===============================  =================================================================================
     ``score_module.safetensors``     the head, in its dtype
     ``reflective.json``              how it is used, and ``base_model``
-    ``adapter_*``, rules in JSON      as they lie beside the head that the model was loaded with
+    ``adapter_*``, rules in JSON     as they lie beside the head that the model was loaded with
     ``report.json``                  ``report``, or the one beside that head
     ``README.md``                    the model card, see ``write_card``
     ===============================  =================================================================================

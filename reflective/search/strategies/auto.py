@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from ..selection import VoteRule, select
 from . import Step
-from .select import Select
-from .votes import answer_numbers, same_answer
+from .select import Select, judged
 
 if TYPE_CHECKING:
     from ..results import Generation
@@ -73,18 +73,17 @@ class Auto(Select):
             ValueError: see ``Select.calibrate``; a question with fewer than n candidates.
         """
         questions = list(questions)
-        select = Select.calibrate(questions, right, n)
+        chosen = Select.calibrate(questions, right, n)
         if any(len(q.candidates) < n for q in questions):
             raise ValueError(f"n={n}: a question has fewer candidates; calibrate on as many as are to be drawn at the most")
-        rng, waves = np.random.default_rng(0), []
-        for question, answer in zip(questions, right, strict=True):
-            c = question.candidates
-            outcome = [float(x.answer is not None and same_answer(x.answer, answer)) for x in c]
-            number, score = answer_numbers([0] * len(c), [x.answer for x in c]), [max(select.value(x), 0.0) for x in c]
-            for _ in range(_ORDERS):
-                order = rng.permutation(len(c))[:n]
-                waves.append([_wave(select, order[:k], score, number, outcome) for k in sizes(min(first, n), n)])
-        table = np.array(waves)  # [questions orders, waves, (best score, outcome)]
+        score, outcome, answer, owner = map(np.array, judged(questions, right))
+        rng, rule = np.random.default_rng(0), VoteRule(chosen.exponent, chosen.growth)
+        orders = np.array([rng.permutation(np.flatnonzero(owner == q))[:n] for q in range(len(questions)) for _ in range(_ORDERS)])
+        waves = []
+        for k in sizes(min(first, n), n):
+            rows = orders[:, :k].ravel()
+            waves.append((score[rows].reshape(-1, k).max(1), select(score[rows], outcome[rows], answer[rows], k, rule)["select"]))
+        table = np.array(waves).transpose(2, 0, 1)  # [questions orders, waves, (best score, outcome)]
         target = table[:, -1, 1].mean() - loss
         for enough in _ENOUGH:
             reached = (table[:, :, 0] >= enough) | (np.arange(table.shape[1]) == table.shape[1] - 1)
@@ -93,7 +92,7 @@ class Auto(Select):
                 break
         else:
             enough = 1.0
-        return cls(n=n, exponent=select.exponent, growth=select.growth, enough=enough, first=first, loss=loss, questions=len(questions))
+        return cls(n=n, exponent=chosen.exponent, growth=chosen.growth, enough=enough, first=first, loss=loss, questions=len(questions))
 
 
 def grown(n: int) -> int:
@@ -109,20 +108,3 @@ def sizes(first: int, n: int) -> Iterator[int]:
             return
         first = min(grown(first), n)
 
-
-def _wave(
-    select: Select, chosen: np.ndarray, score: Sequence[float], answer: Sequence[int], outcome: Sequence[float]
-) -> tuple[float, float]:
-    """``(highest score, outcome of what select chooses)`` among the candidates ``chosen``."""
-    voters = [i for i in chosen if answer[i] >= 0]
-    best = max(chosen, key=score.__getitem__)
-    if voters:
-        weights = select.powers([score[i] for i in voters])
-        votes: dict[int, float] = {}
-        for i, weight in zip(voters, weights, strict=True):
-            votes[answer[i]] = votes.get(answer[i], 0.0) + weight
-        winner = max(votes, key=votes.__getitem__)
-        choice = max((i for i in voters if answer[i] == winner), key=score.__getitem__)
-    else:
-        choice = best
-    return score[best], outcome[choice]

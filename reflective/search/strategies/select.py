@@ -53,28 +53,33 @@ class Select(Calibrated, Majority):
         Raises:
             ValueError: other numbers of the two, stopped candidates, or nobody who answers.
         """
-        questions = list(questions)
-        if len(questions) != len(right):
-            raise ValueError(f"right: {len(right)} answers to {len(questions)} questions")
-        if any(c.status == "stopped" for q in questions for c in q.candidates):
-            raise ValueError("questions: calibrate on candidates that all ran to their end; some of these were stopped")
-        drawn = [(i, c) for i, q in enumerate(questions) for c in q.candidates]
-        owner, answers = [i for i, _ in drawn], [c.answer for _, c in drawn]
-        if all(answer is None for answer in answers):
-            raise ValueError("questions: no candidate has an answer; the checkpoint's configuration says by which pattern one is found")
-        own = cls(exponent=1.0)
-        rule = fit_vote_rule(
-            [max(own.value(c), 0.0) for _, c in drawn],
-            [float(a is not None and same_answer(a, right[i])) for i, a in zip(owner, answers, strict=True)],
-            answer_numbers(owner, answers), owner,
-        )  # fmt: skip
+        score, outcome, answer, owner = judged(questions := list(questions), right)
+        rule = fit_vote_rule(score, outcome, answer, owner)
         return cls(n=n, exponent=rule.exponent, growth=rule.growth, questions=len(questions))
 
     def weights(self, voters: "Sequence[Candidate]") -> list[float]:
-        return self.powers([max(self.value(c), 0.0) for c in voters])
-
-    def powers(self, scores: Sequence[float]) -> list[float]:
-        """Weights of votes that score so, up to a common factor."""
-        highest = max(scores)
-        e = float(VoteRule(self.exponent, self.growth).of(len(scores)))
+        scores = [max(self.value(c), 0.0) for c in voters]
+        highest, e = max(scores), float(VoteRule(self.exponent, self.growth).of(len(voters)))
         return [(s / highest) ** e if highest > 0 else 0.0 for s in scores]
+
+
+def judged(questions: Sequence["Generation"], right: Sequence[str]) -> tuple[list[float], list[float], list[int], list[int]]:
+    """``(score, outcome, answer, question)`` of all candidates, as ``selection.select`` takes them.
+
+    Raises:
+        ValueError: see ``Select.calibrate``.
+    """
+    if len(questions) != len(right):
+        raise ValueError(f"right: {len(right)} answers to {len(questions)} questions")
+    if any(c.status == "stopped" for q in questions for c in q.candidates):
+        raise ValueError("questions: calibrate on candidates that all ran to their end; some of these were stopped")
+    drawn = [(i, c) for i, q in enumerate(questions) for c in q.candidates]
+    owner, answers = [i for i, _ in drawn], [c.answer for _, c in drawn]
+    if all(answer is None for answer in answers):
+        raise ValueError("questions: no candidate has an answer; the checkpoint's configuration says by which pattern one is found")
+    own = Select(exponent=1.0)
+    return (
+        [max(own.value(c), 0.0) for _, c in drawn],
+        [float(a is not None and same_answer(a, right[i])) for i, a in zip(owner, answers, strict=True)],
+        answer_numbers(owner, answers), owner,
+    )  # fmt: skip
