@@ -44,6 +44,7 @@ from ..search.text import TAIL
 _ATTENTION = "reflective_shared_prefix"
 _HARMLESS = ("position_ids", "position_embeddings", "cache_position", "use_cache")  # what attention may be told besides
 _PIECE = 32  # rows drawn for at a time on a CPU: their float32 logits (6 MB each copy, SmolLM2) stay in cache
+_HEAD = 256  # likeliest tokens of a row that are looked at before its whole vocabulary is sorted
 _BLOCK = 256  # probabilities summed together before one is looked for, see ``_choose``
 
 
@@ -321,7 +322,7 @@ class Sampler:
         """
         warped = logits / self.temperature
         if self.warp:
-            warped = self.warp(None, warped)
+            warped = self._nucleus(warped)
         weight = warped.sub_(warped.amax(-1, keepdim=True)).exp_()
         weight = torch.nn.functional.pad(weight, (0, -weight.shape[1] % _BLOCK)).view(len(weight), -1, _BLOCK)
         ahead = weight.sum(-1).double().cumsum(-1)[owner]  # [S, blocks]
@@ -333,6 +334,23 @@ class Sampler:
         # Of a block's sum in float32 and in float64 the one may be the larger: never beyond the last that can be drawn.
         inside = torch.minimum(target - before, within[:, -1:] * (1 - 1e-12))
         return (block * _BLOCK + torch.searchsorted(within, inside, right=True))[:, 0].clamp_max(logits.shape[1] - 1)
+
+
+    def _nucleus(self, logits: Tensor) -> Tensor:
+        """``self.warp`` of ``logits`` [R, V], without a sort of the vocabulary for rows whose likeliest tokens come to ``top_p``.
+
+        On one thread of a CPU, 32 rows over a vocabulary of 49,152: 174 ms by the sort, 12 ms so.
+        """
+        head, ids = logits.topk(min(_HEAD, logits.shape[1]))  # descending
+        p = (head - logits.logsumexp(-1, keepdim=True)).exp()
+        upto = p.cumsum(-1)
+        outside = upto - p >= self.warp.top_p
+        outside[:, 0] = False
+        kept = torch.full_like(logits, -math.inf).scatter_(1, ids, head.masked_fill(outside, -math.inf))
+        wide = upto[:, -1] < self.warp.top_p + 1e-4  # or so near that rounding decides
+        if wide.any():
+            kept[wide] = self.warp(None, logits[wide])
+        return kept
 
 
 class _Cache(DynamicCache):

@@ -1,0 +1,144 @@
+"""Every strategy on the same held-out questions: what it gets right, and what it decodes and how long it takes for that."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from reflective.model import ReflectiveModel
+from reflective.search.results import Candidate, Generation
+from reflective.search.strategies import NAMES, Step, Strategy, by_name, observes
+from reflective.search.strategies.votes import same_answer
+from reflective.tasks import Question
+
+from . import learn, policy, rules
+from .families import FAMILIES
+
+GROUP = 50  # questions whose trees are in memory together
+NS = rules.NS
+APART = {"auto": (max(NS),), "exit": (1,)}  # candidates of those that have a number of their own
+RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
+ONLY = {"dvts": (8,), "astar": (8,), "first_finish": (8,), "step_beam": (8, 16), "particles": (8, 16), "step_beam, at random": (8,)}  # of the sizes
+TIMED = ("best_of_n", "prune", "prune, at random", "replace", "replace, at random", "step_beam", "particles")
+KV_TOKENS, TIMED_N, TIMED_QUESTIONS = 6144, 16, 24
+
+
+@dataclass
+class AtRandom(Strategy):
+    """A control: as many are stopped and forked as ``inner`` says, and who they are is drawn among those that run."""
+
+    name: ClassVar[str] = "random"
+    inner: Strategy | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.by_step = self.inner.by_step
+
+    def observe(self, step: Step) -> Sequence[int] | None:
+        actions = self.inner.observe(step)
+        if actions is None:
+            return None
+        actions, running = list(actions), [i for i, c in enumerate(step.candidates) if not c.finished]
+        drawn = [actions[i] for i in step.rng.permutation(running)]
+        for i, action in zip(running, drawn, strict=True):
+            actions[i] = action
+        return actions
+
+    def choose(self, candidates: "Sequence[Candidate]") -> int:
+        return self.inner.choose(candidates)
+
+
+def runs(home: Path, n: int) -> dict[str, dict[str, Strategy]]:
+    """Strategies with n candidates, by their names and by the name of the run that they share: those that only choose are given the candidates of
+    one."""
+    made = {name: by_name(name, home, n=n) for name in NAMES if name not in APART}
+    made |= {f"{name}, at random": AtRandom(n=n, inner=made[name]) for name in RANDOM}
+    made = {name: s for name, s in made.items() if n in ONLY.get(name, NS)}
+    choosers = {name: s for name, s in made.items() if not observes(s)}
+    return {"best_of_n": choosers} | {name: {name: s} for name, s in made.items() if name not in choosers}
+
+
+def told(run: Generation, question: Question, n: int, strategy: Strategy) -> dict[str, Any]:
+    """What comes of a run if ``strategy`` chooses among its first n candidates."""
+    there = run.candidates if observes(strategy) else run.candidates[:n]
+    pick = there[strategy.choose(there)]
+    return {
+        "correct": pick.answer is not None and same_answer(pick.answer, question.answer), "answer": pick.answer,
+        "tokens": sum(c.tokens for c in there), "longest": max(len(c.token_ids) for c in there), "candidates": len(there),
+    }  # fmt: skip
+
+
+def compare(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
+    """Records of every strategy, seed and question, a file a group of questions."""
+    model = policy.load(work)
+    for family in families:
+        asked = policy.questions(family, "eval")
+        for first in range(0, len(asked), GROUP):
+            file = work / family / f"compared, from {first}.jsonl"
+            if file.is_file():
+                continue
+            began, lines = time.perf_counter(), []
+            for record in _group(work, model, family, asked[first : first + GROUP], first):
+                lines.append(json.dumps(record))
+            file.with_suffix(".part").write_text("\n".join(lines))
+            file.with_suffix(".part").rename(file)
+            print(f"compare: {family}, from {first}, {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def _group(work: Path, model: ReflectiveModel, family: str, asked: Sequence[Question], first: int) -> Iterator[dict[str, Any]]:
+    heads = [policy.with_head(model, learn.head(work, family, seed)) for seed in range(learn.SEEDS)]
+    engine = rules.engine_for(heads[0])
+    for seed, own in enumerate(heads):
+        engine.head = own.head
+        # One and the same draws for all heads: their seeds are those of what is learnt.
+        whole = rules.decode(engine, own, asked, by_name("best_of_n", n=max(NS)), 0, first)
+        for n in NS:
+            for run, choosers in runs(rules.home(work, family, seed, n), n).items():
+                began, fed = time.perf_counter(), engine.fed
+                found = whole if run == "best_of_n" else rules.decode(engine, own, asked, choosers[run], 0, first)
+                for name, strategy in choosers.items():
+                    for i, (question, generation) in enumerate(zip(asked, found, strict=True)):
+                        yield {"strategy": name, "n": n, "seed": seed, "question": first + i} | told(generation, question, n, strategy)
+                print(f"  {run}, n {n}, seed {seed}: {engine.fed - fed} tokens fed, {time.perf_counter() - began:.0f} s", flush=True)
+        for name, (n,) in APART.items():
+            judge = own
+            if name == "exit":
+                judge = policy.with_head(model, rules.ready_head(work, family, seed))
+                engine.head = judge.head
+            strategy = by_name(name, rules.home(work, family, seed, n), n=n)
+            found = rules.decode(engine, judge, asked, strategy, 0, first)
+            for i, (question, generation) in enumerate(zip(asked, found, strict=True)):
+                yield {"strategy": name, "n": n, "seed": seed, "question": first + i} | told(generation, question, n, strategy)
+
+
+def timed(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
+    """Seconds of the strategies by the package's own engine, with room for ``KV_TOKENS``, each question's candidates waiting for the others'."""
+    model = policy.load(work)
+    for family in families:
+        file = work / family / "timed.jsonl"
+        there = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        own = policy.with_head(model, learn.head(work, family, 0))
+        asked = policy.questions(family, "eval")[:TIMED_QUESTIONS]
+        home, made = rules.home(work, family, 0, TIMED_N), {}
+        for choosers in runs(home, TIMED_N).values():
+            made |= choosers
+        made["auto"] = by_name("auto", home, n=max(NS))
+        for name in (*TIMED, "auto"):
+            if any(record["strategy"] == name for record in there):
+                continue
+            began = time.perf_counter()
+            found = own.generate(
+                [q.text for q in asked], strategy=made[name], seed=0, max_new_tokens=learn.MAX_NEW_TOKENS, kv_tokens=KV_TOKENS,
+                batch_rows=TIMED_N * TIMED_QUESTIONS, **learn.SAMPLING,
+            )  # fmt: skip
+            seconds = time.perf_counter() - began
+            correct = [rules.right(g, q) for g, q in zip(found, asked, strict=True)]
+            record = {
+                "strategy": name, "n": made[name].n, "seconds": seconds / len(asked), "tokens": sum(g.tokens for g in found) / len(asked),
+                "accuracy": sum(correct) / len(asked), "questions": len(asked), "kv_tokens": KV_TOKENS, "engine": found[0].engine,
+            }  # fmt: skip
+            there.append(record)
+            file.write_text("\n".join(map(json.dumps, there)) + "\n")
+            print(f"timed: {family}, {name}: {record}", flush=True)
