@@ -47,11 +47,11 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
 
 
 def write(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, device: torch.device | str = "cpu") -> Path:
-    """Write ``folder/name.csv``: the rows, each with the environment."""
+    """Write ``folder/name.csv``: the rows, each with the environment; one that was recorded before keeps its own."""
     path, text = outputs.folder(folder, "out") / f"{name}.csv", io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*rows[0], *(env := environment(device))], lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys([*rows[0], *(env := environment(device))]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, **env} for row in rows)
+    writer.writerows({**env, **row} for row in rows)
     outputs.write_text(path, text.getvalue(), "out")
     return path
 

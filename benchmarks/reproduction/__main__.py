@@ -4,7 +4,8 @@
 
 Stages, each of which goes on where it was interrupted: rollouts of the embedded model on three families of questions; heads
 from their features; heads of other layers, one chosen for each family; heads that learn better, and rules for choosing; joint training of policy and head, and rollouts afterwards; a
-separate PRM; tables and pictures. Only where asked for by name: ``ship``, which replaces the head that the package comes with by the
+separate PRM; tables and pictures. Only where asked for by name: ``after``, the table of joint training alone, where the data of the others are not
+at hand, ``ship``, which replaces the head that the package comes with by the
 best one, ``refit``, which fits heads anew to rollouts of the policy that the package comes with, and replaces its head by the
 best of these, and ``rule``, which calibrates anew how that head's scores choose (``select.json``). ``--family`` is for the stages ``rollouts``, ``layers`` and ``choosing``.
 """
@@ -91,7 +92,7 @@ STAGES: dict[str, Callable[..., None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="directory for everything in between")
-    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "ship", "refit", "rule"], help="only these")
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "after", "ship", "refit", "rule"], help="only these")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, help="only these, in this order (rollouts, layers, choosing)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -100,6 +101,8 @@ def main() -> None:
         began = time.perf_counter()
         if name == "tables":
             tables.make(args.work, args.out)
+        elif name == "after":
+            tables.make_joint(args.work, args.out)
         elif name == "ship":
             ship.ship(args.work)
         elif name == "refit":

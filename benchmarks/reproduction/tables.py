@@ -26,6 +26,7 @@ from .separate import EVAL_SAMPLES
 NS = (2, 8, 32)
 CURVE = (1, 2, 4, 8, 16, 32)
 AFTER = (("best_of@8", "majority@8"), ("weighted_vote@8", "majority@8"), ("best_of@32", "best_of@8"))  # what the score adds then
+JOINT = "after joint training"
 SHORT = (
     "pass@1", "majority@8", "weighted_vote@8", "best_of@8", "any@8", "auc_step", "auc_within", "score_gap", "kept", "ece",
 )  # fmt: skip
@@ -88,16 +89,19 @@ class Tables:
     # -- tables ------------------------------------------------------------------------------------------------------
 
     def selection(self) -> None:
-        """What choosing by score is worth, before and after joint training; accuracy against N."""
+        """What choosing by score is worth before joint training; accuracy against N."""
         for family in FAMILIES:
             for name, trained_on in (("SPRM", family), ("SPRM of all families", heads.ALL)):
                 runs = self.runs(family, heads.MAIN, trained_on)
                 self.add("before joint training", family, name, runs, n=NS)
                 if trained_on == family:
                     self._curve(family, runs)
-            after = self.after(family)
-            if after:
-                self.add("after joint training", family, "policy and SPRM", after, n=NS, differences=AFTER)
+
+    def jointly(self) -> None:
+        """What it is worth after joint training."""
+        for family in FAMILIES:
+            if after := self.after(family):
+                self.add(JOINT, family, "policy and SPRM", after, n=NS, differences=AFTER)
 
     def after(self, family: str) -> list[Run]:
         """A seed's own policy on its own share of the held-out questions, scored by its own head."""
@@ -203,11 +207,9 @@ class Tables:
 def make(work: Path, out: Path = RESULTS) -> None:
     """Write every table that the work directory has the data for, and draw the pictures; the recorded ones as text too."""
     tables = Tables(work)
-    for fill in (tables.selection, tables.compared, tables.ablations):
+    for fill in (tables.selection, tables.jointly, tables.compared, tables.ablations):
         fill()
-    write("reproduction", tables.rows, out)
-    if log := tables.joint_log():
-        write("reproduction_joint", log, out)
+    _write(tables, tables.rows, out)
     file = work / "divergence.json"
     if not file.is_file():
         file.write_text(json.dumps(tables.divergence()))
@@ -215,6 +217,21 @@ def make(work: Path, out: Path = RESULTS) -> None:
     draw(out)
     if out == RESULTS:
         results.FILE.write_text(results.markdown(out), encoding="utf-8")
+
+
+def make_joint(work: Path, out: Path = RESULTS) -> None:
+    """Write what joint training has led to, where the other stages' data are not at hand: the recorded rows of the other tables stay."""
+    tables = Tables(work)
+    tables.jointly()
+    _write(tables, [row for row in read("reproduction", out) if row["table"] != JOINT] + tables.rows, out)
+    if out == RESULTS:
+        results.FILE.write_text(results.markdown(out), encoding="utf-8")
+
+
+def _write(tables: Tables, rows: list[dict[str, Any]], out: Path) -> None:
+    write("reproduction", rows, out)
+    if log := tables.joint_log():
+        write("reproduction_joint", log, out)
 
 
 def draw(out: Path = RESULTS) -> None:
