@@ -390,11 +390,11 @@ class ReflectiveModel:
             self._within(
                 Ask(
                     self.encode(prompt)[0].tolist(), strategy, max_new_tokens=max_new_tokens, seed=own, number=number,
-                    thinking_budget=thinking_budget, stop=() if stop is None else stop, **sampling,
+                    thinking_budget=thinking_budget, stop=() if stop is None else stop, again=self._again(q, max_new_tokens), **sampling,
                 ),
                 name,
             )
-            for name, prompt, (own, number) in zip(names, prompts, drawn_by, strict=True)
+            for name, q, prompt, (own, number) in zip(names, questions, prompts, drawn_by, strict=True)
         ]  # fmt: skip
         for ask in asks[:1]:  # the others have the same settings
             self.check_sampling(ask)
@@ -500,6 +500,16 @@ class ReflectiveModel:
         if self.host is not None:
             for temperature in ask.temperatures:
                 self.host.check_sampling(ask.sampling(0, temperature))
+
+    def _again(self, chat: Messages, max_new_tokens: int) -> Callable[[str], list[int] | None]:
+        """For ``Ask``: the prompt of a conversation with a text behind what was said last, as long as the model can answer it."""
+
+        def ids(text: str) -> list[int] | None:
+            *before, last = chat
+            found = self.encode(self.prompts.text([*before, {**last, "content": last["content"] + text}]))[0].tolist()
+            return None if self.max_length is not None and len(found) + max_new_tokens > self.max_length else found
+
+        return ids
 
     def _within(self, ask: Ask, name: str) -> Ask:
         """``ask`` with no more tokens than the model has positions for.

@@ -28,6 +28,7 @@ class Turns(Strategy):
 def run(texts, strategy=None, *, engine=None, on_step=None, settings=None, **asked):
     """One question, of which candidate c draws ``texts[c]``; the question afterwards, and the engine."""
     engine = engine or ScriptedEngine(lambda seed: texts[seed[2]])
+    asked = {"again": lambda text: ids("?" + text)} | asked
     ask = Ask(ids("?"), strategy or by_name("best_of_n", n=len(texts)), **asked)
     (question,) = Search(engine, reader(**settings or {}), on_step=on_step).run([ask])
     assert not engine.entered and not engine.sequences and not engine.prefixes

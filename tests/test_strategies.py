@@ -20,6 +20,7 @@ import reflective as rf
 from reflective.model import Config
 from reflective.scoring.scores import AGGREGATIONS, TrajectoryScores, aggregate
 from reflective.search.selection import EXPONENTS, GROWTHS, VoteRule, fit_vote_rule, select
+from reflective.search.candidates import Ask
 from reflective.search.strategies import ANSWER, HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
 from reflective.search.strategies.auto import Auto, sizes
 from reflective.search.strategies.exit import Exit
@@ -45,6 +46,7 @@ class Fake:
     token_ids: list[int] = field(default_factory=lambda: [1, next(_OTHERS)])
     log_prob: float = -1.0
     text: str = ""
+    asked: str = ""
 
     @property
     def score(self) -> float:
@@ -844,16 +846,45 @@ def test_generation(model, name):
     assert [c.token_ids for c in run(4)[0].candidates] != [c.token_ids for c in found[0].candidates]
     for one in found:
         assert one.strategy == name and one.best.status in ("stop", "length")
-        prompt = model.encode(one.prompt)[0]
-        ids = [torch.cat([prompt, torch.tensor(c.token_ids, dtype=torch.int64)]) for c in one.candidates]
-        expected = rf.score(model.model, model.head, model.steps, ids, prompt_lengths=len(prompt))
+        prompts = [model.encode(one.prompt.replace("?", "?" + c.asked))[0] for c in one.candidates]
+        ids = [torch.cat([p, torch.tensor(c.token_ids, dtype=torch.int64)]) for p, c in zip(prompts, one.candidates, strict=True)]
+        expected = rf.score(model.model, model.head, model.steps, ids, prompt_lengths=list(map(len, prompts)))
+        assert [bool(c.asked) for c in one.candidates] == [name == "refine" and c.number == 4 for c in one.candidates]
         for i, c in enumerate(one.candidates):
             assert c.step_scores == pytest.approx(expected.step_scores[i].tolist(), rel=1e-4), (i, c.status)
             assert c.score == pytest.approx(float(expected.score[i]), rel=1e-4)
     forks = [c for one in found for c in one.candidates if c.parent is not None]
     assert bool(forks) == (name in ("step_beam", "dvts", "particles", "astar", "replace"))
     stopped = [c for one in found for c in one.candidates if c.status == "stopped"]
-    assert bool(stopped) == (name not in ("best_of_n", "majority", "weighted_vote", "select", "rpc", "exit", "auto"))
+    assert bool(stopped) == (name not in ("best_of_n", "majority", "weighted_vote", "select", "rpc", "exit", "auto", "refine"))
+
+
+def test_refine_shows_the_best_of_different_drafts_and_takes_the_best_that_saw_them(model):
+    drafts = [
+        Fake([s], "stop", i, answer=a, text=t)
+        for i, (s, a, t) in enumerate([(0.3, "1", "c"), (0.9, "2", "x</think>a"), (0.8, "2", "b"), (0.2, None, "d")])
+    ]
+    rule = by_name("refine", n=4, drafts=3, answers=2)
+    seen = step(*drafts)
+    assert rule.observe(seen) is None and seen.fresh == 2
+    shown = seen.asked.split("Attempt ")
+    assert [part[:4].strip() for part in shown[1:]] == ["1:\na", "2:\nc", "3:\nd"] and seen.asked.startswith("\n\n"), "not b, which says what a does"
+    fewer = step(*drafts)
+    by_name("refine", drafts=1).observe(fewer)
+    assert "Attempt 1:\na" in fewer.asked and "Attempt 2" not in fewer.asked
+    refined = [Fake([0.1], "stop", 4, asked=seen.asked), Fake([0.4], "stop", 5, asked=seen.asked)]
+    late = step(*drafts, *refined)
+    assert rule.observe(late) is None and late.fresh == 0 and rule.choose(drafts + refined) == 5 and rule.choose(drafts) == 1
+    unfinished = step(*drafts[:2], Fake([0.5]))
+    assert rule.observe(unfinished) is None and unfinished.fresh == 0
+    with pytest.raises(ValueError, match="drafts=0"):
+        by_name("refine", drafts=0)
+    # Where the model has no room for drafts the best of these is the answer.
+    sampling = {"temperature": 1.0, "seed": 5, "n": 3}
+    without = model.generate("why? " * 60, strategy="refine", max_new_tokens=150, **sampling)
+    assert len(without.candidates) == 3 and without.best.score == max(c.score for c in without.candidates)
+    with pytest.raises(ValueError, match="strategy='refine' has the question asked anew"):
+        Ask([1, 2], by_name("refine"))
 
 
 def test_pruned_candidates_are_those_of_best_of_n_up_to_their_end(model):

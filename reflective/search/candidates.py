@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypedDict
@@ -58,6 +58,8 @@ class Ask:
             has it.
         logit_bias: token ids, and what is added to the logit of each.
         min_tokens: of a response, before which no end-of-sequence token comes; a stop text or a complete answer ends it all the same.
+        again: the prompt with a text behind its question, for strategies that ask so; it gives None where the model has no room for it. None: nobody
+            can say, as where a prompt came as tokens.
 
     They are applied in the order in which ``engines.base.Sampling`` names them, as transformers does it and, with penalties, OpenAI and vLLM.
 
@@ -83,6 +85,7 @@ class Ask:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     min_tokens: int = 0
+    again: Callable[[str], Sequence[int] | None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -93,6 +96,10 @@ class Ask:
         if self.thinking_budget is not None:
             whole("thinking_budget", self.thinking_budget, 0)
         self._check_sampling()
+        if self.strategy.asks and self.again is None:
+            raise ValueError(
+                f"strategy={self.strategy.name!r} has the question asked anew, and here the prompt alone is known; use ReflectiveModel.generate"
+            )
         listed = isinstance(self.stop, Collection) and not isinstance(self.stop, str | bytes)
         if not listed or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop={self.stop!r}: expected a list of texts, none of them empty")
@@ -186,13 +193,19 @@ class Question:
         thinking, self._may_cut = self.reader.opens(self.prompt)
         self._thinks = thinking
         self.candidates = []
+        self.prompts: dict[str, list[int]] = {"": self.prompt}
         self.begin(self.strategy.begins_with)
 
-    def begin(self, k: int) -> list["Live"]:
-        """``k`` further candidates, from the prompt on."""
+    def begin(self, k: int, asked: str = "") -> list["Live"]:
+        """``k`` further candidates, from the prompt on, with ``asked`` behind its question; none where there is no room for that."""
+        if asked not in self.prompts:
+            ids = self.ask.again(asked)
+            if ids is None:
+                return []
+            self.prompts[asked] = list(ids)
         temperatures, there = self.ask.temperatures, len(self.candidates)
         new = [
-            Live(i, self, answer_from=None if self._thinks else 0, temperature=temperatures[i % len(temperatures)])
+            Live(i, self, answer_from=None if self._thinks else 0, temperature=temperatures[i % len(temperatures)], asked=asked)
             for i in range(there, there + k)
         ]
         self.candidates += new
@@ -202,10 +215,10 @@ class Question:
     def open(self) -> list["Live"]:
         return [c for c in self.candidates if c.running]
 
-    def opening(self, told: bool) -> Prompt:
+    def opening(self, told: bool, asked: str = "") -> Prompt:
         """For the engine; ``told``: whether somebody looks at steps, even where the strategy does not."""
         steps = "awaited" if self.observes else "told" if told else "untold"
-        return Prompt(self.prompt, steps, self.ask.prompt_logprobs)
+        return Prompt(self.prompts[asked], steps, None if asked else self.ask.prompt_logprobs)
 
     def forced(self, candidate: "Live") -> Sequence[int]:
         """The tokens that must come next: those that end thinking, where the budget is just used up and it still thinks."""
@@ -255,6 +268,7 @@ class Live:
         waits: behind a step that ended, whether the engine keeps back its next token.
         answer_from: where thinking ended in ``token_ids``; None within it.
         temperature: that it is drawn at; a fork has its parent's.
+        asked: what stands behind the question in its prompt.
     """
 
     number: int
@@ -275,6 +289,7 @@ class Live:
     waits: bool = field(default=False, repr=False)
     answer_from: int | None = field(default=0, repr=False)
     temperature: float = 0.6
+    asked: str = field(default="", repr=False)
 
     @property
     def text(self) -> str:

@@ -29,7 +29,8 @@ class Search:
         on_end: Callable[[Question], None] | None = None,
     ) -> None:
         self.engine, self.reader, self.on_step, self.on_end = engine, reader, on_step, on_end
-        self._prefixes: dict[Question, int] = {}  # of questions that have come, by the engine's numbers
+        # Of questions that have come, by what stands behind them in the prompt, the engine's numbers.
+        self._prefixes: dict[Question, dict[str, int]] = {}
         self._opened: dict[int, Question] = {}  # the same, the other way round
         self._under_way: list[Question] = []  # those whose prompts were run
         self._live: dict[int, Live] = {}  # candidates by the engine's numbers of their sequences
@@ -88,12 +89,16 @@ class Search:
     def _open(self, questions: list[Question]) -> None:
         prefixes = self.engine.open([q.opening(self.on_step is not None) for q in questions])
         for q, prefix in zip(questions, prefixes, strict=True):
-            self._prefixes[q], self._opened[prefix] = prefix, q
+            self._prefixes[q], self._opened[prefix] = {"": prefix}, q
             q.watched = self._watched if q.watched is None else q.watched
             self._start(q, q.candidates)
 
-    def _start(self, q: Question, candidates: list[Live]) -> None:
-        sequences = self.engine.start(self._prefixes[q], [q.ask.sampling(c.number, c.temperature) for c in candidates])
+    def _start(self, q: Question, candidates: list[Live], asked: str = "") -> None:
+        known = self._prefixes[q]
+        if asked not in known:
+            (known[asked],) = self.engine.open([q.opening(self.on_step is not None, asked)])
+            self._opened[known[asked]] = q
+        sequences = self.engine.start(known[asked], [q.ask.sampling(c.number, c.temperature) for c in candidates])
         for c, sequence in zip(candidates, sequences, strict=True):
             c.sequence = sequence
             self._live[sequence] = c
@@ -132,8 +137,9 @@ class Search:
                 c.end("stop" if c in complete else event.reason, event.score)
             else:
                 question = self._opened[event.prefix]
-                question.prompt_chances = event.chances
-                self._under_way.append(question)
+                if question not in self._under_way:  # else it is the prompt of what was asked anew
+                    question.prompt_chances = event.chances
+                    self._under_way.append(question)
         for c in appended:
             self._force(c)
         self._end([c for c in complete if c.running], "stop")
@@ -164,9 +170,10 @@ class Search:
         for q in questions:
             if q in self._under_way:
                 self._under_way.remove(q)
-            prefix = self._prefixes.pop(q)
-            del self._opened[prefix]
-            self.engine.close([prefix])
+            prefixes = list(self._prefixes.pop(q).values())
+            for prefix in prefixes:
+                del self._opened[prefix]
+            self.engine.close(prefixes)
             if self.on_end:
                 self.on_end(q)
 
@@ -201,8 +208,8 @@ class Search:
             return False
         step = Step(shown, q.random, q.tokens, [c.changed for c in shown])
         self._act(q, shown, ask(q.strategy, "observe", step))
-        if step.fresh > 0:
-            self._start(q, q.begin(step.fresh))
+        if step.fresh > 0 and (new := q.begin(step.fresh, step.asked)):
+            self._start(q, new, step.asked)
         if stuck and q.open and all(c.held for c in q.open):
             raise RuntimeError(
                 f"strategy {name_of(q.strategy)}: it holds every candidate that could decode, time and again"

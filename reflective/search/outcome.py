@@ -35,6 +35,7 @@ def _ended(live: Live) -> Candidate:
     return dataclasses.replace(
         candidate(live.question.reader, live.token_ids, live.scored or Score()),
         status=live.status, log_prob=live.log_prob, number=live.number, parent=live.parent, tokens=live.new_tokens,
+        asked=live.asked,
         logprobs=None if live.question.ask.logprobs is None else live.chances,
     )  # fmt: skip
 

@@ -30,6 +30,7 @@ class Candidate:
             for a text that was only scored.
         logprobs: the chances of each of these tokens, where the server was asked for them.
         number: among its question's candidates, in order of creation; parent: of the one that it was forked from.
+        asked: what stood behind the question in its prompt, where the strategy asked anew, as ``"refine"`` does.
         tokens: decoded for it; those that a fork has from its parent were decoded for the parent.
         further: the same text by other heads, by their names, see ``ReflectiveModel.add_head``.
     """
@@ -46,13 +47,17 @@ class Candidate:
     number: int = 0
     parent: int | None = None
     tokens: int = 0
+    asked: str = field(default="", repr=False)
     logprobs: list[Chance] | None = field(default=None, repr=False)
     further: "dict[str, Candidate]" = field(default_factory=dict, repr=False)
 
     def record(self) -> dict[str, Any]:
-        """As files hold it: every field but ``logprobs``, which is the server's alone, and ``further``."""
+        """As files hold it: every field but ``logprobs``, which is the server's alone, ``further``, and ``asked`` of a candidate that was asked
+        the question as it is."""
         fields = asdict(self)
         del fields["logprobs"], fields["further"]
+        if not self.asked:
+            del fields["asked"]
         return fields
 
 

@@ -37,6 +37,7 @@ _HOME = {
     "replace": "Replace",
     "exit": "Exit",
     "auto": "Auto",
+    "refine": "Refine",
     "step_beam": "StepBeam",
     "dvts": "DVTS",
     "particles": "Particles",
@@ -57,6 +58,7 @@ class Live(Protocol):
 
     number: int
     parent: int | None
+    asked: str
     token_ids: list[int]
     step_scores: list[float]
     new_tokens: int
@@ -82,7 +84,8 @@ class Step:
         rng: of this question, from the run's seed; the only randomness a strategy may use.
         tokens: decoded for this question so far, by all its candidates.
         changed: which candidates ended a step or finished since the last ``observe``.
-        fresh: set it, to have so many further candidates begin, from the prompt on.
+        fresh: set it, to have so many further candidates begin, from the prompt on; asked: and to this, what stands behind the question in
+            their prompt. Where the model has no room for that none begin.
     """
 
     candidates: list[Live]
@@ -90,6 +93,7 @@ class Step:
     tokens: int
     changed: list[bool]
     fresh: int = 0
+    asked: str = ""
 
 
 @dataclass
@@ -98,6 +102,7 @@ class Strategy:
 
     Attributes:
         n: candidates to begin with; 8 is the medium effort.
+        asks: whether it has the question asked anew, with more behind it.
         by_step: False: ``observe`` after every forward in which a candidate ended a step or finished. True: only when
             every running candidate has; those that have wait for the others.
         aggregation: of step scores to one, see ``reflective.scoring.scores.aggregate``; by default the head's. ``"gated"``, for gated heads: the score
@@ -107,6 +112,7 @@ class Strategy:
     """
 
     name: ClassVar[str] = "strategy"
+    asks: ClassVar[bool] = False
     n: int = 8
     by_step: bool = False
     aggregation: str = "geometric_mean"
