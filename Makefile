@@ -40,10 +40,10 @@ reproduction: $(VENV)/.test
 	$(VENV)/bin/python -m reflective.benchmarks.reproduction build/reproduction
 	$(VENV)/bin/python benchmarks/report.py --write
 
-# Three quarters of an hour on two cores.
+# Which strategy is worth what on long chains; goes on where it was interrupted.
 accuracy: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/training_speed.py --questions 3
-	$(VENV)/bin/python benchmarks/strategies.py
+	$(VENV)/bin/python -m reflective.benchmarks.accuracy build/accuracy
 	$(VENV)/bin/python benchmarks/report.py --write
 
 # One build serves several torch versions: a wheel made here, loaded and tested by another torch (downloads that torch).

@@ -102,25 +102,31 @@ def best_of_n(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
 
 
 def strategies(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    """A line for each number of candidates in ``strategies.csv``."""
+    """A line for each family of ``strategies.csv``, of 8 candidates."""
     found, lines = read("strategies", folder), []
-    for n in dict.fromkeys(r["n"] for r in found):
-        rows = {r["strategy"]: r for r in found if r["n"] == n}
-        best, pruned = rows["best_of_n"], rows["prune"]
-        others = sorted((r for r in rows.values() if r is not best), key=lambda r: -float(r["accuracy"]))
+    exits = {r["family"]: r for r in read("strategies_exit", folder)}
+    for family in dict.fromkeys(r["family"] for r in found):
+        rows = {r["strategy"]: r for r in found if r["family"] == family and r["n"] in ("8", "32") and (r["n"] == "8" or r["strategy"] == "auto")}
+        best = rows["best_of_n"]
+        others = sorted((r for r in rows.values() if r is not best and r["difference"]), key=lambda r: -float(r["difference"]))
+        ended = f"; exit, 1 candidate: {float(exits[family]['tokens_kept']):.0%}, the answer changed {float(exits[family]['changed']):.1%}"
         lines.append(
             (
-                f"strategies, {best['questions']} unseen questions, {best['seeds']} seeds, {n} candidates, 95 % intervals",
-                ", ".join(f"{r['strategy']} {_accuracy(r)}" for r in [best, *others]),
-                f"tokens a question: best_of_n {best['tokens']}, prune {pruned['tokens']} "
-                + f"({1 - float(pruned['tokens']) / float(best['tokens']):.0%} fewer)",
+                f"strategies, {best['questions']} unseen questions ({family}), {best['seeds']} heads, 8 candidates: accuracy less best of 8's, paired",
+                f"best of 8 {_accuracy(best)}; "
+                + ", ".join(
+                    f"{r['strategy']} {float(r['difference']):+.3f} ({float(r['difference_low']):+.3f} – {float(r['difference_high']):+.3f})"
+                    for r in others
+                ),
+                "tokens of best of 8's: " + ", ".join(f"{r['strategy']} {float(r['tokens_kept']):.0%}" for r in others if r["tokens_kept"] != "1.0")
+                + ended,
             )
         )
     return lines
 
 
 def _accuracy(row: dict[str, str]) -> str:
-    return f"{float(row['accuracy']):.2f} ({float(row['low']):.2f} – {float(row['high']):.2f})"
+    return f"{float(row['accuracy']):.3f} ({float(row['accuracy_low']):.3f} – {float(row['accuracy_high']):.3f})"
 
 
 WAYS_IN_VLLM = {

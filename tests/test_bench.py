@@ -30,7 +30,6 @@ from reflective.benchmarks import (
     report,
     sanitize,
     soak,
-    strategies,
     suite,
     targets,
 )
@@ -601,30 +600,6 @@ def test_a_long_generation_and_what_it_leaves(tmp_path, monkeypatch, capsys):
 
 
 FALSE_SCORE = soak.rf.score
-
-
-def test_strategies_are_summed_up_by_question(tmp_path):
-    records = [
-        {"strategy": name, "n": 8, "seed": seed, "question": q, "correct": q < right, "tokens": tokens, "finished": 8}
-        for name, right, tokens in (("best_of_n", 6, 200), ("prune", 5, 150))
-        for seed in range(3)
-        for q in range(10)
-    ]
-    rows = strategies.summary(records)
-    assert [(r["strategy"], r["accuracy"], r["seeds"], r["questions"]) for r in rows] == [
-        ("best_of_n", 0.6, 3, 10), ("prune", 0.5, 3, 10)
-    ]  # fmt: skip
-    assert rows[0]["low"] == pytest.approx(0.3, abs=0.1) and rows[0]["high"] == pytest.approx(0.9, abs=0.1)
-    record.write("strategies", rows, tmp_path)
-    strategies.draw(rows, tmp_path / "strategies.png")
-    ((_, accuracies, tokens),) = report.strategies(tmp_path)
-    assert accuracies.startswith("best_of_n 0.60 (0.30") and tokens.endswith("prune 150.0 (25% fewer)")
-
-
-def test_every_run_decodes_once_for_those_that_only_choose():
-    runs = strategies.strategies(8)
-    assert [s.name for s in runs["best_of_n"]] == ["best_of_n", "majority", "weighted_vote", "select", "rpc"]
-    assert {s.name for part in runs.values() for s in part} == {*strategies.NAMES} - {"exit", "auto"}, "the embedded head has no rule for these"
 
 
 def test_every_mode_has_a_name_in_the_readme():

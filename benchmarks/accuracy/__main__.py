@@ -12,7 +12,7 @@ from pathlib import Path
 
 from reflective.benchmarks.record import RESULTS
 
-from . import compare, learn, policy, rules
+from . import compare, learn, policy, rules, tables
 from .families import FAMILIES
 
 STAGES = {
@@ -23,15 +23,17 @@ STAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="directory for everything in between")
-    parser.add_argument("--stage", nargs="+", choices=["policy", *STAGES], help="only these")
+    parser.add_argument("--stage", nargs="+", choices=["policy", *STAGES, "tables"], help="only these")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="only these; of all stages but the policy and the tables")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    for name in args.stage or ("policy", *STAGES):
+    for name in args.stage or ("policy", *STAGES, "tables"):
         began = time.perf_counter()
         if name == "policy":
             policy.learn(args.work)
+        elif name == "tables":
+            tables.make(args.work, args.out)
         else:
             STAGES[name](args.work, args.family)
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)

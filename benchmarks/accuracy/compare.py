@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from reflective.model import ReflectiveModel
 from reflective.search.results import Candidate, Generation
 from reflective.search.strategies import NAMES, Step, Strategy, by_name, observes
-from reflective.search.strategies.votes import same_answer
+from reflective.search.strategies.votes import answer_numbers, same_answer
 from reflective.tasks import Question
 
 from . import learn, policy, rules
@@ -20,7 +20,7 @@ GROUP = 50  # questions whose trees are in memory together
 NS = rules.NS
 APART = {"auto": (max(NS),), "exit": (1,)}  # candidates of those that have a number of their own
 RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
-ONLY = {"dvts": (8,), "astar": (8,), "first_finish": (8,), "step_beam": (8, 16), "particles": (8, 16), "step_beam, at random": (8,)}  # of the sizes
+ONLY = {"refine": (8,), "dvts": (8,), "astar": (8,), "first_finish": (8,), "step_beam": (8, 16), "particles": (8, 16), "step_beam, at random": (8,)}  # of the sizes
 TIMED = ("best_of_n", "prune", "prune, at random", "replace", "replace, at random", "step_beam", "particles")
 KV_TOKENS, TIMED_N, TIMED_QUESTIONS = 6144, 16, 24
 
@@ -70,6 +70,23 @@ def told(run: Generation, question: Question, n: int, strategy: Strategy) -> dic
     }  # fmt: skip
 
 
+def drawn(run: Generation, question: Question) -> dict[str, Any]:
+    """What each candidate of ``run`` came to."""
+    there = run.candidates
+    return {
+        "scores": [c.score for c in there], "steps": [len(c.step_scores) for c in there], "lengths": [len(c.token_ids) for c in there],
+        "first_answer": there[0].answer, "answers": answer_numbers([0] * len(there), [c.answer for c in there]),
+        "right": [c.answer is not None and same_answer(c.answer, question.answer) for c in there],
+        "right_steps": [_right_steps(c.text, question) for c in there],
+    }  # fmt: skip
+
+
+def _right_steps(text: str, question: Question) -> int:
+    """With how many steps of the worked answer ``text`` begins."""
+    given = text.split(".\n\n")
+    return next((k for k, (a, b) in enumerate(zip(given, question.steps, strict=False)) if a != b), min(len(given), len(question.steps)))
+
+
 def compare(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
     """Records of every strategy, seed and question, a file a group of questions."""
     model = policy.load(work)
@@ -100,7 +117,8 @@ def _group(work: Path, model: ReflectiveModel, family: str, asked: Sequence[Ques
                 found = whole if run == "best_of_n" else rules.decode(engine, own, asked, choosers[run], 0, first)
                 for name, strategy in choosers.items():
                     for i, (question, generation) in enumerate(zip(asked, found, strict=True)):
-                        yield {"strategy": name, "n": n, "seed": seed, "question": first + i} | told(generation, question, n, strategy)
+                        record = {"strategy": name, "n": n, "seed": seed, "question": first + i} | told(generation, question, n, strategy)
+                        yield record | (drawn(generation, question) if name == "best_of_n" and n == max(NS) else {})
                 print(f"  {run}, n {n}, seed {seed}: {engine.fed - fed} tokens fed, {time.perf_counter() - began:.0f} s", flush=True)
         for name, (n,) in APART.items():
             judge = own

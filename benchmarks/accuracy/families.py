@@ -35,13 +35,13 @@ def chains(seed: int) -> Iterator[Worked]:
 
 
 def crates(seed: int) -> Iterator[Worked]:
-    """``Tom has 3 boxes of 7 pens, 4 boxes of 6 pens and 5 more. How many pens are there?``, found in four steps and checked in another four,
+    """``Tom has 3 boxes of 7 pens, 11 boxes of 6 pens and 25 more. How many pens are there?``, found in four steps and checked in another four,
     in the other order: the answer is there after half."""
     rng = random.Random(seed)
     while True:
         name, things = rng.choice(_NAMES), rng.choice(_THINGS)
-        boxes = [(rng.randint(2, 9), rng.randint(2, 9)) for _ in range(2)]
-        rest = rng.randint(2, 9)
+        boxes = [(rng.randint(3, 12), rng.randint(3, 12)) for _ in range(2)]
+        rest = rng.randint(11, 40)
         listed = ", ".join(f"{a} boxes of {b} {things}" for a, b in boxes)
         found, total = _added([(a, b) for a, b in boxes], rest)
         checked, _ = _added([(b, a) for a, b in reversed(boxes)], rest)

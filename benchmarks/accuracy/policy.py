@@ -20,7 +20,7 @@ from reflective.utils.outputs import json_text
 
 from .families import CONFIG, FAMILIES, Worked
 
-STEPS, BATCH, LR = 80, 16, 1e-3
+STEPS, BATCH, LR = 64, 16, 1e-3
 SIZES = {"lesson": STEPS * BATCH // len(FAMILIES), "train": 320, "calibration": 128, "eval": 200}
 
 

@@ -21,7 +21,7 @@ from reflective.search.strategies.select import Select
 from reflective.search.strategies.votes import same_answer
 from reflective.tasks import Question
 from reflective.train.head import fit
-from reflective.train.readiness import readiness
+from reflective.train.ready import readiness
 
 from . import learn, policy
 from .families import FAMILIES
@@ -42,8 +42,11 @@ def decode(
     """As ``model.generate`` would, by ``engine``; question ``i`` has number ``first + i``."""
     prompts = [model.format(q.text) for q in asked]
     asks = [
-        Ask(model.encode(prompt)[0].tolist(), strategy, max_new_tokens=learn.MAX_NEW_TOKENS, seed=seed, number=first + i, **learn.SAMPLING)
-        for i, prompt in enumerate(prompts)
+        Ask(
+            model.encode(prompt)[0].tolist(), strategy, max_new_tokens=learn.MAX_NEW_TOKENS, seed=seed, number=first + i,
+            again=lambda text, q=q: model.encode(model.format(q.text + text))[0].tolist(), **learn.SAMPLING,
+        )
+        for i, (q, prompt) in enumerate(zip(asked, prompts, strict=True))
     ]
     done = Search(engine, model.reader).run(asks)
     return [model.generation(prompt, q) for prompt, q in zip(prompts, done, strict=True)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .layers import choose_layer
     from .metrics import Metric, calibration, evaluate, evaluate_seeds, saturation, vote_rule
     from .objective import sprm_objective
-    from .readiness import readiness
+    from .ready import readiness
     from .record import record_features
     from .rollout import roll_out
     from .run import table, train
@@ -67,7 +67,7 @@ _NAMES = {
     "layers": ("choose_layer",),
     "metrics": ("Metric", "calibration", "evaluate", "evaluate_seeds", "saturation", "vote_rule"),
     "objective": ("sprm_objective",),
-    "readiness": ("readiness",),
+    "ready": ("readiness",),
     "record": ("record_features",),
     "rollout": ("roll_out",),
     "run": ("table", "train"),

@@ -1,0 +1,218 @@
+"""Tables and pictures of the comparison, from the records that its stages left."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from reflective.benchmarks.record import RESULTS, write
+from reflective.benchmarks.reproduction.layers import as_run, beyond
+from reflective.plot import pyplot
+from reflective.search.selection import VoteRule
+from reflective.search.strategies.votes import same_answer
+from reflective.train.data import Rollouts
+from reflective.train.metrics import evaluate_seeds
+
+from . import compare, learn, rules
+from .families import FAMILIES
+
+CURVE = (2, 4, 8, 16, 32)
+VOTES = ("majority", "weighted_vote", "select", "best_of", "any")
+RESAMPLES = 10_000
+COLORS = {
+    "best_of_n": "C0", "select": "C2", "majority": "C1", "prune": "C3", "replace": "C4", "step_beam": "C5", "particles": "C6", "auto": "C9", "dvts": "C8",
+}  # fmt: skip
+Record = dict[str, Any]
+
+
+def records(work: Path, family: str) -> list[Record]:
+    files = sorted((work / family).glob("compared, from *.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+# -- strategies --------------------------------------------------------------------------------------------------------
+
+
+def strategies(work: Path) -> list[Record]:
+    """A row for each family, strategy and n: accuracy and tokens, and both beside best of n with as many candidates, on the same questions with the
+    same heads. Intervals are 95 %, bootstrapped over questions, each with all its seeds."""
+    rows = []
+    for family in FAMILIES:
+        found = _tables(records(work, family))
+        for (name, n), (correct, tokens) in found.items():
+            draws = _resampled(len(correct))
+            row = {"family": family, "strategy": name, "n": n, "seeds": learn.SEEDS, "questions": len(correct)}
+            row |= _interval("accuracy", correct, draws) | {"tokens": round(float(tokens.mean()), 1)}
+            other = found.get(("best_of_n", {1: 8}.get(n, n) if name != "auto" else 8))
+            if name == "exit":  # there is no best of one candidate; what it would have been is in the records
+                other = found["one", 1]
+            if other is not None and name != "one":
+                row |= _interval("difference", correct - other[0], draws)
+                row |= _ratio(tokens, other[1], draws)
+            rows.append(row)
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key, "") for key in keys} for row in rows]
+
+
+def _tables(found: Iterable[Record]) -> dict[tuple[str, int], tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """By strategy and n, of each question the mean over seeds of ``(correct, tokens)``; ``one``: the first candidate of best of n alone."""
+    cells: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for r in found:
+        cells[r["strategy"], r["n"]][r["question"]].append((r["correct"], r["tokens"]))
+        if "right" in r:
+            cells["one", 1][r["question"]].append((r["right"][0], r["lengths"][0]))
+    return {key: tuple(np.array([np.mean(cell[q], 0) for q in sorted(cell)]).T) for key, cell in cells.items()}
+
+
+def exits(work: Path) -> list[Record]:
+    """How ``exit`` keeps what it states: the share of questions whose answer it changes, and the share of tokens that it saves."""
+    rows = []
+    for family in FAMILIES:
+        found = records(work, family)
+        whole = {(r["seed"], r["question"]): r for r in found if "right" in r}
+        changed, saved = defaultdict(list), defaultdict(list)
+        for r in found:
+            if r["strategy"] == "exit":
+                other = whole[r["seed"], r["question"]]
+                same = r["answer"] is not None and other["first_answer"] is not None and same_answer(r["answer"], other["first_answer"])
+                changed[r["question"]].append(not same and r["answer"] != other["first_answer"])
+                saved[r["question"]].append((r["tokens"], other["lengths"][0]))
+        share = np.array([np.mean(v) for v in changed.values()])
+        tokens = np.array([np.mean(v, 0) for v in saved.values()])
+        draws = _resampled(len(share))
+        rows.append(
+            {"family": family, "stated_risk": rules.EXIT_RISK, "seeds": learn.SEEDS, "questions": len(share)}
+            | _interval("changed", share, draws)
+            | _ratio(tokens[:, 0], tokens[:, 1], draws)
+        )
+    return rows
+
+
+def _resampled(questions: int) -> NDArray[np.int64]:
+    return np.random.default_rng(0).integers(questions, size=(RESAMPLES, questions))
+
+
+def _interval(name: str, values: NDArray[np.float64], draws: NDArray[np.int64]) -> dict[str, float]:
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return {name: round(float(values.mean()), 4), f"{name}_low": round(float(low), 4), f"{name}_high": round(float(high), 4)}
+
+
+def _ratio(tokens: NDArray[np.float64], others: NDArray[np.float64], draws: NDArray[np.int64]) -> dict[str, float]:
+    low, high = np.quantile(tokens[draws].sum(1) / others[draws].sum(1), [0.025, 0.975])
+    value = tokens.sum() / others.sum()
+    return {"tokens_kept": round(float(value), 4), "tokens_kept_low": round(float(low), 4), "tokens_kept_high": round(float(high), 4)}
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+def heads(work: Path) -> list[Record]:
+    """What choosing at the end is worth for every N; AUCs, also with length and difficulty taken out; right steps along the chain."""
+    rows: list[Record] = []
+    for family in FAMILIES:
+        drawn = [r for r in records(work, family) if "right" in r]
+        runs, votes = [], []
+        for seed in range(learn.SEEDS):
+            runs.append(_rollouts([r for r in drawn if r["seed"] == seed]))
+            said = json.loads((rules.home(work, family, seed, max(rules.NS)) / "select.json").read_text())
+            votes.append(VoteRule(said["exponent"], said["growth"]))
+        found = evaluate_seeds(runs, n=CURVE, rules=votes, differences=[
+            *((f"select@{n}", f"{other}@{n}") for n in CURVE for other in ("majority", "weighted_vote", "best_of")), ("best_of@32", "best_of@8"),
+        ])  # fmt: skip
+        left = [beyond(r, s, within=True)[1] for r, s in runs]
+        told = beyond(*runs[0], within=True)[0]
+        found["within_beyond"] = evaluate_seeds([as_run(r, x) for (r, _), x in zip(runs, left, strict=True)], n=())["auc_within"]
+        found["within_covariates"] = evaluate_seeds([as_run(runs[0][0], told)], n=())["auc_within"]
+        rows += [
+            {"family": family, "measure": name, "value": round(m.value, 4), "low": round(m.low, 4), "high": round(m.high, 4)}
+            for name, m in found.items()
+        ]
+        along = [k for r in drawn if r["seed"] == 0 for k in r["right_steps"]]
+        rows += [
+            {"family": family, "measure": f"right to step {k}", "value": round(float(np.mean([x >= k for x in along])), 4), "low": "", "high": ""}
+            for k in range(1, 9)
+        ]
+    return rows
+
+
+def _rollouts(found: list[Record]) -> tuple[Rollouts, torch.Tensor]:
+    """Candidates as rollouts without tokens or features, and log-scores of their steps: each its trajectory's."""
+    steps = torch.tensor([k for r in found for k in r["steps"]])
+    lengths = torch.tensor([k for r in found for k in r["lengths"]])
+    score = torch.tensor([s for r in found for s in r["scores"]], dtype=torch.float64)
+    owner = torch.arange(len(steps)).repeat_interleave(steps)
+    made = Rollouts(
+        tokens=torch.zeros(int(lengths.sum()), dtype=torch.int32), length=lengths, prompt_length=torch.zeros_like(lengths),
+        question=torch.tensor([r["question"] for r in found for _ in r["steps"]]),
+        outcome=torch.tensor([float(x) for r in found for x in r["right"]]), answer=torch.tensor([a for r in found for a in r["answers"]]),
+        count=torch.ones_like(lengths), trajectory=owner, position=torch.zeros_like(owner),
+    )  # fmt: skip
+    return made, score.clamp_min(1e-10).log()[owner].float()
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def make(work: Path, out: Path = RESULTS) -> None:
+    """Write what there are records for."""
+    told = strategies(work)
+    write("strategies", told, out)
+    write("strategies_choosing", heads(work), out)
+    write("strategies_exit", exits(work), out)
+    seconds = [{"family": f, **json.loads(line)} for f in FAMILIES if (file := work / f / "timed.jsonl").is_file() for line in file.read_text().splitlines()]
+    if seconds:
+        write("strategies_seconds", [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in seconds], out)
+    draw(told, seconds, out)
+
+
+def draw(rows: list[Record], seconds: list[Record], out: Path = RESULTS) -> None:
+    """``strategies.png``: accuracy against N, against tokens and against seconds, a row of pictures a family."""
+    plt = pyplot()
+    fig, axes = plt.subplots(len(FAMILIES), 3, figsize=(13, 4 * len(FAMILIES)), layout="constrained", squeeze=False)
+    for (by_n, by_tokens, by_seconds), family in zip(axes, FAMILIES, strict=True):
+        part = [row for row in rows if row["family"] == family]
+        for name in ("select", "majority", "best_of_n", "prune", "replace"):
+            own = sorted((row for row in part if row["strategy"] == name), key=lambda row: row["n"])
+            n, value, low, high = zip(*((row["n"], row["accuracy"], row["accuracy_low"], row["accuracy_high"]) for row in own), strict=True)
+            by_n.plot(n, value, "o-", color=COLORS[name], label=name, ms=4)
+            by_n.fill_between(n, low, high, color=COLORS[name], alpha=0.1, lw=0)
+        by_n.set_xscale("log", base=2)
+        by_n.set(title=f"{family}: candidates", xlabel="n", ylabel="accuracy", xticks=rules.NS, xticklabels=rules.NS)
+        by_n.legend(fontsize=8, frameon=False)
+        _scatter(by_tokens, part, "tokens", f"{family}: tokens decoded a question")
+        _seconds(by_seconds, part, [row for row in seconds if row["family"] == family], family)
+    fig.savefig(out / "strategies.png", dpi=150)
+    plt.close(fig)
+
+
+def _scatter(ax: Any, part: list[Record], key: str, title: str) -> None:
+    """A line a strategy through its sizes; its control, that does as much at random, dashed in the same colour."""
+    for name, color in COLORS.items():
+        for label, style in ((name, "o-"), (f"{name}, at random", "x--")):
+            own = sorted((row for row in part if row["strategy"] == label), key=lambda row: row["n"])
+            if own:
+                x, y, low, high = zip(*((row[key], row["accuracy"], row["accuracy_low"], row["accuracy_high"]) for row in own), strict=True)
+                ax.plot(x, y, style, color=color, ms=4, lw=1, label=label)
+                if label == "best_of_n":
+                    ax.fill_between(x, low, high, color=color, alpha=0.1, lw=0)
+    ax.set_xscale("log")
+    ax.set(title=title, xlabel=key, ylabel="accuracy")
+    ax.legend(fontsize=7, frameon=False)
+
+
+def _seconds(ax: Any, part: list[Record], timed: list[Record], family: str) -> None:
+    """The accuracy of all questions against the seconds of those that were timed."""
+    for row in timed:
+        own = next((r for r in part if (r["strategy"], r["n"]) == (row["strategy"], row["n"])), None)
+        if own is None:
+            continue
+        name = row["strategy"].removesuffix(", at random")
+        error = [[own["accuracy"] - own["accuracy_low"]], [own["accuracy_high"] - own["accuracy"]]]
+        ax.errorbar(row["seconds"], own["accuracy"], error, fmt="o" if name == row["strategy"] else "x", color=COLORS[name], label=row["strategy"], ms=5)
+    ax.set(title=f"{family}: seconds, n = {compare.TIMED_N}, room for {compare.KV_TOKENS:,} tokens", xlabel="seconds a question", ylabel="accuracy")
+    ax.legend(fontsize=7, frameon=False)
