@@ -18,7 +18,7 @@ from pathlib import Path
 
 from reflective.benchmarks.record import RESULTS, write
 
-from . import choosing, heads, joint, layers, rollouts, separate, ship, tables
+from . import choosing, heads, joint, layers, rollouts, separate, settle, ship, tables
 from .families import FAMILIES
 
 
@@ -75,6 +75,7 @@ def train_jointly(work: Path) -> None:
                 model, family, asked, place / name, samples=rollouts.EVAL_SAMPLES, seed=2 + seed, all_views=False
             )
             print(f"joint: rollouts, seed {seed}, {name}", flush=True)
+        settle.settle(work, seed)
 
 
 def compare(work: Path) -> None:

@@ -18,7 +18,7 @@ from reflective.train.data import Rollouts
 from reflective.train.head import fit
 from reflective.train.metrics import Metric, evaluate, evaluate_seeds, log_scores, saturation
 
-from . import heads, results
+from . import heads, results, settle
 from .families import FAMILIES
 from .rollouts import SEEDS, TRAIN_SAMPLES
 from .separate import EVAL_SAMPLES
@@ -102,6 +102,8 @@ class Tables:
         for family in FAMILIES:
             if after := self.after(family):
                 self.add(JOINT, family, "policy and SPRM", after, n=NS, differences=AFTER)
+            if settled := self.settled(family):
+                self.add(JOINT, family, "policy, its SPRM fitted again", settled, n=NS, differences=AFTER)
 
     def after(self, family: str) -> list[Run]:
         """A seed's own policy on its own share of the held-out questions, scored by its own head."""
@@ -113,6 +115,16 @@ class Tables:
                 rollouts.question += seed * 10_000  # a question of one seed is none of another's
                 found.append((rollouts, log_scores(rollouts, SPRM.from_pretrained(place))))
         return found
+
+    def settled(self, family: str) -> list[Run]:
+        """As ``after``, by the heads of ``settle``; none unless all seeds have one."""
+        found = []
+        for seed in range(SEEDS):
+            if (own := settle.head(self.work, seed, family)) is not None:
+                rollouts = heads.load(self.work / "joint" / f"seed {seed}" / family, "layers", own.tap.layers)
+                rollouts.question += seed * 10_000
+                found.append((rollouts, log_scores(rollouts, own)))
+        return found if len(found) == SEEDS else []
 
     def _curve(self, family: str, runs: list[Run]) -> None:
         found = self.add(
