@@ -581,6 +581,18 @@ def test_exit_calibration_by_hand():
     for wrong, message in (({"risk": 0.05}, "needs at least 19 questions"), ({"risk": 1.0}, "risk=1.0")):
         with pytest.raises(ValueError, match=message):
             Exit.calibrate(*zip(*runs, strict=True), **wrong)
+    right = ["7"] * 8 + ["8"]  # of the last, whose readiness comes to 0.95
+    runs[-1] = early([0.9], [0.95])
+    rule = Exit.calibrate(*zip(*runs, strict=True), risk=0.2, right=right, wrong=0.1)
+    assert (rule.abstain, rule.wrong, rule.threshold) == (0.95, 0.1, 0.95), "who answers is above both"
+    assert Exit.calibrate(*zip(*runs, strict=True), risk=0.2, right=right, wrong=0.2).abstain == 0.0, "the 8th of 9 is right"
+    picks = {}
+    for scores in ([0.3, 0.96, 0.2], [0.3, 0.95]):
+        picks[scores[1]] = (one := dataclasses.replace(rule)).choose([Fake(scores)]), one.chosen_by
+    assert picks == {0.96: (0, "score"), 0.95: (0, "abstained")}
+    for wrong, message in (({"right": right, "wrong": 0.05}, "wrong=0.05 needs at least 19 questions"), ({"right": right[1:]}, "right: 8 answers to 9")):
+        with pytest.raises(ValueError, match=message):
+            Exit.calibrate(*zip(*runs, strict=True), risk=0.2, **wrong)
     with pytest.raises(ValueError, match="forced: 1 answers for 2 steps"):
         Exit.calibrate([runs[0][0]], [[["1"]]], risk=0.5)
 

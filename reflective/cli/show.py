@@ -80,6 +80,8 @@ def report(console: Console, generation: Generation, costs: Costs) -> None:
 
 def chosen_by(generation: Generation) -> str:
     """For people: how the answer was chosen, unless by its score."""
+    if generation.chosen_by == "abstained":
+        return " (abstained: nothing is promised of it)"
     if generation.chosen_by not in ("majority", "likelihood"):
         return ""
     none = not any(c.step_scores for c in generation.candidates if c.status != "stopped")

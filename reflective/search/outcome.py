@@ -26,7 +26,7 @@ def outcome(prompt: str, question: Question, scoring_seconds: float = 0.0) -> Ge
         strategy=question.strategy.name, seed=question.ask.seed, tokens=question.tokens, alive=question.alive,
         seconds=question.seconds, scoring_seconds=scoring_seconds,
         interrupted=any(c.status == "interrupted" for c in candidates),
-        chosen_by=question.strategy.chosen_by if len(candidates) > 1 else "only",
+        chosen_by=question.strategy.chosen_by if len(candidates) > 1 or question.strategy.chosen_by == "abstained" else "only",
         prompt_logprobs=None if question.ask.prompt_logprobs is None else question.prompt_chances,
     )  # fmt: skip
 

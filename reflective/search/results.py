@@ -71,7 +71,7 @@ class Generation:
         best: the one that the strategy chose.
         chosen_by: what told it from the others: ``"score"``; ``"majority"``, it gives the answer that most give;
             ``"likelihood"``, its tokens are the likeliest, on average; ``"strategy"``, a rule of the strategy's own;
-            ``"only"``, there are no others. Where no candidate has a step, all scores are 0, and it is the majority or, of
+            ``"only"``, there are no others; ``"abstained"``, nothing is promised of it, see ``strategies.Exit``. Where no candidate has a step, all scores are 0, and it is the majority or, of
             equally frequent answers, the likelihood that decides.
         strategy: its name.
         seed: with which the run can be repeated.
