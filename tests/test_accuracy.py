@@ -21,10 +21,10 @@ from reflective.train.data import Rollouts
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_worked_answers_are_right_and_no_two_parts_have_a_question_in_common(family):
-    parts = [policy.questions(family, part) for part in policy.SIZES]
+    parts = [policy.questions(family, part) for part in policy.sizes(family)]
     texts = [q.text for part in parts for q in part]
-    assert len(set(texts)) == len(texts) == sum(policy.SIZES.values())
-    assert len(parts[-1]) >= 200 and list(policy.SIZES)[-1] == "eval"
+    assert len(set(texts)) == len(texts) == sum(policy.sizes(family).values())
+    assert len(parts[-1]) >= 200 and list(policy.sizes(family)) == ["lesson", "train", "calibration", "eval"]
     for q in parts[-1]:
         assert 8 <= len(q.steps) <= 20
         for step in q.steps:

@@ -22,7 +22,7 @@ APART = {"auto": (max(NS),), "exit": (1,)}  # candidates of those that have a nu
 RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
 ONLY = {"refine": (8,), "dvts": (8,), "astar": (8,), "first_finish": (8,), "step_beam": (8, 16), "particles": (8, 16), "step_beam, at random": (8,)}  # of the sizes
 TIMED = ("best_of_n", "prune", "prune, at random", "replace", "replace, at random", "step_beam", "particles")
-KV_TOKENS, TIMED_N, TIMED_QUESTIONS = 6144, 16, 24
+KV_TOKENS, TIMED_N, TIMED_QUESTIONS = 4096, 16, 12
 
 
 @dataclass

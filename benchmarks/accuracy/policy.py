@@ -21,12 +21,19 @@ from reflective.utils.outputs import json_text
 from .families import CONFIG, FAMILIES, Worked
 
 STEPS, BATCH, LR = 64, 16, 1e-3
-SIZES = {"lesson": STEPS * BATCH // len(FAMILIES), "train": 320, "calibration": 128, "eval": 200}
+SIZES = {"lesson": STEPS * BATCH // len(FAMILIES), "calibration": 96, "eval": 200}
+TRAIN = {"chains": 576, "crates": 1536}  # of crates most are answered right, or wrong, every time, and tell nothing
+
+
+def sizes(family: str) -> dict[str, int]:
+    """Questions by what is done with them."""
+    return {"lesson": SIZES["lesson"], "train": TRAIN[family], **SIZES}
 
 
 def questions(family: str, part: str) -> list[Worked]:
-    """One of ``SIZES``, which have no question in common."""
-    return dict(zip(SIZES, split(FAMILIES[family](0), *SIZES.values()), strict=True))[part]
+    """Those of one part of ``sizes``, which have no question in common."""
+    parts = sizes(family)
+    return dict(zip(parts, split(FAMILIES[family](0), *parts.values()), strict=True))[part]
 
 
 def learn(work: Path) -> None:

@@ -29,7 +29,7 @@ from .families import FAMILIES
 NS = (8, 16, 32)
 RISKS = (0.3, 0.2, 0.1, 0.05)  # of losing best of N's pick, the boldest first; another candidate may be as right
 LOSS = 0.005  # of accuracy on the questions of calibration, at the most
-EXIT_RISK, READY = 0.05, 128  # stated; questions from an answer to each of which readiness is learnt
+EXIT_RISK, READY = 0.05, 96  # stated; questions from an answer to each of which readiness is learnt
 
 
 def engine_for(model: ReflectiveModel) -> TreeEngine:

@@ -14,7 +14,7 @@ from . import joint, rollouts
 from .families import FAMILIES
 from .heads import LR
 
-QUESTIONS, SAMPLES, EPOCHS, DROPOUT = 768, 8, 48, 0.1
+QUESTIONS, SAMPLES, EPOCHS, DROPOUT = 512, 8, 48, 0.1
 LAYERS = (-2, -10, -12)  # among which one is chosen, on training questions
 
 
