@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from reflective.benchmarks import record
-from reflective.benchmarks.reproduction import choosing, heads, layers, results, rollouts, separate, tables
+from reflective.benchmarks.reproduction import choosing, heads, layers, results, rollouts, separate, settle, tables
 from reflective.benchmarks.reproduction.families import FAMILIES
 from reflective.checkpoints.default import HEAD, converted
 from reflective.scoring.sprm import SPRM
 from reflective.scoring.taps import Tap
 from reflective.train.data import Rollouts
+from reflective.train.head import fit
 from reflective.train.metrics import evaluate
 
 ANSWERS = {
@@ -173,6 +174,32 @@ def test_heads_and_tables_of_a_small_work_directory(tmp_path, monkeypatch):
     assert {r["weights"] for r in steps} == set(tables.DIVERGENCE) and json.loads(
         (tmp_path / "divergence.json").read_text()
     )
+
+
+def test_what_joint_training_led_to_is_written_alone_and_the_other_rows_stay(tmp_path):
+    out, place = tmp_path / "out", tmp_path / "joint"
+    other = {k: "" for k in ("table", "family", "variant", "measure", "value", "low", "high", "seeds", "questions")}
+    record.write("reproduction", [other | {"table": "at", "commit": "of before"}, other | {"table": tables.JOINT}], out)
+    for seed in range(rollouts.SEEDS):
+        block = place / f"seed {seed}" / "sums" / "00000"
+        block.mkdir(parents=True)
+        # Two layers, of which the second tells right from wrong, and nothing does what the head trained along has learnt.
+        told, dull = synthetic(20, 8, seed), synthetic(20, 8, seed, signal=0.0)
+        dull.save(block / "steps.safetensors")
+        both = dataclasses.replace(told, features=torch.cat([dull.features, told.features], 1), tap=Tap((-2, -10)))
+        both.save(block / "layers.safetensors")
+        SPRM(8).save_pretrained(place / f"seed {seed}")
+        if seed < rollouts.SEEDS - 1:
+            fit(both.read(Tap((-10,))), epochs=10, lr=3e-3, seed=seed).save_pretrained(settle.head_file(tmp_path, seed, "sums"))
+    tables.make_joint(tmp_path, out)
+    rows = record.read("reproduction", out)
+    assert rows[0]["table"] == "at" and rows[0]["commit"] == "of before", "as it was recorded"
+    assert {r["variant"] for r in rows[1:]} == {"policy and SPRM"}, "one seed's head is missing"
+    settled = fit(both.read(Tap((-10,))), epochs=10, lr=3e-3, seed=2)
+    settled.save_pretrained(settle.head_file(tmp_path, 2, "sums"))
+    tables.make_joint(tmp_path, out)
+    auc = {r["variant"]: float(r["value"]) for r in record.read("reproduction", out) if r["measure"] == "auc_within"}
+    assert auc["policy, its SPRM fitted again"] > 0.9 > 0.7 > auc["policy and SPRM"]
 
 
 def test_choosing_in_a_small_work_directory(tmp_path, monkeypatch):
