@@ -109,7 +109,9 @@ def strategies(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
         rows = {r["strategy"]: r for r in found if r["family"] == family and r["n"] in ("8", "32") and (r["n"] == "8" or r["strategy"] == "auto")}
         best = rows["best_of_n"]
         others = sorted((r for r in rows.values() if r is not best and r["difference"]), key=lambda r: -float(r["difference"]))
-        ended = f"; exit, 1 candidate: {float(exits[family]['tokens_kept']):.0%}, the answer changed {float(exits[family]['changed']):.1%}"
+        ended = ""
+        if family in exits:
+            ended = f"; exit, 1 candidate: {float(exits[family]['tokens_kept']):.0%}, the answer changed {float(exits[family]['changed']):.1%}"
         lines.append(
             (
                 f"strategies, {best['questions']} unseen questions ({family}), {best['seeds']} heads, 8 candidates: accuracy less best of 8's, paired",

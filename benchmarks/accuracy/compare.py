@@ -17,6 +17,7 @@ from . import learn, policy, rules
 from .families import FAMILIES
 
 GROUP = 50  # questions whose trees are in memory together
+REFINED = 50  # questions that are refined: each answer has a prompt of its own, ten times as long as the others'
 NS = rules.NS
 APART = {"auto": (max(NS),), "exit": (1,)}  # candidates of those that have a number of their own
 RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
@@ -113,6 +114,8 @@ def _group(work: Path, model: ReflectiveModel, family: str, asked: Sequence[Ques
         whole = rules.decode(engine, own, asked, by_name("best_of_n", n=max(NS)), 0, first)
         for n in NS:
             for run, choosers in runs(rules.home(work, family, seed, n), n).items():
+                if run == "refine" and first >= REFINED:
+                    continue
                 began, fed = time.perf_counter(), engine.fed
                 found = whole if run == "best_of_n" else rules.decode(engine, own, asked, choosers[run], 0, first)
                 for name, strategy in choosers.items():
@@ -123,6 +126,8 @@ def _group(work: Path, model: ReflectiveModel, family: str, asked: Sequence[Ques
         for name, (n,) in APART.items():
             judge = own
             if name == "exit":
+                if family not in rules.EARLY:
+                    continue
                 judge = policy.with_head(model, rules.ready_head(work, family, seed))
                 engine.head = judge.head
             strategy = by_name(name, rules.home(work, family, seed, n), n=n)

@@ -44,35 +44,42 @@ def strategies(work: Path) -> list[Record]:
     rows = []
     for family in FAMILIES:
         found = _tables(records(work, family))
-        for (name, n), (correct, tokens) in found.items():
+        for (name, n), cell in found.items():
+            correct, tokens = _columns(cell, cell)
             draws = _resampled(len(correct))
             row = {"family": family, "strategy": name, "n": n, "seeds": learn.SEEDS, "questions": len(correct)}
             row |= _interval("accuracy", correct, draws) | {"tokens": round(float(tokens.mean()), 1)}
-            other = found.get(("best_of_n", {1: 8}.get(n, n) if name != "auto" else 8))
-            if name == "exit":  # there is no best of one candidate; what it would have been is in the records
-                other = found["one", 1]
-            if other is not None and name != "one":
-                row |= _interval("difference", correct - other[0], draws)
-                row |= _ratio(tokens, other[1], draws)
+            if name != "one":
+                other = {"auto": ("best_of_n", 8), "exit": ("one", 1)}.get(name, ("best_of_n", n))
+                others, theirs = _columns(found[other], cell)
+                row |= _interval("difference", correct - others, draws) | _ratio(tokens, theirs, draws)
             rows.append(row)
     keys = dict.fromkeys(key for row in rows for key in row)
     return [{key: row.get(key, "") for key in keys} for row in rows]
 
 
-def _tables(found: Iterable[Record]) -> dict[tuple[str, int], tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """By strategy and n, of each question the mean over seeds of ``(correct, tokens)``; ``one``: the first candidate of best of n alone."""
-    cells: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+Cell = dict[int, list[tuple[float, float]]]  # of each question, ``(correct, tokens)`` of every seed
+
+
+def _tables(found: Iterable[Record]) -> dict[tuple[str, int], Cell]:
+    """By strategy and n; ``one``: the first candidate of best of n alone."""
+    cells: dict[tuple[str, int], Cell] = defaultdict(lambda: defaultdict(list))
     for r in found:
         cells[r["strategy"], r["n"]][r["question"]].append((r["correct"], r["tokens"]))
         if "right" in r:
             cells["one", 1][r["question"]].append((r["right"][0], r["lengths"][0]))
-    return {key: tuple(np.array([np.mean(cell[q], 0) for q in sorted(cell)]).T) for key, cell in cells.items()}
+    return cells
+
+
+def _columns(cell: Cell, of: Cell) -> NDArray[np.float64]:
+    """[2, Q] of the questions that ``of`` has: correct and tokens, each a mean over seeds."""
+    return np.array([np.mean(cell[q], 0) for q in sorted(of)]).T
 
 
 def exits(work: Path) -> list[Record]:
     """How ``exit`` keeps what it states: the share of questions whose answer it changes, and the share of tokens that it saves."""
     rows = []
-    for family in FAMILIES:
+    for family in rules.EARLY:
         found = records(work, family)
         whole = {(r["seed"], r["question"]): r for r in found if "right" in r}
         changed, saved = defaultdict(list), defaultdict(list)
