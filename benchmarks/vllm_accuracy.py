@@ -2,7 +2,7 @@
 
     python benchmarks/vllm_accuracy.py [--questions 64] [--n 8] [--out benchmarks/results]
 
-Held-out sums as in ``strategies.py``, temperature 0.6, top-p 0.95, at most 64 tokens, float32. The two engines draw different candidates, so accuracies
+Held-out sums of the recipe, temperature 0.6, top-p 0.95, at most 64 tokens, float32. The two engines draw different candidates, so accuracies
 differ by chance: the interval is that of the mean difference over questions, 95 %, bootstrapped. Wants vLLM: ``make vllm``.
 """
 

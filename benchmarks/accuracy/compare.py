@@ -17,11 +17,12 @@ from . import learn, policy, rules
 from .families import FAMILIES
 
 GROUP = 50  # questions whose trees are in memory together
-REFINED = 50  # questions that are refined: each answer has a prompt of its own, ten times as long as the others'
+# Strategies that are tried on the first group alone: they take longest, refine by prompts ten times as long as the others'.
+FEW = ("refine", "astar", "dvts", "step_beam, at random")
 NS = rules.NS
 APART = {"auto": (max(NS),), "exit": (1,)}  # candidates of those that have a number of their own
 RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
-ONLY = {"refine": (8,), "dvts": (8,), "astar": (8,), "first_finish": (8,), "step_beam": (8, 16), "particles": (8, 16), "step_beam, at random": (8,)}  # of the sizes
+ONLY = {"refine": (8,), "dvts": (8,), "astar": (8,), "first_finish": (8,), "step_beam": (8, 16), "step_beam by mean": (8, 16), "particles": (8, 16), "step_beam, at random": (8,)}  # of the sizes
 TIMED = ("best_of_n", "prune", "prune, at random", "replace", "replace, at random", "step_beam", "particles")
 KV_TOKENS, TIMED_N, TIMED_QUESTIONS = 4096, 16, 12
 
@@ -55,15 +56,18 @@ def runs(home: Path, n: int) -> dict[str, dict[str, Strategy]]:
     """Strategies with n candidates, by their names and by the name of the run that they share: those that only choose are given the candidates of
     one."""
     made = {name: by_name(name, home, n=n) for name in NAMES if name not in APART}
+    made["step_beam by mean"] = by_name("step_beam", n=n, aggregation="geometric_mean")
     made |= {f"{name}, at random": AtRandom(n=n, inner=made[name]) for name in RANDOM}
     made = {name: s for name, s in made.items() if n in ONLY.get(name, NS)}
     choosers = {name: s for name, s in made.items() if not observes(s)}
-    return {"best_of_n": choosers} | {name: {name: s} for name, s in made.items() if name not in choosers}
+    # Whoever steers may leave the choice to select.
+    steered = {name: {name: s, f"{name}, then select": made["select"]} for name, s in made.items() if name not in choosers}
+    return {"best_of_n": choosers} | steered
 
 
 def told(run: Generation, question: Question, n: int, strategy: Strategy) -> dict[str, Any]:
-    """What comes of a run if ``strategy`` chooses among its first n candidates."""
-    there = run.candidates if observes(strategy) else run.candidates[:n]
+    """What comes of a run if ``strategy`` chooses; of best of n's, among its first n candidates."""
+    there = run.candidates[:n] if run.strategy == "best_of_n" else run.candidates
     pick = there[strategy.choose(there)]
     return {
         "correct": pick.answer is not None and same_answer(pick.answer, question.answer), "answer": pick.answer,
@@ -114,7 +118,7 @@ def _group(work: Path, model: ReflectiveModel, family: str, asked: Sequence[Ques
         whole = rules.decode(engine, own, asked, by_name("best_of_n", n=max(NS)), 0, first)
         for n in NS:
             for run, choosers in runs(rules.home(work, family, seed, n), n).items():
-                if run == "refine" and first >= REFINED:
+                if run in FEW and first:
                     continue
                 began, fed = time.perf_counter(), engine.fed
                 found = whole if run == "best_of_n" else rules.decode(engine, own, asked, choosers[run], 0, first)
