@@ -899,6 +899,20 @@ def test_refine_shows_the_best_of_different_drafts_and_takes_the_best_that_saw_t
         Ask([1, 2], by_name("refine"))
 
 
+def test_the_choice_may_be_left_to_another(model, tmp_path):
+    (tmp_path / "select.json").write_text('{"exponent": 2.0, "growth": 0.0, "questions": 9}')
+    strategy = by_name("prune", tmp_path, threshold=0.3, n=6, chooser="select")
+    assert strategy.chooser == Select(exponent=2.0, questions=9)
+    sampling = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 1.0, "seed": 5}
+    own, left = (model.generate("why?", strategy=s, **sampling) for s in (dataclasses.replace(strategy, chooser=None), strategy))
+    assert [c.token_ids for c in own.candidates] == [c.token_ids for c in left.candidates] and left.strategy == "prune"
+    assert left.best is left.candidates[strategy.chooser.choose(left.candidates)] and left.best.status != "stopped"
+    majority = model.generate("why?", strategy=by_name("best_of_n", n=6, chooser="majority"), **sampling)
+    assert majority.best.text == model.generate("why?", strategy="majority", n=6, **sampling).best.text
+    with pytest.raises(ValueError, match="chooser='select'"):
+        Prune(threshold=0.3, chooser="select")
+
+
 def test_pruned_candidates_are_those_of_best_of_n_up_to_their_end(model):
     sampling = {"n": 6, "max_new_tokens": 40, "temperature": 1.0, "top_p": 1.0, "seed": 5}
     full = model.generate("why?", **sampling)

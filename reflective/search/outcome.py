@@ -17,16 +17,17 @@ def outcome(prompt: str, question: Question, scoring_seconds: float = 0.0) -> Ge
         RuntimeError: the strategy failed, or chose no candidate.
     """
     candidates = [_ended(c) for c in question.candidates]
-    chosen = ask(question.strategy, "choose", candidates)
+    chooser = question.strategy.chooser or question.strategy
+    chosen = ask(chooser, "choose", candidates)
     if not isinstance(chosen, Integral) or not 0 <= chosen < len(candidates):
-        name = name_of(question.strategy)
+        name = name_of(chooser)
         raise RuntimeError(f"strategy {name}: choose gave {chosen!r}, no index of its {len(candidates)} candidates")
     return Generation(
         prompt, candidates, candidates[chosen],
         strategy=question.strategy.name, seed=question.ask.seed, tokens=question.tokens, alive=question.alive,
         seconds=question.seconds, scoring_seconds=scoring_seconds,
         interrupted=any(c.status == "interrupted" for c in candidates),
-        chosen_by=question.strategy.chosen_by if len(candidates) > 1 or question.strategy.chosen_by == "abstained" else "only",
+        chosen_by=chooser.chosen_by if len(candidates) > 1 or chooser.chosen_by == "abstained" else "only",
         prompt_logprobs=None if question.ask.prompt_logprobs is None else question.prompt_chances,
     )  # fmt: skip
 

@@ -107,6 +107,8 @@ class Strategy:
             every running candidate has; those that have wait for the others.
         aggregation: of step scores to one, see ``reflective.scoring.scores.aggregate``; by default the head's. ``"gated"``, for gated heads: the score
             of whoever has finished, and until then the mean, as the search is not told of gates.
+        chooser: another strategy, whose ``choose`` picks the answer in place of its own, as ``select`` among those that ``prune`` has left; for ``by_name``
+            its name will do. What is promised of a strategy's own pick is not promised of another's.
         name: by which ``by_name`` knows it.
         chosen_by: what decided in ``choose``, see ``Generation.chosen_by``; a ``choose`` of one's own may say so too.
     """
@@ -116,6 +118,7 @@ class Strategy:
     n: int = 8
     by_step: bool = False
     aggregation: str = "geometric_mean"
+    chooser: "Strategy | None" = None
     chosen_by: str = field(default="strategy", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -127,6 +130,8 @@ class Strategy:
             raise ValueError(f"n={self.n}: at least one candidate is needed")
         if self.n > MOST:
             raise ValueError(f"n={self.n}: more than {MOST} candidates; ask several times, with other seeds")
+        if self.chooser is not None and not isinstance(self.chooser, Strategy):
+            raise ValueError(f"chooser={self.chooser!r}: expected a strategy; by_name finds one by its name")  # noqa: TRY004
         if self.aggregation not in (*AGGREGATIONS, "gated"):
             raise ValueError(f"aggregation={self.aggregation!r}; expected one of {', '.join(AGGREGATIONS)}")
 
@@ -225,6 +230,8 @@ def by_name(name: str, home: str | Path | None = None, **settings: Any) -> Strat
     Raises:
         ValueError: unknown name; a calibrated strategy (``"prune"``, ``"select"``, ``"exit"``, ``"auto"``) without its rule. TypeError: unknown setting.
     """
+    if isinstance(chooser := settings.get("chooser"), str):
+        settings["chooser"] = by_name(chooser, home)
     return kind(name).of(home, **settings)
 
 
