@@ -21,7 +21,7 @@ from reflective.engines.hf.backbone import Backbone
 from reflective.engines.hf.ends import end_tokens
 from reflective.model import ReflectiveModel
 from reflective.scoring.sprm import SPRM
-from reflective.train.sampler import Sampler, _Cache
+from reflective.train.sampler import RowCache, Sampler
 
 _PIECE = 32  # rows whose distributions are made at a time: their float32 logits stay in cache
 _NARROW = 12.0  # natural logarithms: tokens this much less likely than the likeliest are never within a nucleus that is used here
@@ -118,7 +118,7 @@ class TreeEngine:
         self._roots: dict[tuple[int, ...], _Node] = {}
         self._scores: dict[tuple[int, _Node], float] = {}
         self._rows: list[_Row] = []
-        self._cache = _Cache([])
+        self._cache = RowCache([])
         self._prefixes: dict[int, tuple[Prompt, _Node]] = {}
         self._unopened: list[int] = []
         self._sequences: dict[int, _Sequence] = {}
@@ -126,7 +126,7 @@ class TreeEngine:
 
     def forget(self) -> None:
         """Let go of all that was decoded."""
-        self._roots, self._scores, self._rows, self._cache = {}, {}, [], _Cache([])
+        self._roots, self._scores, self._rows, self._cache = {}, {}, [], RowCache([])
 
     @property
     def fed(self) -> int:
@@ -274,7 +274,7 @@ class TreeEngine:
         if not rows:
             return
         feed = [row.node.path()[row.fed :] for row in rows]
-        logits, states = self._feeder._feed(feed, self._rows, first, 0, self._cache)
+        logits, states = self._feeder.feed(feed, self._rows, first, 0, self._cache)
         for i in range(0, len(rows), _PIECE):
             for row, kept in zip(rows[i : i + _PIECE], self._kept(logits[i : i + _PIECE]), strict=True):
                 row.node.ids, row.node.upto, row.node.log_probs = kept

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import reflective as rf
 from reflective.model import Config
 from reflective.scoring.scores import AGGREGATIONS, TrajectoryScores, aggregate
-from reflective.search.selection import EXPONENTS, GROWTHS, VoteRule, fit_vote_rule, select
 from reflective.search.candidates import Ask
+from reflective.search.selection import EXPONENTS, GROWTHS, VoteRule, fit_vote_rule, select
 from reflective.search.strategies import ANSWER, HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
 from reflective.search.strategies.auto import Auto, sizes
 from reflective.search.strategies.exit import Exit

@@ -23,8 +23,8 @@ NS = rules.NS
 APART = {"auto": (max(NS),), "exit": (1,)}  # candidates of those that have a number of their own
 RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
 ONLY = {"refine": (8,), "dvts": (8,), "astar": (8,), "first_finish": (8,), "step_beam": (8, 16), "step_beam by mean": (8, 16), "particles": (8, 16), "step_beam, at random": (8,)}  # of the sizes
-TIMED = ("best_of_n", "prune", "prune, at random", "replace", "replace, at random", "step_beam", "particles")
-KV_TOKENS, TIMED_N, TIMED_QUESTIONS = 4096, 16, 12
+TIMED = ("best_of_n", "prune", "prune, at random", "replace", "step_beam", "particles")
+KV_TOKENS, TIMED_N, TIMED_QUESTIONS = 3072, 16, 8
 
 
 @dataclass

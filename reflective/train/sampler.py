@@ -167,7 +167,7 @@ class Sampler:
         if samples < 1 or not prompts or not all(len(p) for p in prompts):
             raise ValueError(f"samples={samples}, {len(prompts)} prompts: at least one of each, and no empty prompt")
         shared = _common(prompts)
-        cache = _Cache(self._prefix(list(prompts[0][:shared])) if shared else [])
+        cache = RowCache(self._prefix(list(prompts[0][:shared])) if shared else [])
         waiting, rows = list(range(len(prompts)))[::-1], []
         done: dict[int, list[Draw]] = {}
         missing: dict[int, int] = {}  # draws that have not ended
@@ -182,7 +182,7 @@ class Sampler:
                 rows += [_Row(q, [np.random.default_rng([seed, q, s]) for s in range(samples)], fed=0) for q in chosen]
             else:
                 feed, first = [r.tokens[-1:] for r in rows], 0
-            logits, states = self._feed(feed, rows, first, shared, cache)
+            logits, states = self.feed(feed, rows, first, shared, cache)
             rows, ended = self._advance(rows, first, logits, states, cache)
             for r, how in ended:
                 done[r.question].append(Draw(r.tokens, len(r.draws), how, r.log_prob, r.states))
@@ -206,8 +206,8 @@ class Sampler:
                 "transformers' attention interface, each with keys of its own; sample with generate"
             )
 
-    def _feed(
-        self, feed: list[list[int]], rows: list[_Row], first: int, shared: int, cache: "_Cache"
+    def feed(
+        self, feed: list[list[int]], rows: list[_Row], first: int, shared: int, cache: "RowCache"
     ) -> tuple[Tensor, Tensor]:
         """Feed slots ``first`` and following: logits [R, V] behind the last token of each, its states [R, layers, H]."""
         rows, width = rows[first:], max(map(len, feed))
@@ -269,7 +269,7 @@ class Sampler:
                 hook.remove()
 
     def _advance(
-        self, rows: list[_Row], first: int, logits: Tensor, states: Tensor, cache: "_Cache"
+        self, rows: list[_Row], first: int, logits: Tensor, states: Tensor, cache: "RowCache"
     ) -> tuple[list[_Row], list[tuple[_Row, str]]]:
         """Draw for the rows from ``first`` on, fork and end them: those that go on, by their new slots, and the ended."""
         fed = rows[first:]
@@ -353,7 +353,7 @@ class Sampler:
         return kept
 
 
-class _Cache(DynamicCache):
+class RowCache(DynamicCache):
     """Keys and values: ``prefix`` once, and of every row what is its own, in slots of [rows, heads, width, size]."""
 
     def __init__(self, prefix: list[tuple[Tensor, Tensor]]) -> None:
@@ -440,7 +440,7 @@ def _attention(
 
 
 def _no_mask(*args: Any, mask_function: Any = causal_mask_function, **kwargs: Any) -> None:
-    """Where a model asks for its attention mask; ``_Cache`` has the causal one."""
+    """Where a model asks for its attention mask; ``RowCache`` has the causal one."""
     if mask_function is not causal_mask_function:
         raise ValueError("model: not every token attends to all before it, and to these only; sample with generate")
 

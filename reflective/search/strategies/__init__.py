@@ -131,7 +131,7 @@ class Strategy:
         if self.n > MOST:
             raise ValueError(f"n={self.n}: more than {MOST} candidates; ask several times, with other seeds")
         if self.chooser is not None and not isinstance(self.chooser, Strategy):
-            raise ValueError(f"chooser={self.chooser!r}: expected a strategy; by_name finds one by its name")  # noqa: TRY004
+            raise ValueError(f"chooser={self.chooser!r}: expected a strategy; by_name finds one by its name")
         if self.aggregation not in (*AGGREGATIONS, "gated"):
             raise ValueError(f"aggregation={self.aggregation!r}; expected one of {', '.join(AGGREGATIONS)}")
 
