@@ -101,30 +101,37 @@ def best_of_n(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
     ]
 
 
+SHOWN = ("select", "prune", "prune, at random", "replace", "replace, at random", "step_beam", "particles")
+
+
 def strategies(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    """A line for each family of ``strategies.csv``, of 8 candidates."""
-    found, lines = read("strategies", folder), []
+    """A line for each family of ``strategies.csv``, of 16 candidates; of ``auto`` beside best of 8."""
+    found = read("strategies", folder)
     exits = {r["family"]: r for r in read("strategies_exit", folder)}
+    lines = []
     for family in dict.fromkeys(r["family"] for r in found):
-        rows = {r["strategy"]: r for r in found if r["family"] == family and r["n"] in ("8", "32") and (r["n"] == "8" or r["strategy"] == "auto")}
-        best = rows["best_of_n"]
-        others = sorted((r for r in rows.values() if r is not best and r["difference"]), key=lambda r: -float(r["difference"]))
-        ended = ""
+        rows = {(r["strategy"], r["n"]): r for r in found if r["family"] == family}
+        best, shown = rows["best_of_n", "16"], [rows[name, "16"] for name in SHOWN if (name, "16") in rows]
+        tokens = [f"{r['strategy']} {float(r['tokens_kept']):.0%}" for r in shown if float(r["tokens_kept"]) != 1]
+        if auto := rows.get(("auto", "8")):
+            tokens.append(f"auto {float(auto['tokens_kept']):.0%} of best of 8's ({_difference(auto)})")
         if family in exits:
-            ended = f"; exit, 1 candidate: {float(exits[family]['tokens_kept']):.0%}, the answer changed {float(exits[family]['changed']):.1%}"
+            ended = exits[family]
+            tokens.append(
+                f"exit {float(ended['tokens_kept']):.0%} of one candidate's (answers changed: {float(ended['changed']):.1%}, stated {float(ended['stated_risk']):.0%})"
+            )
         lines.append(
             (
-                f"strategies, {best['questions']} unseen questions ({family}), {best['seeds']} heads, 8 candidates: accuracy less best of 8's, paired",
-                f"best of 8 {_accuracy(best)}; "
-                + ", ".join(
-                    f"{r['strategy']} {float(r['difference']):+.3f} ({float(r['difference_low']):+.3f} – {float(r['difference_high']):+.3f})"
-                    for r in others
-                ),
-                "tokens of best of 8's: " + ", ".join(f"{r['strategy']} {float(r['tokens_kept']):.0%}" for r in others if r["tokens_kept"] != "1.0")
-                + ended,
+                f"strategies on {best['questions']} unseen {family} of 8 to 10 steps, {best['seeds']} heads, n = 16; accuracy less best of 16's, paired",
+                f"best of 16 {_accuracy(best)}; " + ", ".join(f"{r['strategy']} {_difference(r)}" for r in shown),
+                "tokens: " + ", ".join(tokens),
             )
         )
     return lines
+
+
+def _difference(row: dict[str, str]) -> str:
+    return f"{float(row['difference']):+.3f} ({float(row['difference_low']):+.3f} – {float(row['difference_high']):+.3f})"
 
 
 def _accuracy(row: dict[str, str]) -> str:

@@ -132,6 +132,7 @@ def written(folder, family, questions=12):
             home = rules.home(folder, family, seed, n)
             home.mkdir(parents=True, exist_ok=True)
             (home / "select.json").write_text('{"exponent": 4.0, "growth": 0.0, "questions": 9}')
+            (home / "auto.json").write_text(f'{{"exponent": 4.0, "growth": 0.0, "n": {n}, "enough": 0.7, "first": 2, "loss": 0.0, "questions": 9}}')
     import json
 
     (folder / family / "compared, from 0.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -152,6 +153,7 @@ def test_tables_give_paired_differences_and_keep_what_exit_states(tmp_path):
         assert [r["family"] for r in record.read("strategies_exit", tmp_path)] == list(rules.EARLY)
         ended = record.read("strategies_exit", tmp_path)[0]
         assert float(ended["changed"]) == pytest.approx(1 / 12, abs=1e-3) and 0.25 < float(ended["tokens_kept"]) < 0.38
+        assert float(of["auto", "8"]["accuracy"]) > float(of["best_of_n", "8"]["accuracy"]) and 0.2 < float(of["auto", "8"]["tokens_kept"]) < 0.7
         heads = {r["measure"]: float(r["value"]) for r in record.read("strategies_choosing", tmp_path) if r["family"] == family}
         assert heads["auc_within"] == 1.0 and heads["best_of@32"] == heads["any@32"] and heads["right to step 4"] == 1.0 > heads["right to step 5"]
         assert heads["within_beyond"] > 0.95, "length tells nothing here"

@@ -20,11 +20,11 @@ GROUP = 50  # questions whose trees are in memory together
 # Strategies that are tried on the first group alone: they take longest, refine by prompts ten times as long as the others'.
 FEW = ("refine", "astar", "dvts", "step_beam, at random")
 NS = rules.NS
-APART = {"auto": (max(NS),), "exit": (1,)}  # candidates of those that have a number of their own
+APART = ("exit", "auto")  # who have a head of their own; or draw what best of n has drawn, and are replayed
 RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
 ONLY = {"refine": (8,), "dvts": (8,), "astar": (8,), "first_finish": (8,), "step_beam": (8, 16), "step_beam by mean": (8, 16), "particles": (8, 16), "step_beam, at random": (8,)}  # of the sizes
-TIMED = ("best_of_n", "prune", "prune, at random", "replace", "step_beam", "particles")
-KV_TOKENS, TIMED_N, TIMED_QUESTIONS = 3072, 16, 8
+TIMED = {16: ("best_of_n", "prune", "prune, at random", "replace", "step_beam", "particles"), 8: ("best_of_n", "auto")}
+KV_TOKENS, TIMED_QUESTIONS = 3072, 8
 
 
 @dataclass
@@ -127,17 +127,12 @@ def _group(work: Path, model: ReflectiveModel, family: str, asked: Sequence[Ques
                         record = {"strategy": name, "n": n, "seed": seed, "question": first + i} | told(generation, question, n, strategy)
                         yield record | (drawn(generation, question) if name == "best_of_n" and n == max(NS) else {})
                 print(f"  {run}, n {n}, seed {seed}: {engine.fed - fed} tokens fed, {time.perf_counter() - began:.0f} s", flush=True)
-        for name, (n,) in APART.items():
-            judge = own
-            if name == "exit":
-                if family not in rules.EARLY:
-                    continue
-                judge = policy.with_head(model, rules.ready_head(work, family, seed))
-                engine.head = judge.head
-            strategy = by_name(name, rules.home(work, family, seed, n), n=n)
+        if family in rules.EARLY:
+            judge = policy.with_head(model, rules.ready_head(work, family, seed))
+            engine.head, strategy = judge.head, by_name("exit", rules.home(work, family, seed, 1))
             found = rules.decode(engine, judge, asked, strategy, 0, first)
             for i, (question, generation) in enumerate(zip(asked, found, strict=True)):
-                yield {"strategy": name, "n": n, "seed": seed, "question": first + i} | told(generation, question, n, strategy)
+                yield {"strategy": "exit", "n": 1, "seed": seed, "question": first + i} | told(generation, question, 1, strategy)
 
 
 def timed(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
@@ -148,22 +143,20 @@ def timed(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
         there = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         own = policy.with_head(model, learn.head(work, family, 0))
         asked = policy.questions(family, "eval")[:TIMED_QUESTIONS]
-        home, made = rules.home(work, family, 0, TIMED_N), {}
-        for choosers in runs(home, TIMED_N).values():
-            made |= choosers
-        made["auto"] = by_name("auto", home, n=max(NS))
-        for name in (*TIMED, "auto"):
-            if any(record["strategy"] == name for record in there):
+        for n, name in ((n, name) for n, names in TIMED.items() for name in names):
+            if any((record["strategy"], record["n"]) == (name, n) for record in there):
                 continue
+            home = rules.home(work, family, 0, n)
+            made = {"auto": by_name("auto", home, n=n)} | {k: s for choosers in runs(home, n).values() for k, s in choosers.items()}
             began = time.perf_counter()
             found = own.generate(
                 [q.text for q in asked], strategy=made[name], seed=0, max_new_tokens=learn.MAX_NEW_TOKENS, kv_tokens=KV_TOKENS,
-                batch_rows=TIMED_N * TIMED_QUESTIONS, **learn.SAMPLING,
+                batch_rows=n * TIMED_QUESTIONS, **learn.SAMPLING,
             )  # fmt: skip
             seconds = time.perf_counter() - began
             correct = [rules.right(g, q) for g, q in zip(found, asked, strict=True)]
             record = {
-                "strategy": name, "n": made[name].n, "seconds": seconds / len(asked), "tokens": sum(g.tokens for g in found) / len(asked),
+                "strategy": name, "n": n, "seconds": seconds / len(asked), "tokens": sum(g.tokens for g in found) / len(asked),
                 "accuracy": sum(correct) / len(asked), "questions": len(asked), "kv_tokens": KV_TOKENS, "engine": found[0].engine,
             }  # fmt: skip
             there.append(record)

@@ -77,17 +77,29 @@ def calibrate(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
             engine = engine or engine_for(own)
             engine.head = own.head
             drawn = decode(engine, own, asked, by_name("best_of_n", n=NS[-1]), 0)
-            vote, auto = Select.calibrate(drawn, answers), Auto.calibrate(drawn, answers, n=NS[-1])
+            vote = Select.calibrate(drawn, answers)
             for n in NS:
-                place = home(work, family, seed, n)
+                place, fewer = home(work, family, seed, n), [_first(g, n) for g in drawn]
                 place.mkdir(parents=True, exist_ok=True)
                 vote.save(place)
-                auto.save(place)
-                fewer = [
-                    Generation(g.prompt, g.candidates[:n], g.candidates[0], tokens=sum(c.tokens for c in g.candidates[:n])) for g in drawn
-                ]
+                _auto(fewer, answers, vote).save(place)
                 _prune(engine, own, asked, fewer).save(place)
             print(f"rules: {family}, seed {seed}", flush=True)
+
+
+def _first(run: Generation, n: int) -> Generation:
+    there = run.candidates[:n]
+    return Generation(run.prompt, there, there[0], tokens=sum(c.tokens for c in there))
+
+
+def _auto(whole: Sequence[Generation], answers: Sequence[str], vote: Select) -> Auto:
+    """With n at the most, the rule that spends least of those that are as right here as best of n."""
+    n = len(whole[0].candidates)
+    best, selected = (
+        float(np.mean([same_answer(g.candidates[s.choose(g.candidates)].answer or "", a) for g, a in zip(whole, answers, strict=True)]))
+        for s in (by_name("best_of_n"), vote)
+    )
+    return Auto.calibrate(whole, answers, n=n, loss=max(0.0, selected - best))
 
 
 def _prune(engine: TreeEngine, model: ReflectiveModel, asked: Sequence[Question], whole: Sequence[Generation]) -> Prune:

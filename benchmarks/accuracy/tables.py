@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from reflective.benchmarks.record import RESULTS, write
 from reflective.benchmarks.reproduction.layers import as_run, beyond
 from reflective.plot import pyplot
-from reflective.search.selection import VoteRule
+from reflective.search.selection import VoteRule, select
+from reflective.search.strategies import by_name
+from reflective.search.strategies.auto import sizes
 from reflective.search.strategies.votes import same_answer
 from reflective.train.data import Rollouts
 from reflective.train.metrics import evaluate_seeds
@@ -43,19 +45,36 @@ def strategies(work: Path) -> list[Record]:
     same heads. Intervals are 95 %, bootstrapped over questions, each with all its seeds."""
     rows = []
     for family in FAMILIES:
-        found = _tables(records(work, family))
+        there = [r for r in records(work, family) if r["strategy"] != "auto"]
+        found = _tables(there + list(_autos(work, family, there)))
         for (name, n), cell in found.items():
             correct, tokens = _columns(cell, cell)
             draws = _resampled(len(correct))
             row = {"family": family, "strategy": name, "n": n, "seeds": learn.SEEDS, "questions": len(correct)}
             row |= _interval("accuracy", correct, draws) | {"tokens": round(float(tokens.mean()), 1)}
             if name != "one":
-                other = {"auto": ("best_of_n", 8), "exit": ("one", 1)}.get(name, ("best_of_n", n))
+                other = {"exit": ("one", 1)}.get(name, ("best_of_n", n))
                 others, theirs = _columns(found[other], cell)
                 row |= _interval("difference", correct - others, draws) | _ratio(tokens, theirs, draws)
             rows.append(row)
     keys = dict.fromkeys(key for row in rows for key in row)
     return [{key: row.get(key, "") for key in keys} for row in rows]
+
+
+def _autos(work: Path, family: str, found: Iterable[Record]) -> Iterable[Record]:
+    """What ``auto`` comes to: it draws candidates of best of n one after another, by the same random numbers, so that they are known."""
+    for r in found:
+        if "right" not in r:
+            continue
+        for n in rules.NS:
+            rule = by_name("auto", rules.home(work, family, r["seed"], n))
+            for k in sizes(min(rule.first, n), n):
+                if k == n or max(r["scores"][:k]) >= rule.enough:
+                    break
+            chosen = select(r["scores"][:k], r["right"][:k], r["answers"][:k], k, VoteRule(rule.exponent, rule.growth))["select"]
+            yield {
+                "strategy": "auto", "n": n, "seed": r["seed"], "question": r["question"], "correct": float(chosen[0]), "tokens": sum(r["lengths"][:k]),
+            }  # fmt: skip
 
 
 Cell = dict[int, list[tuple[float, float]]]  # of each question, ``(correct, tokens)`` of every seed
@@ -220,6 +239,7 @@ def _seconds(ax: Any, part: list[Record], timed: list[Record], family: str) -> N
             continue
         name = row["strategy"].removesuffix(", at random")
         error = [[own["accuracy"] - own["accuracy_low"]], [own["accuracy_high"] - own["accuracy"]]]
-        ax.errorbar(row["seconds"], own["accuracy"], error, fmt="o" if name == row["strategy"] else "x", color=COLORS[name], label=row["strategy"], ms=5)
-    ax.set(title=f"{family}: seconds, n = {compare.TIMED_N}, room for {compare.KV_TOKENS:,} tokens", xlabel="seconds a question", ylabel="accuracy")
+        label = row["strategy"] + ("" if row["n"] == 16 else f", n = {row['n']}")
+        ax.errorbar(row["seconds"], own["accuracy"], error, fmt="o" if name == row["strategy"] else "x", color=COLORS[name], label=label, ms=5)
+    ax.set(title=f"{family}: seconds, n = 16, room for {compare.KV_TOKENS:,} tokens", xlabel="seconds a question", ylabel="accuracy")
     ax.legend(fontsize=7, frameon=False)
