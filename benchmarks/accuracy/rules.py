@@ -27,6 +27,7 @@ from . import learn, policy
 from .families import FAMILIES
 
 NS = (8, 16, 32)
+AUTO = 8  # candidates of auto at the most: it is to be as right as best of so many
 RISKS = (0.3, 0.2, 0.1, 0.05)  # of losing best of N's pick, the boldest first; another candidate may be as right
 LOSS = 0.005  # of accuracy on the questions of calibration, at the most
 EARLY = ("crates",)  # whose answer may be there before the last step: in a chain it never is, and there is nothing for exit to save
@@ -82,7 +83,8 @@ def calibrate(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
                 place, fewer = home(work, family, seed, n), [_first(g, n) for g in drawn]
                 place.mkdir(parents=True, exist_ok=True)
                 vote.save(place)
-                _auto(fewer, answers, vote).save(place)
+                if n == AUTO:
+                    _auto(fewer, answers, vote).save(place)
                 _prune(engine, own, asked, fewer).save(place)
             print(f"rules: {family}, seed {seed}", flush=True)
 

@@ -66,15 +66,14 @@ def _autos(work: Path, family: str, found: Iterable[Record]) -> Iterable[Record]
     for r in found:
         if "right" not in r:
             continue
-        for n in rules.NS:
-            rule = by_name("auto", rules.home(work, family, r["seed"], n))
-            for k in sizes(min(rule.first, n), n):
-                if k == n or max(r["scores"][:k]) >= rule.enough:
-                    break
-            chosen = select(r["scores"][:k], r["right"][:k], r["answers"][:k], k, VoteRule(rule.exponent, rule.growth))["select"]
-            yield {
-                "strategy": "auto", "n": n, "seed": r["seed"], "question": r["question"], "correct": float(chosen[0]), "tokens": sum(r["lengths"][:k]),
-            }  # fmt: skip
+        rule = by_name("auto", rules.home(work, family, r["seed"], rules.AUTO))
+        for k in sizes(min(rule.first, rule.n), rule.n):
+            if k == rule.n or max(r["scores"][:k]) >= rule.enough:
+                break
+        chosen = select(r["scores"][:k], r["right"][:k], r["answers"][:k], k, VoteRule(rule.exponent, rule.growth))["select"]
+        yield {
+            "strategy": "auto", "n": rule.n, "seed": r["seed"], "question": r["question"], "correct": float(chosen[0]), "tokens": sum(r["lengths"][:k]),
+        }  # fmt: skip
 
 
 Cell = dict[int, list[tuple[float, float]]]  # of each question, ``(correct, tokens)`` of every seed
