@@ -23,7 +23,7 @@ NS = rules.NS
 APART = ("exit", "auto")  # who have a head of their own; or draw what best of n has drawn, and are replayed
 RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
 ONLY = {"refine": (8,), "dvts": (8,), "astar": (8,), "first_finish": (8,), "step_beam": (8, 16), "step_beam by mean": (8, 16), "particles": (8, 16), "step_beam, at random": (8,)}  # of the sizes
-TIMED = {16: ("best_of_n", "prune", "prune, at random", "replace", "step_beam", "particles"), 8: ("best_of_n", "auto")}
+TIMED = {16: ("best_of_n", "prune", "prune, at random", "replace"), 8: ("best_of_n", "auto")}
 KV_TOKENS, TIMED_QUESTIONS = 3072, 8
 
 

@@ -201,14 +201,19 @@ def draw(rows: list[Record], seconds: list[Record], out: Path = RESULTS) -> None
     fig, axes = plt.subplots(len(FAMILIES), 3, figsize=(13, 4 * len(FAMILIES)), layout="constrained", squeeze=False)
     for (by_n, by_tokens, by_seconds), family in zip(axes, FAMILIES, strict=True):
         part = [row for row in rows if row["family"] == family]
-        for name in ("select", "majority", "best_of_n", "prune", "replace"):
+        part = [row for row in part if row["questions"] == max(r["questions"] for r in part)]  # without those tried on a few
+        for name in ("select", "replace", "replace, at random", "majority", "best_of_n", "prune", "prune, at random"):
+            color, control = COLORS[name.removesuffix(", at random")], name.endswith("random")
             own = sorted((row for row in part if row["strategy"] == name), key=lambda row: row["n"])
+            if not own:
+                continue
             n, value, low, high = zip(*((row["n"], row["accuracy"], row["accuracy_low"], row["accuracy_high"]) for row in own), strict=True)
-            by_n.plot(n, value, "o-", color=COLORS[name], label=name, ms=4)
-            by_n.fill_between(n, low, high, color=COLORS[name], alpha=0.1, lw=0)
+            by_n.plot(n, value, "x--" if control else "o-", color=color, label=name, ms=4, lw=1)
+            if not control:
+                by_n.fill_between(n, low, high, color=color, alpha=0.08, lw=0)
         by_n.set_xscale("log", base=2)
         by_n.set(title=f"{family}: candidates", xlabel="n", ylabel="accuracy", xticks=rules.NS, xticklabels=rules.NS)
-        by_n.legend(fontsize=8, frameon=False)
+        by_n.legend(fontsize=7, frameon=False)
         _scatter(by_tokens, part, "tokens", f"{family}: tokens decoded a question")
         _seconds(by_seconds, part, [row for row in seconds if row["family"] == family], family)
     fig.savefig(out / "strategies.png", dpi=150)
@@ -225,9 +230,10 @@ def _scatter(ax: Any, part: list[Record], key: str, title: str) -> None:
                 ax.plot(x, y, style, color=color, ms=4, lw=1, label=label)
                 if label == "best_of_n":
                     ax.fill_between(x, low, high, color=color, alpha=0.1, lw=0)
-    ax.set_xscale("log")
-    ax.set(title=title, xlabel=key, ylabel="accuracy")
-    ax.legend(fontsize=7, frameon=False)
+    ax.set_xscale("log", base=2)
+    ticks = [200, 400, 800, 1600, 3200]
+    ax.set(title=title, xlabel=key, ylabel="accuracy", xticks=ticks, xticklabels=ticks)
+    ax.legend(fontsize=7, frameon=False, loc="upper left")
 
 
 def _seconds(ax: Any, part: list[Record], timed: list[Record], family: str) -> None:
@@ -240,5 +246,6 @@ def _seconds(ax: Any, part: list[Record], timed: list[Record], family: str) -> N
         error = [[own["accuracy"] - own["accuracy_low"]], [own["accuracy_high"] - own["accuracy"]]]
         label = row["strategy"] + ("" if row["n"] == 16 else f", n = {row['n']}")
         ax.errorbar(row["seconds"], own["accuracy"], error, fmt="o" if name == row["strategy"] else "x", color=COLORS[name], label=label, ms=5)
-    ax.set(title=f"{family}: seconds, n = 16, room for {compare.KV_TOKENS:,} tokens", xlabel="seconds a question", ylabel="accuracy")
-    ax.legend(fontsize=7, frameon=False)
+    ax.set(title=f"{family}: seconds, {compare.KV_TOKENS:,} tokens cached", xlabel="seconds a question", ylabel="accuracy")
+    if timed:
+        ax.legend(fontsize=7, frameon=False)
