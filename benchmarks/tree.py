@@ -116,7 +116,7 @@ class TreeEngine:
         self._read = Backbone.of(model.model, model.tap).places
         self._feeder = Sampler(model.model, model.tokenizer, ends=self.ends, layers=sorted(self._read.points))
         self._roots: dict[tuple[int, ...], _Node] = {}
-        self._scores: dict[tuple[int, _Node], float] = {}
+        self._scores: dict[tuple[SPRM, _Node], float] = {}
         self._rows: list[_Row] = []
         self._cache = RowCache([])
         self._prefixes: dict[int, tuple[Prompt, _Node]] = {}
@@ -222,7 +222,7 @@ class TreeEngine:
         yield Appended(s.number, chance)
         told, s.places = s.places, s.node.steps
         if told != s.places:
-            s.scores = [self._scores[id(self.head), s.nodes[place]] for place in s.places]
+            s.scores = [self._scores[self.head, s.nodes[place]] for place in s.places]
         if len(s.nodes) >= s.sampling.max_tokens:
             del self._sequences[s.number]
             yield Ended(s.number, "length", None, s.score())
@@ -245,13 +245,13 @@ class TreeEngine:
                 before = node.parent.steps  # one and the same for all within a step
                 node.steps = before if before == tuple(own) else tuple(own)
         steps = {s.nodes[place]: None for s in sequences if s.places != s.node.steps for place in s.node.steps}
-        new = [node for node in steps if (id(self.head), node) not in self._scores]
+        new = [node for node in steps if (self.head, node) not in self._scores]
         if new:
             states, layers = torch.stack([node.parent.state for node in new]), self._feeder.layers  # [M, layers, H]
             with torch.no_grad():
                 features = self._read.join({i: states[:, layers.index(i)] for i in self._read.points})
                 scores = self.head(features[:, : self.head.hidden_size].to(self.head.dtype)).float().sigmoid()
-            self._scores |= {(id(self.head), node): score for node, score in zip(new, scores.flatten().tolist(), strict=True)}
+            self._scores |= {(self.head, node): score for node, score in zip(new, scores.flatten().tolist(), strict=True)}
 
     def _know(self, nodes: set[_Node]) -> None:
         """Feed ``nodes``, and keep what may come behind each."""

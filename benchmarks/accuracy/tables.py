@@ -24,7 +24,6 @@ from . import compare, learn, rules
 from .families import FAMILIES
 
 CURVE = (2, 4, 8, 16, 32)
-VOTES = ("majority", "weighted_vote", "select", "best_of", "any")
 RESAMPLES = 10_000
 COLORS = {
     "best_of_n": "C0", "select": "C2", "majority": "C1", "prune": "C3", "replace": "C4", "step_beam": "C5", "particles": "C6", "auto": "C9", "dvts": "C8",
