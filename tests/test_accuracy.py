@@ -122,11 +122,11 @@ def written(folder, family, questions=12):
                 whole = {"correct": bool(right[0]), "tokens": 10 * n}
                 more = {
                     "scores": (0.2 + 0.6 * right).tolist(), "steps": [8] * 32, "lengths": rng.integers(8, 12, 32).tolist(), "answers": [0 if r else 1 for r in right],
-                    "right": right.tolist(), "right_steps": [8 if r else 4 for r in right], "first_answer": "1",
+                    "right": right.tolist(), "right_steps": [8 if r else 4 for r in right],
                 }  # fmt: skip
                 lines.append(base | whole | {"strategy": "best_of_n"} | (more if n == 32 else {}))
                 lines += [base | whole | {"strategy": s, "tokens": t * n} for s, t in (("prune", 5), ("prune, at random", 5), ("replace", 8), ("select", 10), ("majority", 10))]
-            base |= {"n": 1, "strategy": "exit", "tokens": 3, "correct": True, "answer": "2" if q == 3 else "1"}
+            base |= {"n": 1, "strategy": "exit", "tokens": 3, "correct": True, "answer": "2" if q == 3 else "1", "whole_answer": "1", "whole_tokens": 10}
             lines.append(base)
         for n in rules.NS:
             home = rules.home(folder, family, seed, n)

@@ -80,7 +80,7 @@ def drawn(run: Generation, question: Question) -> dict[str, Any]:
     there = run.candidates
     return {
         "scores": [c.score for c in there], "steps": [len(c.step_scores) for c in there], "lengths": [len(c.token_ids) for c in there],
-        "first_answer": there[0].answer, "answers": answer_numbers([0] * len(there), [c.answer for c in there]),
+        "answers": answer_numbers([0] * len(there), [c.answer for c in there]),
         "right": [c.answer is not None and same_answer(c.answer, question.answer) for c in there],
         "right_steps": [_right_steps(c.text, question) for c in there],
     }  # fmt: skip
@@ -131,8 +131,9 @@ def _group(work: Path, model: ReflectiveModel, family: str, asked: Sequence[Ques
             judge = policy.with_head(model, rules.ready_head(work, family, seed))
             engine.head, strategy = judge.head, by_name("exit", rules.home(work, family, seed, 1))
             found = rules.decode(engine, judge, asked, strategy, 0, first)
-            for i, (question, generation) in enumerate(zip(asked, found, strict=True)):
-                yield {"strategy": "exit", "n": 1, "seed": seed, "question": first + i} | told(generation, question, 1, strategy)
+            for i, (question, generation, run) in enumerate(zip(asked, found, whole, strict=True)):
+                one = {"whole_answer": run.candidates[0].answer, "whole_tokens": run.candidates[0].tokens}
+                yield {"strategy": "exit", "n": 1, "seed": seed, "question": first + i} | told(generation, question, 1, strategy) | one
 
 
 def timed(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:

@@ -97,15 +97,12 @@ def exits(work: Path) -> list[Record]:
     """How ``exit`` keeps what it states: the share of questions whose answer it changes, and the share of tokens that it saves."""
     rows = []
     for family in rules.EARLY:
-        found = records(work, family)
-        whole = {(r["seed"], r["question"]): r for r in found if "right" in r}
         changed, saved = defaultdict(list), defaultdict(list)
-        for r in found:
-            if r["strategy"] == "exit":
-                other = whole[r["seed"], r["question"]]
-                same = r["answer"] is not None and other["first_answer"] is not None and same_answer(r["answer"], other["first_answer"])
-                changed[r["question"]].append(not same and r["answer"] != other["first_answer"])
-                saved[r["question"]].append((r["tokens"], other["lengths"][0]))
+        for r in (r for r in records(work, family) if r["strategy"] == "exit"):
+            given, whole = r["answer"], r["whole_answer"]
+            same = given == whole if given is None or whole is None else same_answer(given, whole)
+            changed[r["question"]].append(not same)
+            saved[r["question"]].append((r["tokens"], r["whole_tokens"]))
         share = np.array([np.mean(v) for v in changed.values()])
         tokens = np.array([np.mean(v, 0) for v in saved.values()])
         draws = _resampled(len(share))
