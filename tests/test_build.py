@@ -25,9 +25,10 @@ SOURCES = sorted(
     for folder, pattern in (
         ("csrc", "*"),
         ("kernels", "*.py"),
-        ("benchmarks", "*.py"),
+        ("benchmarks", "**/*.py"),
         ("reflective", "**/*.py"),
         ("reflective/data", "**/*"),
+        ("reflective/view", "*.*"),
     )
     for path in (ROOT / folder).glob(pattern)
     if path.is_file()
