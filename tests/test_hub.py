@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 import reflective as rf
 from reflective import hub
 from reflective.checkpoints.default import HEAD as SHIPPED
+from reflective.search.strategies.auto import Auto
 from reflective.search.strategies.exit import Exit
 from reflective.search.strategies.select import Select
 from reflective.train.settings import Settings
@@ -553,8 +554,10 @@ def test_the_card_of_the_shipped_head(tmp_path):
     assert f"Calibrated on {rule['questions']} questions, {rule['n']} candidates each" in card.text
     Select(exponent=4.0, growth=0.25, questions=256).save(tmp_path)
     Exit(threshold=0.9, risk=0.05, questions=200).save(tmp_path)
+    Auto(n=32, exponent=4.0, enough=0.85, loss=0.01, questions=256).save(tmp_path)
     text = ModelCard.load(hub.write_card(tmp_path)).text
     assert "to the power of 4 n^0.25; calibrated on 256 questions" in text and "above 0.9, with a stated risk of 5%" in text
+    assert "up to 32, until one scores 0.85, which gave up 1% of the accuracy of 32 at the most on the 256 questions" in text
     assert "By hand." in card.text and card.text.strip().startswith("# The head")
 
 

@@ -683,6 +683,15 @@ def test_auto_is_calibrated_to_lose_little():
         Auto.calibrate(*made(4), n=32)
 
 
+def test_what_auto_spends():
+    """By hand: of every order of the candidates the same comes, as each question's are alike."""
+    score, right, answer, question = [0.9] * 8 + [0.3] * 8, [1.0] * 8 + [0.0] * 8, [5] * 8 + [7] * 8, [0] * 8 + [1] * 8
+    accuracy, candidates = Auto(n=8, exponent=2.0, enough=0.5).spends(score, right, answer, question)
+    assert accuracy.tolist() == [1.0, 0.0] and candidates.tolist() == [2.0, 8.0]
+    one = Auto.fit(score, right, answer, question, VoteRule(2.0, 0.25), n=8, loss=0.0)
+    assert (one.exponent, one.growth, one.questions) == (2.0, 0.25, 2) and one.spends(score, right, answer, question)[1].tolist() == [2.0, 2.0]
+
+
 def test_effort_auto(tmp_path, model):
     model = rf.ReflectiveModel(model.model, model.tokenizer, model.head, model.config, home=tmp_path)
     with pytest.raises(ValueError, match=r"auto: no exponent; use Auto\.calibrate"):

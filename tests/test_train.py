@@ -344,6 +344,8 @@ def test_joint_end_to_end_and_gone_on_with(tmp_path, monkeypatch):
         not torch.equal(a, b) for a, b in zip(model.model.parameters(), policy().model.parameters(), strict=True)
     ]
     assert sum(changes) > 4, "the adapter is merged"
+    assert report["rollouts"]["settle"]["questions"] == 6 and {e["stage"] for e in log} == {"fit", "joint", "settle"}
+    assert report["along"].keys() == report["metrics"].keys() and report["along"]["pass@1"] == report["metrics"]["pass@1"]
 
     tell = run._Tell.__call__
 
@@ -368,6 +370,25 @@ def test_joint_end_to_end_and_gone_on_with(tmp_path, monkeypatch):
     assert [Path(path).name for path in begun] == ["checkpoint-1", "checkpoint-2"]
     assert resumed["metrics"]["pass@1"] == report["metrics"]["pass@1"]
     assert resumed["metrics"]["score_gap"]["value"] == pytest.approx(report["metrics"]["score_gap"]["value"], rel=1e-3)
+
+
+def test_the_head_that_is_saved_is_the_settled_one(tmp_path, monkeypatch):
+    settings, fitted, measured = changed(way="joint", steps=2), [], []
+    fit, measure = run.fit, run._Run._measure
+    monkeypatch.setattr(run, "fit", lambda *a, **k: fitted.append((fit(*a, **k), k)) or fitted[-1][0])
+    monkeypatch.setattr(run._Run, "_measure", lambda self, r, head: measured.append(fingerprint(head.parameters())) or measure(self, r, head))
+    train.train(policy(), dataclasses.replace(settings, settle=4), tmp_path / "settled")
+    head, how = fitted[-1]
+    assert len(fitted) == 2 and how["dropout"] == 0.1 and how["init"] is None
+    saved = rf.SPRM.from_pretrained(tmp_path / "settled")
+    assert fingerprint(saved.parameters()) == fingerprint(head.parameters()) == measured[-1] != measured[-2]
+    report = train.train(policy(), dataclasses.replace(settings, settle=0), tmp_path / "along")
+    assert "along" not in report and "settle" not in report["rollouts"] and len(fitted) == 3, "the one before the policy moved"
+    monkeypatch.setattr(sys.modules[__name__], "even", lambda response, question: 1.0)
+    start = tmp_path / "start"
+    tiny.head(seed=7).save_pretrained(start)
+    report = train.train(policy(), dataclasses.replace(settings, continue_head=str(start)), tmp_path / "all right")
+    assert "along" not in report and report["rollouts"]["settle"]["correct"] == 1.0 and len(fitted) == 3, "nothing to learn from"
 
 
 def test_joint_of_a_chat_goes_on_from_a_head_with_all_weights(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ from their features; heads of other layers, one chosen for each family; heads th
 separate PRM; tables and pictures. Only where asked for by name: ``after``, the table of joint training alone, where the data of the others are not
 at hand, ``ship``, which replaces the head that the package comes with by the
 best one, ``refit``, which fits heads anew to rollouts of the policy that the package comes with, and replaces its head by the
-best of these, and ``rule``, which calibrates anew how that head's scores choose (``select.json``). ``--family`` is for the stages ``rollouts``, ``layers`` and ``choosing``.
+best of these, and ``rule``, which calibrates anew how that head's scores choose (``select.json``, ``auto.json``), and ``shipped``, which measures that head and these rules
+on held-out questions that chose nothing. ``--family`` is for the stages ``rollouts``, ``layers`` and ``choosing``.
 """
 
 import argparse
@@ -93,7 +94,7 @@ STAGES: dict[str, Callable[..., None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="directory for everything in between")
-    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "after", "ship", "refit", "rule"], help="only these")
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "after", "ship", "refit", "rule", "shipped"], help="only these")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, help="only these, in this order (rollouts, layers, choosing)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -108,6 +109,8 @@ def main() -> None:
             ship.ship(args.work)
         elif name == "refit":
             ship.refit(args.work)
+        elif name == "shipped":
+            ship.measure(args.work, args.out)
         elif name == "rule":
             ship.choose()
             ship.describe()

@@ -4,23 +4,29 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 
+from reflective.benchmarks.record import RESULTS, write
 from reflective.checkpoints.default import HEAD
 from reflective.checkpoints.hub import CONFIG_NAME, write_card
 from reflective.model import ReflectiveModel
 from reflective.scoring.sprm import SPRM
 from reflective.scoring.taps import Tap
+from reflective.search.selection import Metric, VoteRule, fit_vote_rule
+from reflective.search.strategies.auto import Auto
 from reflective.search.strategies.prune import Prune
 from reflective.search.strategies.select import Select
+from reflective.tasks import Question
 from reflective.train.data import Rollouts
 from reflective.train.head import fit
 from reflective.train.layers import choose_layer
-from reflective.train.metrics import Metric, evaluate, vote_rule
+from reflective.train.metrics import draws, evaluate, evaluate_seeds, log_scores
 from reflective.train.rollout import roll_out
 
-from . import heads, joint, layers, rollouts
+from . import choosing, heads, joint, layers, rollouts
 from .families import FAMILIES
 
 FAMILY, SEED, CALIBRATED = "sums", 0, 40  # the family that `reflective demo` asks; questions of the pruning rule
@@ -136,7 +142,7 @@ def ship(work: Path, target: Path = HEAD, found: dict[str, Candidate] | None = N
 
 
 def choose(target: Path = HEAD) -> None:
-    """Calibrate ``select.json`` anew for what lies in ``target``, on questions that nothing else is done with.
+    """Calibrate ``select.json`` and ``auto.json`` anew for what lies in ``target``, on questions that nothing else is done with.
 
     Half of the answers are sampled as ``generate`` does unless it is told otherwise, half as the recipe does. At temperature 0.6 answers differ so
     little that whatever exponent above 8 does, and best of N; at 0.8 from 4 to 8 is best, and best of 32 loses 0.08 to it.
@@ -149,8 +155,42 @@ def choose(target: Path = HEAD) -> None:
         ))  # fmt: skip
         part.question += len(drawn) * len(asked)
         drawn.append(part)
-    rule = vote_rule(Rollouts.join(drawn), model.head)
+    found = draws(Rollouts.join(drawn), model.head)
+    rule = fit_vote_rule(*found)
     Select(exponent=rule.exponent, growth=rule.growth, questions=len(asked)).save(target)
+    replace(Auto.fit(*found, rule, n=rollouts.EVAL_SAMPLES), questions=len(asked)).save(target)  # each was asked at two temperatures
+
+
+def untouched() -> list[Question]:
+    """Held-out questions by which neither head, adapter nor a rule of what is shipped was chosen."""
+    held_out = rollouts.questions(FAMILIES[FAMILY])[1]
+    return [q for i, q in enumerate(held_out) if i % rollouts.SEEDS != SEED and i >= CALIBRATED]
+
+
+def measure(work: Path, out: Path = RESULTS) -> None:
+    """What the shipped head, adapter and rules are worth against N, as they are shipped, in float32: ``reproduction_shipped.csv``."""
+    model = ReflectiveModel.default()
+    r = rollouts.rollouts(
+        model, FAMILIES[FAMILY], untouched(), work / "shipped" / "rules", samples=rollouts.EVAL_SAMPLES, seed=9, all_views=False
+    )["steps"]
+    scores, vote, auto = log_scores(r, model.head), Select.load(HEAD), Auto.load(HEAD)
+    metrics = evaluate_seeds(
+        [(replace(r, features=None), scores)], n=choosing.CURVE[1:], rules=[VoteRule(vote.exponent, vote.growth)], differences=choosing.DIFFERENCES
+    )
+    right, drawn = auto.spends(*draws(r, scores))
+    metrics["auto"] = _interval(right)
+    metrics["auto, candidates"] = _interval(drawn)
+    questions = len(r.question.unique())
+    write(
+        "reproduction_shipped",
+        [{"measure": k, **{n: round(v, 4) for n, v in asdict(m).items()}, "questions": questions} for k, m in metrics.items()], out,
+    )  # fmt: skip
+
+
+def _interval(values: NDArray[np.float64]) -> Metric:
+    """Of the mean, questions resampled."""
+    means = values[np.random.default_rng(0).integers(len(values), size=(2000, len(values)))].mean(1)
+    return Metric(float(values.mean()), *np.quantile(means, (0.025, 0.975)).tolist())
 
 
 def describe(target: Path = HEAD) -> None:

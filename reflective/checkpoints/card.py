@@ -44,7 +44,8 @@ def write_card(
 ) -> Path:
     """Write ``README.md``: what lies in the directory, how it is used, how it was trained, what was measured.
 
-    Everything is read from the files there: the head, ``reflective.json``, the adapter, ``select.json``, ``prune.json``, ``exit.json``, and ``report.json``
+    Everything is read from the files there: the head, ``reflective.json``, the adapter, ``select.json``, ``auto.json``, ``prune.json``, ``exit.json``, and
+    ``report.json``
     as ``train`` writes it: ``metrics`` has ``value``, ``low`` and ``high`` by name, and so has, beside ``before`` or each
     of ``candidates`` (heads among which this one was chosen), whatever is there of them.
 
@@ -76,7 +77,8 @@ def write_card(
     training, limits = own.pop("Training", _training(report)), own.pop("Limits", _LIMITS)
     parts = {
         "Use": _use(config), **own, "Training": training, "Held out": _held_out(report),
-        "Choosing": _choosing(read(path / "select.json")), "Pruning": _pruning(read(path / "prune.json")),
+        "Choosing": _choosing(read(path / "select.json")), "As many as it takes": _as_many(read(path / "auto.json")),
+        "Pruning": _pruning(read(path / "prune.json")),
         "Ending early": _exiting(read(path / "exit.json")), "Limits": limits,
     }  # fmt: skip
     text = [f"# {title or (f'SPRM head for {base}' if base else 'SPRM head')}", _contents(path, base, adapter)]
@@ -208,6 +210,18 @@ def _choosing(rule: Mapping[str, Any]) -> str:
         f'`select.json` is the rule of `strategy="select"`, which `effort=` uses: each of n candidates votes for its answer with its score to the power '
         f"of {power}; {calibrated}."
     )
+
+
+def _as_many(rule: Mapping[str, Any]) -> str:
+    if not rule:
+        return ""
+    text = (
+        f'`auto.json` is the rule of `effort="auto"`: it begins with {rule["first"]} candidates and starts half as many again, up to {rule["n"]}, until '
+        f"one scores {rule['enough']:g}"
+    )
+    if not rule["questions"]:
+        return text + "; set by hand."
+    return f"{text}, which gave up {rule['loss']:.0%} of the accuracy of {rule['n']} at the most on the {rule['questions']} questions it was calibrated on."
 
 
 def _exiting(rule: Mapping[str, Any]) -> str:

@@ -87,6 +87,9 @@ def train(
     head_updates: Annotated[
         int, typer.Option(min=0, help="Steps of the head by itself after each optimizer step (joint); 0: one with the policy, as published.")
     ] = Settings.head_updates,
+    settle: Annotated[
+        int, typer.Option(min=0, help="Training questions answered once more in the end, to fit the head anew (joint); 0: it stays as trained along.")
+    ] = Settings.settle,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a second forward (backbone, joint).")
     ] = Settings.gradient_checkpointing,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -180,9 +181,19 @@ def vote_rule(
     Raises:
         ValueError: see ``evaluate``; no question was answered twice.
     """
+    return fit_vote_rule(*draws(rollouts, head_or_log_scores, aggregation=aggregation), seed=seed)
+
+
+def draws(
+    rollouts: Rollouts, head_or_log_scores: SPRM | Tensor, *, aggregation: str = "geometric_mean"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """``(score, outcome, answer, question)`` of every draw with a verdict, as ``fit_vote_rule`` and ``Auto.fit`` take them.
+
+    Raises:
+        ValueError: see ``evaluate``.
+    """
     kept = _Judged.of(rollouts, head_or_log_scores, aggregation, rollouts.question.unique())
-    drawn = (t.repeat_interleave(kept.count).numpy() for t in (kept.score, kept.outcome, kept.answer, kept.question))
-    return fit_vote_rule(*drawn, seed=seed)
+    return tuple(t.repeat_interleave(kept.count).numpy() for t in (kept.score, kept.outcome, kept.answer, kept.question))
 
 
 def calibration(

@@ -31,7 +31,7 @@ from ..tasks import TASKS, Question, gym, split
 from ..utils.fingerprint import fingerprint
 from ..utils.outputs import finite, folder, json_text, write_text
 from . import extras
-from .data import Rollouts, read_questions, read_rollouts, split_questions
+from .data import Rollouts, question_weights, read_questions, read_rollouts, split_questions
 from .head import check_trainable, fit
 from .layers import candidates, choose_layer
 from .metrics import Metric, evaluate
@@ -51,6 +51,7 @@ _GYM = "reasoning-gym:"
 _WATCHED = 64  # questions of the evaluation that the progress bar's numbers are of
 _BLOCK = 4096  # trajectories read before their features are written down
 _LATER = ("layers", "at")  # settings that runs of before do not have; where they are not given nothing has changed
+_SETTLED_DROPOUT = 0.1  # 0.5, as published, is for a head that learns while the policy changes
 _DAY = timedelta(days=1)  # processes that are done with their share of the rollouts wait for the others
 
 
@@ -60,7 +61,8 @@ def train(
     """Roll out or read, train, and measure on questions that training never saw.
 
     Ways ``backbone`` and ``joint`` begin with a head fitted to the model as it is, or ``continue_head``; ``before``
-    is measured with that. They train ``model`` in place, and leave a LoRA adapter merged into it. Under ``accelerate
+    is measured with that. They train ``model`` in place, and leave a LoRA adapter merged into it. After way ``joint`` the head is fitted
+    again, to answers of the policy that moves no more (``settings.settle``). Under ``accelerate
     launch`` the processes share the work; the main one writes. A run that was killed goes on, and one that is over only
     returns its report.
 
@@ -81,7 +83,8 @@ def train(
     Returns:
         ``run`` (settings; fingerprints of model and files), ``versions``, ``tap`` (where the head reads), ``layers`` (where one was
         chosen: of each the AUC within held-back training questions), ``rollouts`` (counts), ``seconds`` (of each stage, since the
-        last start), ``metrics`` and ``before``: by name ``value``, ``low`` and ``high`` as from ``evaluate``, None for NaN.
+        last start), ``metrics``, ``before`` and, of way ``joint``, ``along``, with the head as it was before it was fitted again: by name ``value``,
+        ``low`` and ``high`` as from ``evaluate``, None for NaN.
 
     Raises:
         ValueError: an unknown task, too few questions, no way to judge answers, nothing to learn from, or ``output``
@@ -131,8 +134,8 @@ class _Run:
         start = self.start and fingerprint(self.start.parameters())
         self.tap = self._recorded_tap()
         given = {k: v for k, v in asdict(s).items() if v is not None or k not in _LATER}
-        if s.way != "joint":  # of nothing else, and runs of before do not have it
-            del given["head_updates"]
+        if s.way != "joint":  # of nothing else, and runs of before do not have them
+            del given["head_updates"], given["settle"]
         self.run = json.loads(json_text(self.policy | given | {"start": start}))
         # Of all that is recorded; where it is as it always was, nothing is said of it.
         self.policy |= {} if self.tap == Tap(at=model.config.at) else {"tap": self.tap.to_dict()}
@@ -169,7 +172,7 @@ class _Run:
             if s.automatic:
                 self._choose(learnt)
             learnt, held_out = learnt.read(self.tap), held_out.read(self.tap)
-            head = self._fit(learnt, held_out)
+            head = self._fit(learnt, held_out, init=self.start, width=s.width)
         else:
             head = self.start.to(self.processes.device).use(tap=self.tap)
             if s.way == "backbone" and not s.data:
@@ -193,7 +196,25 @@ class _Run:
         if trained.adapter is not None:
             self.model.model = trained.adapter.merge_and_unload()
         held_out = self._features("after", held_out) if s.data else self._answers("after")
-        return {"metrics": self._measure(held_out, trained.head), "before": found}
+        along = self._measure(held_out, trained.head)
+        settled = self._settle(held_out, trained.head) if s.way == "joint" and s.settle else None
+        if settled is None:
+            return {"metrics": along, "before": found}
+        return {"metrics": self._measure(held_out, settled), "before": found, "along": along}
+
+    def _settle(self, held_out: Rollouts, along: SPRM) -> SPRM | None:
+        """The head fitted again, to answers of the policy that moves no more, and saved in place of the one that was trained along; None where
+        no question is answered both ways."""
+        s = self.settings
+        learnt = self._answers("settle")
+        if not question_weights(learnt.question, learnt.outcome, learnt.count, within_questions=s.within_questions).any():
+            return None
+        head = self._fit(learnt, held_out, "settle", width=along.width, dropout=_SETTLED_DROPOUT)
+        head.use(trained_on=along.trained_on)
+        if self.processes.main:
+            for name in NAMES[: 1 + s.published]:
+                head.save_pretrained(self.output / name)
+        return head
 
     def _recorded_tap(self) -> Tap:
         """Where features are recorded: where the head will read, or all layers among which one is chosen."""
@@ -261,9 +282,9 @@ class _Run:
 
     def _answers(self, name: str) -> Rollouts:
         """Rollouts of the model as it is, each process answering its share of the questions."""
-        s, part = self.settings, "train" if name == "train" else "eval"
+        s, part = self.settings, "train" if name in ("train", "settle") else "eval"
         count, index = self.processes.count, self.processes.index
-        questions = self._questions[part][index::count]
+        questions = self._questions[part][: s.settle if name == "settle" else None][index::count]
         sampling = {k: getattr(s, k) for k in ("samples", "temperature", "top_p", "max_new_tokens", "batch_rows")}
 
         def make(first: int) -> Iterator[dict[str, Rollouts]]:
@@ -297,7 +318,7 @@ class _Run:
         self, name: str, depends: dict[str, Any], make: Callable[[int], Iterator[dict[str, Rollouts]]]
     ) -> Rollouts:
         """What all processes ``make``, kept block by block; what depends on the training only until the run is over."""
-        count, home = self.processes.count, self.unfinished if name == "after" else self.output / "rollouts"
+        count, home = self.processes.count, self.unfinished if name in ("after", "settle") else self.output / "rollouts"
         shares = [home / (name if count == 1 else f"{name}-{i}-of-{count}") for i in range(count)]
         recorded(shares[self.processes.index], self.policy | depends, make)
         self._wait()
@@ -311,7 +332,10 @@ class _Run:
         }  # fmt: skip
         return rollouts
 
-    def _fit(self, learnt: Rollouts, held_out: Rollouts) -> SPRM:
+    def _fit(
+        self, learnt: Rollouts, held_out: Rollouts, name: str = "fit", *, init: SPRM | None = None, width: int | None = None,
+        dropout: float | None = None,
+    ) -> SPRM:  # fmt: skip
         s = self.settings
         watched = held_out.select(torch.isin(held_out.question, held_out.question.unique()[:_WATCHED]))
 
@@ -319,11 +343,11 @@ class _Run:
             now = evaluate(watched, head, n=(), resamples=1)
             tell(epoch + 1, loss=loss, kept=now["kept"].value, gap=now["score_gap"].value)
 
-        with self._stage("fit", s.epochs) as tell:
+        with self._stage(name, s.epochs) as tell:
             return fit(
                 learnt, epochs=s.epochs, warmup=s.warmup if s.way == "head" else None, lr=s.lr, batch=s.batch,
-                width=s.width, within_questions=s.within_questions, class_balance=s.class_balance, seed=s.seed,
-                init=self.start, on_epoch=on_epoch, checkpoint=self.unfinished / "fit", accelerator=self.accelerator,
+                width=width, dropout=dropout, within_questions=s.within_questions, class_balance=s.class_balance, seed=s.seed,
+                init=init, on_epoch=on_epoch, checkpoint=self.unfinished / name, accelerator=self.accelerator,
             ).use(tap=self.tap)  # fmt: skip
 
     def _tune(self, learnt: Rollouts) -> "Tuned":

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from ..selection import VoteRule, select
+from ..selection import Array, VoteRule, select
 from . import Step
 from .select import Select, judged
 
@@ -74,25 +75,53 @@ class Auto(Select):
         """
         questions = list(questions)
         chosen = Select.calibrate(questions, right, n)
-        if any(len(q.candidates) < n for q in questions):
-            raise ValueError(f"n={n}: a question has fewer candidates; calibrate on as many as are to be drawn at the most")
-        score, outcome, answer, owner = map(np.array, judged(questions, right))
-        rng, rule = np.random.default_rng(0), VoteRule(chosen.exponent, chosen.growth)
-        orders = np.array([rng.permutation(np.flatnonzero(owner == q))[:n] for q in range(len(questions)) for _ in range(_ORDERS)])
-        waves = []
-        for k in sizes(min(first, n), n):
-            rows = orders[:, :k].ravel()
-            waves.append((score[rows].reshape(-1, k).max(1), select(score[rows], outcome[rows], answer[rows], k, rule)["select"]))
-        table = np.array(waves).transpose(2, 0, 1)  # [questions orders, waves, (best score, outcome)]
-        target = table[:, -1, 1].mean() - loss
-        for enough in _ENOUGH:
-            reached = (table[:, :, 0] >= enough) | (np.arange(table.shape[1]) == table.shape[1] - 1)
-            at = reached.argmax(1)
-            if table[np.arange(len(table)), at, 1].mean() >= target:
-                break
-        else:
-            enough = 1.0
-        return cls(n=n, exponent=chosen.exponent, growth=chosen.growth, enough=enough, first=first, loss=loss, questions=len(questions))
+        return cls.fit(*judged(questions, right), VoteRule(chosen.exponent, chosen.growth), n=n, loss=loss, first=first)
+
+    @classmethod
+    def fit(
+        cls, score: ArrayLike, right: ArrayLike, answer: ArrayLike, question: ArrayLike, rule: VoteRule, *, n: int = 32, loss: float = 0.01,
+        first: int = 2,
+    ) -> "Auto":  # fmt: skip
+        """``calibrate`` on what ``selection.fit_vote_rule`` takes, with the ``rule`` that votes.
+
+        Raises:
+            ValueError: a question with fewer than n candidates.
+        """
+        best, outcome, questions = waves(score, right, answer, question, rule, n, first)
+        target = outcome[:, -1].mean() - loss
+        enough = next((e for e in _ENOUGH if outcome[ended(best, e)].mean() >= target), 1.0)
+        return cls(n=n, exponent=rule.exponent, growth=rule.growth, enough=enough, first=first, loss=loss, questions=questions)
+
+    def spends(self, score: ArrayLike, right: ArrayLike, answer: ArrayLike, question: ArrayLike) -> tuple[Array, Array]:
+        """``(accuracy, candidates)`` [Q]: the mean outcome of every question and how many candidates it takes; arguments as for ``fit``."""
+        best, outcome, questions = waves(score, right, answer, question, VoteRule(self.exponent, self.growth), self.n, self.first)
+        at = ended(best, self.enough)
+        drawn = np.array(list(sizes(min(self.first, self.n), self.n)))[at[1]]
+        return outcome[at].reshape(questions, -1).mean(1), drawn.reshape(questions, -1).mean(1)
+
+
+def waves(
+    score: ArrayLike, right: ArrayLike, answer: ArrayLike, question: ArrayLike, rule: VoteRule, n: int, first: int
+) -> tuple[Array, Array, int]:
+    """``(best score, outcome of select)`` [Q orders, waves] after each wave, in some orders of every question's candidates, and Q."""
+    score, right, answer, question = map(np.asarray, (score, right, answer, question))
+    rng, own = np.random.default_rng(0), [np.flatnonzero(question == q) for q in np.unique(question)]
+    if any(len(rows) < n for rows in own):
+        raise ValueError(f"n={n}: a question has fewer candidates; calibrate on as many as are to be drawn at the most")
+    orders = np.array([rng.permutation(rows)[:n] for rows in own for _ in range(_ORDERS)])
+    best, outcome = [], []
+    for k in sizes(min(first, n), n):
+        rows = orders[:, :k].ravel()
+        best.append(score[rows].reshape(-1, k).max(1))
+        outcome.append(select(score[rows], right[rows], answer[rows], k, rule)["select"])
+    return np.array(best).T, np.array(outcome).T, len(own)
+
+
+def ended(best: Array, enough: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Index of the wave that is the last one, of every order."""
+    reached = best >= enough
+    reached[:, -1] = True
+    return np.arange(len(best)), reached.argmax(1)
 
 
 def grown(n: int) -> int:
