@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from . import bench, demo, evaluate, generate, score, serve, train
+from . import bench, demo, doctor, evaluate, generate, score, serve, train
 from .common import RayCommand
 
 app = typer.Typer(
@@ -58,3 +58,4 @@ app.command("eval")(evaluate.evaluate)
 app.command()(serve.serve)
 app.command()(train.train)
 app.command()(bench.bench)
+app.command()(doctor.doctor)
