@@ -1,5 +1,6 @@
 """How far a run over a file is: on a terminal a bar, elsewhere a line a minute."""
 
+import sys
 import time
 from datetime import timedelta
 
@@ -43,7 +44,7 @@ class Meter(Tally):
         self.name, self.total, self.before = name, total, before
         self._read_rows = self._read_tokens = 0
         self._console = Console(stderr=True)
-        self._watched = self._console.is_terminal
+        self._watched = self._console.is_interactive and sys.stderr.isatty()  # FORCE_COLOR makes a pipe a terminal
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn(),
             console=self._console, disable=not self._watched, transient=True,

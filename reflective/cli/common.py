@@ -5,17 +5,29 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from typer.core import TyperCommand
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from ..utils.arguments import one_of
 from ..utils.outputs import json_text
+from . import complete
+from .help import CLUSTER, FILES, MODEL, SPEED, Command
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help need not wait for torch
     from ..batch.run import Run
@@ -30,14 +42,24 @@ _OURS = {
 }  # fmt: skip
 _COSTS = ("strategy", "engine", "chosen_by", "seed", "tokens", "seconds", "scoring_seconds", "alive", "interrupted")
 ModelOption = Annotated[
-    str, typer.Option(help="Directory, or ORG/NAME on the Hub, of model, tokenizer and head; 'default': SmolLM2-135M.")
+    str,
+    typer.Option(
+        metavar="PATH", rich_help_panel=MODEL,
+        help="Directory, or ORG/NAME on the Hub, of model, tokenizer and head; 'default': SmolLM2-135M.",
+    ),
 ]
-HeadOption = Annotated[str | None, typer.Option(help="Head and reflective.json, where they lie apart from the model.")]
-FetchOption = Annotated[bool, typer.Option("--fetch", help="Download the default model's weights if they are missing.")]
+HeadOption = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", rich_help_panel=MODEL, help="Head and reflective.json, where they lie apart from the model."),
+]  # fmt: skip
+FetchOption = Annotated[
+    bool, typer.Option("--fetch", rich_help_panel=MODEL, help="Download the default model's weights if they are missing.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DecodingOption = Annotated[
     str,
     typer.Option(
+        metavar="HOW", rich_help_panel=SPEED, autocompletion=complete.decodings,
         help="How a model of transformers is run a token: batch, seats or compiled; auto: seats on a GPU, and for long prompts."
     ),
 ]
@@ -46,31 +68,38 @@ KVOption = Annotated[
     typer.Option(
         "--kv-tokens",
         min=1,
+        rich_help_panel=SPEED,
         help="Tokens whose keys and values are kept while they decode; candidates wait for more. Default: by the free memory.",
     ),
 ]
 EngineOption = Annotated[
-    str, typer.Option(help="Who decodes: hf, transformers in this process; vllm, a stock vLLM in this process.")
+    str,
+    typer.Option(
+        metavar="NAME", rich_help_panel=MODEL, autocompletion=complete.engines,
+        help="Who decodes: hf, transformers in this process; vllm, a stock vLLM in this process.",
+    ),
 ]
 VLLMOption = Annotated[
     str | None,
     typer.Option(
-        "--vllm", metavar="JSON", help='Settings of --engine vllm: {"max_model_len": 4096, "tensor_parallel_size": 2}.'
+        "--vllm", metavar="JSON", rich_help_panel=MODEL, help='Settings of --engine vllm: {"max_model_len": 4096, "tensor_parallel_size": 2}.'
     ),
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Makes the run repeatable.")]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the output, and what another run has left unfinished of it.")
+    bool,
+    typer.Option("--overwrite", rich_help_panel=FILES, help="Replace the output, and what another run has left unfinished of it."),
 ]
 RayOption = Annotated[
     str | None,
     typer.Option(
-        "--ray", metavar="[ADDRESS]",
+        "--ray", metavar="[ADDRESS]", rich_help_panel=CLUSTER,
         help="From file to file over a Ray cluster: HOST:PORT of its head, auto (this machine's), local (its own, the default).",
     ),
 ]  # fmt: skip
 ReplicasOption = Annotated[
-    int | None, typer.Option(min=1, help="With --ray: replicas of the model; default: one a GPU, or one a machine.")
+    int | None,
+    typer.Option(min=1, rich_help_panel=CLUSTER, help="With --ray: replicas of the model; default: one a GPU, or one a machine."),
 ]
 TokensOption = Annotated[int, typer.Option(min=1, help="Tokens a candidate at most.")]
 
@@ -87,14 +116,21 @@ def load_model(
     settings = vllm_settings(engine, vllm)
     if engine == "vllm":
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for answers and scores
-    from ..checkpoints.hub import is_repository
-    from ..model import ReflectiveModel
+    # Importing torch is the longer part for small models. Downloads have bars of their own, and vLLM has its log.
+    quiet = engine == "vllm" or fetch or not (model == "default" or Path(model).is_dir())
+    with nullcontext() if quiet else waiting(f"loading {'the default model' if model == 'default' else model}"):
+        from ..checkpoints.hub import is_repository
+        from ..model import ReflectiveModel
 
-    if model == "default":
-        return ReflectiveModel.default(head=head, fetch=fetch, engine=engine, **settings)
-    if not Path(model).is_dir() and not is_repository(model):
-        raise FileNotFoundError(f"model: {model!r} is no directory; give one, ORG/NAME on the Hub, or 'default'")
-    return ReflectiveModel.from_pretrained(model, head=head, untrained=untrained, engine=engine, **settings)
+        if not quiet and watched():
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()  # two would write over each other
+        if model == "default":
+            return ReflectiveModel.default(head=head, fetch=fetch, engine=engine, **settings)
+        if not Path(model).is_dir() and not is_repository(model):
+            raise FileNotFoundError(f"model: {model!r} is no directory; give one, ORG/NAME on the Hub, or 'default'")
+        return ReflectiveModel.from_pretrained(model, head=head, untrained=untrained, engine=engine, **settings)
 
 
 def vllm_settings(engine: str, given: str | None) -> dict[str, Any]:
@@ -119,7 +155,7 @@ def vllm_settings(engine: str, given: str | None) -> dict[str, Any]:
     return settings
 
 
-class RayCommand(TyperCommand):
+class RayCommand(Command):
     """A command whose ``--ray`` needs no value: without one it is ``RAY_ADDRESS``, or a cluster of its own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -184,12 +220,36 @@ def print_json(value: Any) -> None:
 
 
 def progress_bars() -> Progress:
-    """Progress on stderr, for people only: nothing is drawn when stderr is piped."""
-    console = Console(stderr=True)
+    """Progress on stderr, with rate and remaining time, for people only: see ``watched``."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal, transient=True,
+        TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), Rate(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), console=Console(stderr=True), disable=not watched(), transient=True, expand=True,
     )  # fmt: skip
+
+
+def watched() -> bool:
+    """Whether somebody watches stderr, on a terminal that can redraw a line. Colours are another matter: NO_COLOR is rich's to heed."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+
+class Rate(ProgressColumn):
+    """How many a second, or seconds for each."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:,.1f}/s" if speed >= 1 else f"{1 / speed:,.1f} s each", "progress.data.speed")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Within, ``what`` and the seconds since are shown to who watches: for what cannot tell how far it is."""
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True), disable=not watched(), transient=True
+    ) as bar:  # fmt: skip
+        bar.add_task(what, total=None)
+        yield
 
 
 def complain(text: str) -> None:

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .common import FetchOption, JsonOption, SeedOption, TokensOption, check_plot, load_model, print_json, record
+from .common import FetchOption, JsonOption, SeedOption, TokensOption, check_plot, load_model, print_json, record, waiting
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help need not wait for torch
     from ..model import Generation, ReflectiveModel
     from .show import Costs
+
+EXAMPLES = """
+reflective demo
+reflective demo "8 + 13 + 5" -n 32 --plot steps.png
+"""
 
 
 def demo(
@@ -33,7 +38,7 @@ def demo(
     console = Console()
     check_plot(plot)
     model = load_model("default", None, fetch)
-    live = console if console.is_terminal and not as_json else None
+    live = console if console.is_interactive and not as_json else None
     generation, costs = _run(model, question, n=n, seed=seed, max_new_tokens=max_new_tokens, console=live)
     if plot:
         from ..plot import plot_trajectory
@@ -51,13 +56,15 @@ def _run(
     """Generate ``n`` candidates, show them live on ``console`` if there is one, and measure a second pass."""
     from .show import Board, Costs
 
-    with Board(console) if console else nullcontext() as board:
+    with Board(console, max_new_tokens) if console else nullcontext() as board:
         generation = model.generate(
             question, n=n, seed=seed, max_new_tokens=max_new_tokens, schedule="immediate",
             on_step=board.update if board else None,
         )  # fmt: skip
     scoring = generation.scoring_seconds
-    return generation, Costs(generation.seconds - scoring, scoring, _second_pass_seconds(model, generation))
+    with waiting("the finished texts once more, as the published pipeline has it, to compare"):
+        second_pass = _second_pass_seconds(model, generation)
+    return generation, Costs(generation.seconds - scoring, scoring, second_pass)
 
 
 def _second_pass_seconds(model: "ReflectiveModel", generation: "Generation") -> float:

@@ -14,6 +14,14 @@ if TYPE_CHECKING:  # at run time within the function, as everywhere here
 
 _STYLES = {"ok": "green", "differs": "bold red", "broken": "bold red", "not here": "dim"}
 
+EXAMPLES = """
+reflective doctor
+# for a script: exit code 0 if all that is here agrees, else 1
+reflective doctor --quick --json
+# Triton's kernels without a GPU, in Triton's interpreter
+TRITON_INTERPRET=1 reflective doctor --quick
+"""
+
 
 def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Leave out vLLM and the default model.")] = False,

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..search.strategies import NAMES as STRATEGIES
+from . import complete
 from .common import (
     DecodingOption,
     EngineOption,
@@ -35,10 +36,22 @@ from .common import (
     place,
     print_json,
     record,
+    watched,
 )
+from .help import DRAWING, FILES, SPEED
 
 if TYPE_CHECKING:  # at run time numpy, for which --help need not wait
     from ..search.candidates import SamplingSettings
+
+
+EXAMPLES = """
+reflective generate "15 + 7 + 16"
+reflective generate --effort high --model ORG/NAME "A question" "Another"
+# candidates and costs as JSON
+reflective generate --json --strategy weighted_vote -n 16 "15 + 7 + 16"
+# a file of questions to a file of answers; goes on where it was killed
+reflective generate --input questions.jsonl -o answers.jsonl --seed 0
+"""
 
 
 def generate(
@@ -50,12 +63,17 @@ def generate(
     strategy: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME", autocompletion=complete.strategies,
             help="How candidates are steered by their scores and chosen: " + ", ".join(STRATEGIES) + "; default best_of_n, with --effort "
             "select where the checkpoint has its rule."
         ),
     ] = None,
     effort: Annotated[
-        str | None, typer.Option(help="low, medium or high: 2, 8 or 32 candidates; auto: as many as needed, where the checkpoint has its rule; default medium.")
+        str | None,
+        typer.Option(
+            metavar="LEVEL", autocompletion=complete.efforts,
+            help="low, medium or high: 2, 8 or 32 candidates; auto: as many as needed, where the checkpoint has its rule; default medium.",
+        ),
     ] = None,
     n: Annotated[int | None, typer.Option("-n", help="Candidates, instead of --effort.")] = None,
     max_new_tokens: TokensOption = 512,
@@ -64,48 +82,48 @@ def generate(
     ] = None,
     temperature: Annotated[
         list[float],
-        typer.Option(min=0, help="0 decodes greedily. Given several times: one a candidate, and over again."),
+        typer.Option(rich_help_panel=DRAWING, min=0, help="0 decodes greedily. Given several times: one a candidate, and over again."),
     ] = [0.6],  # noqa: B006  # typer copies it
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Keep the likeliest tokens whose probabilities come to this.")
+        float, typer.Option(rich_help_panel=DRAWING, min=0, max=1, help="Keep the likeliest tokens whose probabilities come to this.")
     ] = 0.95,
-    top_k: Annotated[int, typer.Option(min=0, help="Keep so many of the likeliest tokens; 0: all.")] = 0,
+    top_k: Annotated[int, typer.Option(rich_help_panel=DRAWING, min=0, help="Keep so many of the likeliest tokens; 0: all.")] = 0,
     min_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Keep tokens at least this part as probable as the likeliest.")
+        float, typer.Option(rich_help_panel=DRAWING, min=0, max=1, help="Keep tokens at least this part as probable as the likeliest.")
     ] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: make tokens of prompt and response less likely to come again.")
+        float, typer.Option(rich_help_panel=DRAWING, help="Above 1: make tokens of prompt and response less likely to come again.")
     ] = 1.0,
     presence_penalty: Annotated[
-        float, typer.Option(min=-2, max=2, help="Take this from the logits of tokens that the response has.")
+        float, typer.Option(rich_help_panel=DRAWING, min=-2, max=2, help="Take this from the logits of tokens that the response has.")
     ] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(min=-2, max=2, help="The same, as often as it has them.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(rich_help_panel=DRAWING, min=-2, max=2, help="The same, as often as it has them.")] = 0.0,
     logit_bias: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID=VALUE", help="Add this to the logit of a token; may be given several times."),
+        typer.Option(rich_help_panel=DRAWING, metavar="ID=VALUE", help="Add this to the logit of a token; may be given several times."),
     ] = None,
     min_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens of a candidate before which no end-of-sequence token comes.")
+        int, typer.Option(rich_help_panel=DRAWING, min=0, help="Tokens of a candidate before which no end-of-sequence token comes.")
     ] = 0,
     seed: SeedOption = None,
-    together: Annotated[int, typer.Option(min=1, help="Questions decoded in one batch.")] = 8,
+    as_json: JsonOption = False,
+    together: Annotated[int, typer.Option(min=1, rich_help_panel=SPEED, help="Questions decoded in one batch.")] = 8,
     decoding: DecodingOption = "auto",
     kv_tokens: KVOption = None,
     source: Annotated[
         Path | None,
         typer.Option(
-            "--input", help="File of question, prompt or problem, JSON or parquet, instead of questions here."
+            "--input", rich_help_panel=FILES, help="File of question, prompt or problem, JSON or parquet, instead of questions here."
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File for the answers to --input: as of `reflective score`.")
+        Path | None, typer.Option("-o", "--output", rich_help_panel=FILES, help="File for the answers to --input: as of `reflective score`.")
     ] = None,
     overwrite: OverwriteOption = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the (last) question's candidates into this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(rich_help_panel=FILES, help="Draw the (last) question's candidates into this file.")] = None,
     fetch: FetchOption = False,
     engine: EngineOption = "hf",
     vllm: VLLMOption = None,
-    as_json: JsonOption = False,
     ray: RayOption = None,
     replicas: ReplicasOption = None,
 ) -> None:
@@ -149,8 +167,9 @@ def generate(
     from .show import Board, summary  # with torch, which the model has brought
 
     screen = Console(stderr=True)
+    total, done = None if by_line else len(questions), 0
     while part := list(itertools.islice(asked, 1 if by_line and sys.stdin.isatty() else together)):
-        with Board(screen) if screen.is_terminal else nullcontext() as board:
+        with Board(screen, max_new_tokens, total, done) if watched() else nullcontext() as board:
             results = reflective_model.generate(
                 part, effort, strategy=strategy, n=n, max_new_tokens=max_new_tokens, **sampling, seed=seed,
                 thinking_budget=thinking_budget, on_step=board and board.update, decoding=decoding, kv_tokens=kv_tokens,
@@ -160,8 +179,9 @@ def generate(
                 print_json(record(question, result))
             else:
                 print(result.text.strip(), flush=True)
-                if screen.is_terminal:
+                if watched():
                     screen.print(f"[dim]{summary(result)}[/]", highlight=False)
+        done += len(part)
         if plot:
             results[-1].plot(plot)
         if any(result.interrupted for result in results):

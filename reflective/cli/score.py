@@ -26,11 +26,20 @@ from .common import (
     place,
     progress_bars,
 )
+from .help import FILES, MODEL, SPEED
 
 if TYPE_CHECKING:
     from ..model import ReflectiveModel
 
 Item = TypeVar("Item")
+EXAMPLES = """
+reflective score --text "15 + 7 = 22.\\n\\nThe answer is 22.\\n\\n"
+# rows of text, or of question and response; the same rows with scores
+reflective score responses.jsonl -o scored.parquet --model ORG/NAME
+cat responses.jsonl | reflective score > scored.jsonl
+# by several heads at once
+reflective score a.jsonl -o b.jsonl --head ours=heads/1 --head probe=heads/2
+"""
 
 
 def score(
@@ -39,19 +48,20 @@ def score(
     ] = "-",
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="File: .jsonl, .json, .parquet, .jsonl.gz; default: JSONL on stdout."),
+        typer.Option("-o", "--output", rich_help_panel=FILES, help="File: .jsonl, .json, .parquet, .jsonl.gz; default: JSONL on stdout."),
     ] = None,
     text: Annotated[str | None, typer.Option(help="Score this text alone instead.")] = None,
     model: ModelOption = "default",
     head: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="[NAME=]PATH", rich_help_panel=MODEL,
             help="Head, ours or a published one (STEP, SWIFT, ...), where it lies apart from the model. Given several times, each as NAME=PATH "
             "or PATH: a text is run once, and scored by each.",
         ),
     ] = None,
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens a forward, padding included; texts of similar lengths go together.")
+        int, typer.Option(rich_help_panel=SPEED, min=1, help="Tokens a forward, padding included; texts of similar lengths go together.")
     ] = 16_384,
     overwrite: OverwriteOption = False,
     fetch: FetchOption = False,

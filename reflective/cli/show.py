@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 from rich.console import Console
 from rich.live import Live
@@ -26,10 +27,17 @@ class Costs:
 
 
 class Board:
-    """The live table: one row a candidate, there while the ``with`` block lasts."""
+    """The live table: one row a candidate, there while the ``with`` block lasts; below it how far, how fast and how long at most.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        max_new_tokens: of a candidate.
+        questions, done: in all, None where that is not known; those before.
+    """
+
+    def __init__(self, console: Console, max_new_tokens: int, questions: int | None = 1, done: int = 0) -> None:
         self.live = Live(console=console, transient=True, auto_refresh=False)
+        self.max_new_tokens, self.questions, self.done = max_new_tokens, questions, done
+        self.began = time.perf_counter()
         self.shown = 0.0
 
     def __enter__(self) -> Self:
@@ -44,13 +52,28 @@ class Board:
         if time.perf_counter() - self.shown < _REFRESH_S:
             return
         table = Table("", "decoding", "step scores", "score", expand=True)
-        for c in questions[0]:
+        room = max(1, self.live.console.height - 6)  # for what is around the rows; a table that scrolls could not be redrawn
+        shown = questions[0] if len(questions[0]) <= room else sorted(questions[0], key=lambda c: not c.running)[:room]
+        for c in sorted(shown, key=lambda c: c.number):
             score = f"{c.score():.3f}" if c.step_scores else ""
             style = "dim" if c.status == "stopped" else None
             tail = " ".join(c.text.split())[-60:]
             table.add_row(str(c.number + 1), tail, sparkline(c.step_scores), score, style=style)
+        table.caption = self._progress(questions)
         self.live.update(table, refresh=True)
         self.shown = time.perf_counter()
+
+    def _progress(self, questions: list[list[Candidate]]) -> str:
+        candidates = [c for live in questions for c in live]
+        seconds, lengths = max(1e-9, time.perf_counter() - self.began), [len(c.token_ids) for c in candidates]
+        running = [n for c, n in zip(candidates, lengths, strict=True) if c.running]
+        told = [f"{sum(lengths)} tokens, {sum(lengths) / seconds:,.0f} tokens/s", f"{len(candidates) - len(running)} of {len(candidates)} ended"]
+        if self.questions != 1:
+            told.insert(0, f"question {self.done + 1} to {self.done + len(questions)}" + (f" of {self.questions}" if self.questions else ""))
+        if running and max(lengths):  # all that run get a token in the time of one
+            left = seconds / max(lengths) * (self.max_new_tokens - min(running))
+            told.append(f"{timedelta(seconds=round(seconds))}, at most {timedelta(seconds=round(max(0, left)))} left")
+        return "; ".join(told)
 
 
 def report(console: Console, generation: Generation, costs: Costs) -> None:
