@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .common import FetchOption, JsonOption, SeedOption, TokensOption, check_plot, load_model, print_json, record, waiting
+from .common import (
+    FetchOption,
+    JsonOption,
+    SeedOption,
+    TokensOption,
+    check_plot,
+    load_model,
+    print_json,
+    record,
+    waiting,
+)
 
 if TYPE_CHECKING:  # at run time inside the functions, so that --help need not wait for torch
     from ..model import Generation, ReflectiveModel

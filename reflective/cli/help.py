@@ -107,7 +107,9 @@ def _apart(parts: list[Any]) -> Iterator[Any]:
 
 def _usage(ctx: Any, command: Any) -> Text:
     path = ctx.command_path.removeprefix("python -m ")
-    return Text.assemble(("Usage: ", "bold"), (path, "bold cyan"), " ", " ".join(command.collect_usage_pieces(ctx)))
+    arguments = [_argument(p) for p in command.get_params(ctx) if p.param_type_name == "argument"]
+    rest = " [OPTIONS] COMMAND [ARGS]..." if isinstance(command, TyperGroup) else " [OPTIONS]"
+    return Text.assemble(("Usage: ", "bold"), (path, "bold cyan"), rest, *(part for a in arguments for part in (" ", a)))
 
 
 def _paragraphs(text: str) -> list[Text]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 EXAMPLES = """
-reflective score --text "15 + 7 = 22.\\n\\nThe answer is 22.\\n\\n"
+reflective score --text $'15 + 7 = 22.\\n\\nThe answer is 22.\\n\\n'
 # rows of text, or of question and response; the same rows with scores
 reflective score responses.jsonl -o scored.parquet --model ORG/NAME
 cat responses.jsonl | reflective score > scored.jsonl

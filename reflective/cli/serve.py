@@ -18,7 +18,7 @@ from .help import REACH, SPEED
 
 EXAMPLES = """
 reflective serve
-reflective serve --model ORG/NAME --host 0.0.0.0 --api-key "$KEY" --timeout 300
+reflective serve --model ORG/NAME --host 0.0.0.0 --api-key "$KEY"
 # then, from anywhere
 curl -s localhost:8000/score -H 'Content-Type: application/json' \\
   -d '{"text": "15 + 7 = 22.\\n\\n22 + 16 = 38.\\n\\n"}'

@@ -7,7 +7,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from typing_extensions import Self
 
 from ..plot import sparkline
@@ -51,7 +51,7 @@ class Board:
         """Called after every decoded token; redraws at most ten times a second."""
         if time.perf_counter() - self.shown < _REFRESH_S:
             return
-        table = Table("", "decoding", "step scores", "score", expand=True)
+        table = Table("", Column("decoding", no_wrap=True, ratio=3), Column("step scores", no_wrap=True, ratio=1), "score", expand=True)
         room = max(1, self.live.console.height - 6)  # for what is around the rows; a table that scrolls could not be redrawn
         shown = questions[0] if len(questions[0]) <= room else sorted(questions[0], key=lambda c: not c.running)[:room]
         for c in sorted(shown, key=lambda c: c.number):

@@ -421,9 +421,9 @@ def checkpoint(folder: Path) -> None:
 
     special = ["<pad>", "<s>", "</s>", "<think>", "</think>"]
     letters = [chr(ord("A") + i) for i in range(VOCAB - len(special))]
-    core = Tokenizer(models.WordLevel({text: i for i, text in enumerate([*special, *letters])}, unk_token="Z"))  # noqa: S106
+    core = Tokenizer(models.WordLevel({text: i for i, text in enumerate([*special, *letters])}, unk_token="Z"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"</?think>|."), "isolated"), decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", additional_special_tokens=special[3:]).save_pretrained(folder)  # noqa: S106
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", additional_special_tokens=special[3:]).save_pretrained(folder)
     known.model().save_pretrained(folder)
     known.head().save_pretrained(folder)
     rule = {"rule": "contains", "delimiter": [letters[i - len(special)] for i in STEP_IDS], "prompt": "{question}"}

@@ -115,16 +115,23 @@ for _name in ("decode_step", "flush", "tally_slots"):
 
 
 def _load_extension() -> str | None:
-    """Load the compiled kernels. Returns why there are none, or None."""
+    """Load the compiled kernels. Returns why there are none, or None.
+
+    Raises:
+        ValueError: ``REFLECTIVE_CPU_CAPABILITY`` names what the processor lacks.
+    """
     if importlib.util.find_spec(_EXTENSION) is None:
         return "not compiled: when reflective was installed there was no C++ compiler, or it failed"
     try:
         importlib.import_module(_EXTENSION)
         if not hasattr(op, "cpu_capability"):
             return f"compiled, but under another name than torch.ops.{NAMESPACE} (REFLECTIVE_NAMESPACE)"
-        op.cpu_capability()  # raises where REFLECTIVE_CPU_CAPABILITY names what the processor lacks
     except (ImportError, OSError) as e:
         return f"compiled, but does not load: {e}"
+    try:
+        op.cpu_capability()
+    except RuntimeError as e:  # what was asked for by name is not to be exchanged silently
+        raise ValueError(f"REFLECTIVE_CPU_CAPABILITY: {e}") from e
     return None
 
 
