@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..scoring.taps import At
+from ..utils.patterns import compiled
 from .files import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -56,9 +57,33 @@ class Config:
         try:
             said = json.loads(file.read_text(encoding="utf-8-sig"))
             said.pop("base_model", None)  # where the model lies, not how it is used
-            return cls(**said)
-        except (ValueError, TypeError, AttributeError) as error:
+            made = cls(**said)
+            made._check()
+            return made
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} is not a valid {CONFIG_NAME}: {error}") from error
+
+    def _check(self) -> None:
+        """A file may hold anything.
+
+        Raises:
+            ValueError: a value of another type; a pattern that is none, or an ``answer`` without a group.
+        """
+        for name in ("rule", "at", "prompt", "stop", "answer", "think_end"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in ("rule", "at")):
+                raise ValueError(f"{name}: expected a text, found {value!r:.60}")
+        several = self.delimiter if isinstance(self.delimiter, list) else [self.delimiter]
+        if not all(isinstance(text, str) for text in several):
+            raise ValueError(f"delimiter: expected a text or a list of texts, found {self.delimiter!r:.60}")
+        for name in ("steps", "head"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name}: expected an object, found {value!r:.60}")
+        if self.stop is not None:
+            compiled(self.stop)
+        if self.answer is not None and compiled(self.answer).groups < 1:
+            raise ValueError(f"answer: {self.answer!r} has no group; its first group is the answer")
 
 
 def told(head: "Head", config: Config) -> dict[str, Any]:

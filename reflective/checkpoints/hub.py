@@ -28,10 +28,11 @@ def model_directory(path: str | Path, **where: Any) -> Path:
     """``directory`` of a model and its tokenizer; pickled weights only where there are no safetensors.
 
     Raises:
-        ValueError: the index of the weights is broken, or names files outside the directory.
+        ValueError: the index of the weights is broken, or names files outside the directory; the configuration names kernels of the Hub.
         FileNotFoundError: files that it names are missing; others: see ``directory``.
     """
     place = directory(path, MODEL, **where)
+    _check_kernels(place / "config.json")
     if not any(place.glob("model*.safetensors")):
         place = directory(path, _PICKLED, **where)
     for whole in _WEIGHTS:  # transformers takes the first that is there
@@ -41,6 +42,22 @@ def model_directory(path: str | Path, **where: Any) -> Path:
             _check_index(place / f"{whole}.index.json")
             break
     return place
+
+
+def _check_kernels(config: Path) -> None:
+    """That a model's configuration has transformers load no compiled kernels of the Hub, which is code: a name with a slash, of how to attend
+    or how to run experts, would, where the ``kernels`` package is installed."""
+    left: list[Any] = [read(config)]
+    while left:
+        for name, value in left.pop().items():
+            if name.endswith(("attn_implementation", "experts_implementation")):
+                for kernel in value.values() if isinstance(value, dict) else [value]:
+                    if isinstance(kernel, str) and "/" in kernel:
+                        raise ValueError(
+                            f"{config}: {name} is {kernel!r}, compiled code from the Hub; refused. Take that line out if you trust the rest"
+                        )
+            elif isinstance(value, dict):
+                left.append(value)
 
 
 def _check_index(index: Path) -> None:

@@ -102,7 +102,8 @@ def load(
     # First, as it fails fast.
     form, config = (None, config_of(home)) if untrained and SPRM.found(home) is None else open_head(home)
     name, files, adapters = model_files(path, place, home, revision, where)
-    model = AutoModelForCausalLM.from_pretrained(files, dtype=dtype, device_map=device_map).eval()
+    # Said: where nothing is, transformers asks on a terminal whether to run the checkpoint's code.
+    model = AutoModelForCausalLM.from_pretrained(files, dtype=dtype, device_map=device_map, trust_remote_code=False).eval()
     # What the head belongs to, and not its place in the Hub's cache: an adapter trained from here names it as its base.
     model.name_or_path = model.config.name_or_path = str(path if head else name)
     for adapter in adapters:
@@ -114,7 +115,7 @@ def load(
     made, config = used(made, config, (beside_head(home) / CONFIG_NAME).is_file())
     made = made.to(model.dtype)
     made.check_finite()
-    return Loaded(model, AutoTokenizer.from_pretrained(files), made, config, beside_head(home))
+    return Loaded(model, AutoTokenizer.from_pretrained(files, trust_remote_code=False), made, config, beside_head(home))
 
 
 def places(path: str | Path, head: str | Path | None, revision: str | None, where: dict[str, Any]) -> tuple[Path, Path]:

@@ -51,9 +51,12 @@ def doctor(
     else:
         console.print()
         console.print(Text(report.verdict(), "bold green" if report.ok else "bold red"))
+        advised: dict[str, list[str]] = {}
         for check in report.checks:
             if check.advice:
-                console.print(Text.assemble((f"{check.name}: ", "bold"), clean(check.advice)))
+                advised.setdefault(check.advice, []).append(check.name)
+        for advice, names in advised.items():
+            console.print(Text.assemble(("; ".join(names) + ": ", "bold"), clean(advice)))
         console.print("\nTo paste into a bug report:\n", style="bold")
         print(report.paste())
     if not report.ok:

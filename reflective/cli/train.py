@@ -14,7 +14,7 @@ from .help import BACKBONE, DRAWING, HEAD, JOINT, LEARNING, SPEED
 
 EXAMPLES = """
 reflective train heads/sums
-reflective train heads/mine --model ORG/NAME --task questions.jsonl --layers auto
+reflective train heads/mine --model ORG/NAME --task questions.jsonl
 # from responses that are there already, with outcomes
 reflective train heads/mine --data rollouts.jsonl
 # policy and head together

@@ -99,7 +99,7 @@ def plan(quick: bool = False) -> list[Step]:
     ]  # fmt: skip
     base, both = ("import torch", "import reflective"), ("import torch", "import transformers", "import reflective")
     for name in BACKENDS:
-        advice = f"until it is mended take another: backend='torch' in Python; {_OTHERWISE.get(name, REPORT_IT)}"
+        advice = ("" if name == "torch" else "until it is mended take another: backend='torch' in Python; ") + _OTHERWISE[name]
         steps += [
             Step(f"{name}: head alone", lambda name=name: head_alone(name), advice, base),
             Step(f"{name}: finished text", lambda name=name: finished_text(name), advice, both),

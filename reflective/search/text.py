@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..utils.patterns import search
+
 TAIL = 24  # tokens decoded to look for a response's end; no pattern in use spans more
 
 
@@ -54,8 +56,8 @@ class Reader:
         if self.pattern is None:
             return None
         text = text if self.think_end is None else text.rpartition(self.decode([self.think_end], special=True))[2]
-        match = re.search(self.pattern, text)
-        return match.group(1).strip() if match else None
+        match = search(self.pattern, text)
+        return match.group(1).strip() if match and match.group(1) is not None else None
 
     def thinking_end(self) -> list[int]:
         """The tokens that end thinking.
@@ -88,9 +90,9 @@ class Watch:
     def __init__(self, reader: Reader, stops: Sequence[str] = ()) -> None:
         self.reader = reader
         patterns = [*([reader.stop] if reader.stop else []), *map(re.escape, stops)]
-        self._stop = re.compile("|".join(patterns)) if patterns else None
+        self._stop = "|".join(patterns)
         self._tail = max([TAIL, *map(len, stops)])  # tokens: at least one character each
-        self._answer = reader.pattern and re.compile(reader.pattern)
+        self._answer = reader.pattern
 
     def complete(self, tokens: Sequence[int], answer_from: int | None) -> bool:
         """Whether the newest text holds a stop or, where the checkpoint has no stop pattern, an answer with something behind it.
@@ -98,10 +100,10 @@ class Watch:
         Args:
             answer_from: where thinking ended in ``tokens``; None within it.
         """
-        if self._stop and self._stop.search(self.reader.decode(tokens[-self._tail :])):
+        if self._stop and search(self._stop, self.reader.decode(tokens[-self._tail :])):
             return True
         if self.reader.stop or not self._answer or answer_from is None:
             return False
         text = self.reader.decode(tokens[max(answer_from, len(tokens) - TAIL) :])
-        found = self._answer.search(text)
+        found = search(self._answer, text)
         return bool(found) and found.end() < len(text)

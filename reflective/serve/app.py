@@ -1,10 +1,13 @@
 """The server: its routes, who may call them, and its life."""
 
 import asyncio
+import ipaddress
 import secrets
+import socket
 import sys
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -167,6 +170,8 @@ class _Door:
             self.metrics.seconds.labels(path).observe(time.monotonic() - began)
 
     def _refusal(self, path: str, headers: Headers) -> Response | None:
+        if self.api_key is None and (why := _foreign(headers)):
+            return error_response(403, f"{why}; start the server with an api_key, which the client sends, to allow that")
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key if scheme.lower() == "bearer" else ""
         known = self.api_key is None or secrets.compare_digest(key.encode(), self.api_key.encode())
@@ -174,6 +179,27 @@ class _Door:
             message = "expected the API key: Authorization: Bearer KEY"
             return error_response(401, message, {"WWW-Authenticate": "Bearer"})
         return None
+
+
+def _foreign(headers: Headers) -> str | None:
+    """Why a request may be somebody else's page in a browser on this machine: without a key nothing else tells it from the user's own.
+
+    Programs send no ``Origin``. A page whose name was pointed at this machine meanwhile (DNS rebinding) has an origin that is the server's, so
+    that the server has to know its own names: addresses, and those of this machine.
+    """
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != host:
+        return f"the request comes from a page of {origin!r:.80}, not of this server"
+    if origin is None and "sec-fetch-site" not in headers and not headers.get("user-agent", "").startswith("Mozilla/"):
+        return None  # no browser
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        own = socket.gethostname().lower()
+        if name not in ("localhost", own, f"{own}.local") and not name.endswith(".localhost"):
+            return f"the browser calls this server {name!r:.80}, which is none of its names"
+    return None
 
 
 async def _refusal(request: Request, error: HTTPException) -> Response:

@@ -16,7 +16,6 @@ the same 256 answers to the token, in a ninth to a tenth of its time, on one thr
 import inspect
 import itertools
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from ..engines.hf.internals import (
 from ..engines.hf.kv import check_rows_apart
 from ..engines.hf.tap import ModelTap
 from ..search.text import TAIL
+from ..utils.patterns import search
 
 _ATTENTION = "reflective_shared_prefix"
 _HARMLESS = ("position_ids", "position_embeddings", "cache_position", "use_cache")  # what attention may be told besides
@@ -144,7 +144,7 @@ class Sampler:
         if len({weight.device for weight in model.parameters()}) > 1:
             raise ValueError(f"model: the weights of {name} are on several devices; sample with generate")
         self.model, self.tokenizer, self.ends, self.cache_name = model, tokenizer, ends, cache_argument(model)
-        self.stop = stop and re.compile(stop)
+        self.stop = stop
         self.max_new_tokens, self.temperature, self.batch_rows = max_new_tokens, temperature, batch_rows
         self.warp = TopPLogitsWarper(top_p) if temperature and top_p < 1 else None
         self.backbone, self.log_probs = Backbone.of(model), log_probs
@@ -296,7 +296,7 @@ class Sampler:
     def _ends(self, row: _Row) -> str | None:
         if row.tokens[-1] in self.ends:
             return "stop"
-        if self.stop and self.stop.search(self.tokenizer.decode(row.tokens[-TAIL:], skip_special_tokens=True)):
+        if self.stop and search(self.stop, self.tokenizer.decode(row.tokens[-TAIL:], skip_special_tokens=True)):
             return "stop"
         return "length" if len(row.tokens) >= self.max_new_tokens else None
 

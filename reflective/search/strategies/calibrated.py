@@ -11,6 +11,8 @@ from typing_extensions import Self
 from ...utils.outputs import json_text, write_text
 from . import Strategy
 
+_MOST = 4096  # candidates that a checkpoint's rule may ask for
+
 
 @dataclass
 class Calibrated(Strategy):
@@ -65,6 +67,27 @@ class Calibrated(Strategy):
         """
         path = Path(path) / cls.file if Path(path).is_dir() else Path(path)
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")) | settings)
-        except (ValueError, TypeError) as error:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            cls._check(said)
+            return cls(**said | settings)
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a valid {cls.file}: {error}") from error
+
+    @classmethod
+    def _check(cls, said: Any) -> None:
+        """The file comes with a checkpoint, and may hold anything.
+
+        Raises:
+            ValueError: what is no field of the rule; another value than a number, or the name of an aggregation; more candidates than anybody
+                has asked for.
+        """
+        if not isinstance(said, dict):
+            raise ValueError(f"expected an object, found {type(said).__name__}")  # noqa: TRY004
+        if unknown := sorted(said.keys() - set(cls.rule)):
+            raise ValueError(f"unknown {', '.join(unknown)[:200]}; it holds {', '.join(cls.rule)}")
+        for name, value in said.items():
+            kind = str if name == "aggregation" else int | float
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name}: expected a {'name' if kind is str else 'number'}, found {value!r:.60}")
+        if (n := said.get("n")) is not None and not 1 <= n <= _MOST:
+            raise ValueError(f"n={n}: expected 1 to {_MOST} candidates")
