@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -373,3 +374,28 @@ def test_doctor_needs_no_torch_to_begin():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
+
+
+# -- the page --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_every_block_of_the_page_runs(tmp_path):
+    """Those of a shell with what each says in the page, and the Python between them, in one directory."""
+    text = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+    start = "import sys; sys.argv[0] = 'reflective'; from reflective.cli import main; main()"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "reflective").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(start)} "$@"\n')
+    (tmp_path / "bin" / "reflective").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    blocks, said = re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL), []
+    for kind, block in blocks:
+        command = ["bash", "-c", block] if kind == "bash" else [sys.executable, "-c", block]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=tiny.PATIENCE, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said.append(done.stdout)
+    assert len(blocks) == 5 and "All that is here agrees" in said[0] and torch.__version__ in said[2]
+    assert said[-1].strip() == "exit code 2"
+    shown = {line[10:31].strip() for line in said[0].splitlines()}
+    for name in re.findall(r"(?m)^(?:ok|not here) +(\S.{19})  ", text):
+        assert name.strip() in shown | {"cpu", "cuda", "triton"} or "cpu" not in HERE, name
