@@ -57,7 +57,7 @@ def test_the_record_is_what_float64_says():
     torch.testing.assert_close(torch.tensor(said.rows, dtype=torch.float64), rows, rtol=1e-9, atol=1e-9)
 
 
-def test_the_tolerance_comes_from_the_model():
+def test_the_tolerance_comes_from_the_model(monkeypatch):
     """It is what weights that are off by rounding change; TF32 and bfloat16 are beyond it, float32 is within."""
     said = Known.read()
     net, head = known.model(torch.float64).requires_grad_(False), known.head(torch.float64)
@@ -66,6 +66,15 @@ def test_the_tolerance_comes_from_the_model():
     for dtype, within in ((torch.float32, True), (torch.bfloat16, False)):
         found = known.exact(known.model(dtype), known.head(dtype), said.ids, said.positions).double()
         assert bool((found - truth).abs().max() <= said.tolerance) is within
+
+    def tf32(t):
+        """Rounded to 10 bits, as tensor cores take factors."""
+        return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    whole = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: whole(tf32(x), tf32(w), b))
+    found = known.exact(known.model(), known.head(), said.ids, said.positions).double()
+    assert float((found - truth).abs().max()) > 10 * said.tolerance
 
 
 def test_the_default_model_is_as_recorded(default_model):
