@@ -229,7 +229,7 @@ def progress_bars() -> Progress:
 
 def watched() -> bool:
     """Whether somebody watches stderr, on a terminal that can redraw a line. Colours are another matter: NO_COLOR is rich's to heed."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return sys.stderr.isatty() and (os.name == "nt" or os.environ.get("TERM", "") not in ("", "dumb", "unknown"))
 
 
 class Rate(ProgressColumn):
