@@ -135,7 +135,8 @@ def ship(work: Path, target: Path = HEAD, found: dict[str, Candidate] | None = N
     best.head.float().save_pretrained(target)
     if best.adapter is None or best.adapter.resolve() != target.resolve():
         _write_adapter(best.adapter, target)
-    (target / CONFIG_NAME).write_text(json.dumps(asdict(FAMILIES[FAMILY].config), indent=2) + "\n")
+    config = {name: value for name, value in asdict(FAMILIES[FAMILY].config).items() if value is not None}
+    (target / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     model = ReflectiveModel.default(head=target)
     held_out = rollouts.questions(FAMILIES[FAMILY])[1]
     others = held_out[SEED + 1 :: rollouts.SEEDS]  # than those by which it was chosen
