@@ -1,0 +1,85 @@
+"""Run the cases in the systems that are here, show who is right where, and keep it as CSV.
+
+    python -m reflective.benchmarks.inflight [--system NAME ...] [--case NAME ...] [--out FOLDER] [--list]
+
+Without --system every system whose packages are installed; without --case every case. With --out rows go into FOLDER/inflight.csv; those of other systems and
+cases that are there already stay. vLLM's second model runner is a system of its own, and runs where VLLM_USE_V2_MODEL_RUNNER=1 is set.
+Exit code 1: one of this package's systems was wrong.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import systems
+from .cases import Case, chosen
+from .system import System, Verdict, judge
+from .table import MARKS, NAME
+from .world import World
+
+
+def row(system: System, case: Case, verdict: Verdict, seconds: float) -> dict[str, Any]:
+    """As the CSV has it."""
+    shown = {
+        "system": system.name, "case": case.name, "result": verdict.result,
+        "difference": "" if verdict.difference is None else f"{verdict.difference:.2e}",
+        "allowed": "" if verdict.allowed is None else f"{verdict.allowed:.2e}",
+        "steps": verdict.steps or "", "sequences": verdict.sequences or "",
+        "same_bits": "" if verdict.same_bits is None else "yes" if verdict.same_bits else "no",
+        "said": verdict.said, "about": system.about, "seconds": round(seconds, 2),
+    }  # fmt: skip
+    return shown | systems.versions(system)
+
+
+def merged(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``rows``, and of those that were recorded before the others."""
+    new = {(r["system"], r["case"]) for r in rows}
+    kept = [r for r in before if (r["system"], r["case"]) not in new]
+    place = {s: i for i, s in enumerate(systems.ORDER)}
+    order = {case.name: i for i, case in enumerate(chosen())}
+    found = [r for r in (*kept, *rows) if r["case"] in order]
+    return sorted(found, key=lambda r: (place.get(r["system"], len(place)), r["system"], order[r["case"]]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m reflective.benchmarks.inflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--system", nargs="+", metavar="NAME", help="only these, see --list")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="only these, see --list")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the results in FOLDER/inflight.csv")
+    parser.add_argument("--list", action="store_true", help="name systems and cases, and stop")
+    args = parser.parse_args(arguments)
+    try:
+        cases, found = chosen(args.case), systems.chosen(args.system)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    if args.list:
+        for case in cases:
+            print(f"{case.name:20} {case.must}")
+        for name, why in systems.known().items():
+            print(f"{name:26} {why}")
+        return 0
+    warnings.simplefilter("ignore")
+    world, rows, ours_wrong = World(), [], False
+    for system in found:
+        for case in cases:
+            began = time.perf_counter()
+            verdict = judge(world, system, case)
+            ours_wrong |= verdict.result == "wrong" and system.name.startswith("reflective")
+            shown = "" if verdict.difference is None else f"{verdict.difference:.1e} of {verdict.allowed:.1e}"
+            print(f"{MARKS[verdict.result]} {system.name:26} {case.name:18} {verdict.result:9} {shown:19} {verdict.said[:150]}", flush=True)
+            rows.append(row(system, case, verdict, time.perf_counter() - began))
+            if args.out:  # a run that is ended keeps what it found
+                from ..record import read, write
+
+                write(NAME, merged(rows, read(NAME, args.out)), args.out)
+    return int(ours_wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
