@@ -1,6 +1,6 @@
 """Cases in transformers' ``generate``, and the systems that score there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,8 +19,8 @@ NOT_HERE = {"preemption": "transformers' generate throws nobody out of memory"}
 
 
 class Call:
-    """One or more calls of ``world.model.generate`` that make up a case. What was run before, for its cache, was run when this is made: attach
-    what scores afterwards.
+    """One or more calls of ``generate`` that make up a case. What was run before, for its cache, was run when this is made: attach what scores
+    afterwards.
 
     ::
 
@@ -29,41 +29,51 @@ class Call:
                 rows = part.generate()
             for row in rows:
                 row.ids, row.prompt, row.pad, row.at
+
+    Args:
+        model: that decodes; None: ``world.model``.
+
+    Attributes:
+        ids, mask: [B, P], the prompts; width: P.
+        out: what ``generate`` returned.
+        events: see ``Run``.
     """
 
-    def __init__(self, world: World, case: Case, prompts: Sequence[str]) -> None:
-        self.world, self.case, self.texts = world, case, prompts
+    def __init__(self, world: World, case: Case, prompts: Sequence[str], model: Any = None) -> None:
+        self.world, self.case, self.model = world, case, model or world.model
         self.prompts = [world.ids(text) for text in prompts]
-        width = max(map(len, self.prompts))
-        left = case.padding == "left"
-        pads = [[PAD] * (width - len(p)) for p in self.prompts]
-        self.ids = torch.tensor([pad + p if left else p + pad for pad, p in zip(pads, self.prompts, strict=True)])
-        self.mask = torch.tensor([[0] * len(pad) + [1] * len(p) if left else [1] * len(p) + [0] * len(pad) for pad, p in zip(pads, self.prompts, strict=True)])
-        self.width, self.events = width, {}
-        self._cache = self._prefill(case.cached + width * (case.cached < 0)) if case.cached else None
+        self.width = max(map(len, self.prompts))
+        left, rows, masks = case.padding == "left", [], []
+        for prompt in self.prompts:
+            pad = self.width - len(prompt)
+            rows.append([PAD] * pad + prompt if left else prompt + [PAD] * pad)
+            masks.append([0] * pad + [1] * len(prompt) if left else [1] * len(prompt) + [0] * pad)
+        self.ids, self.mask = torch.tensor(rows), torch.tensor(masks)
+        self.events: dict[str, int] = {}
+        self._cache = self._prefill(case.cached + self.width * (case.cached < 0)) if case.cached else None
 
     @classmethod
-    def all(cls, world: World, case: Case) -> Iterator["Call"]:
+    def all(cls, world: World, case: Case, model: Any = None) -> Iterator["Call"]:
         """All together; then, where the case has it so, each alone."""
         torch.manual_seed(1)
-        yield cls(world, case, case.prompts)
+        yield cls(world, case, case.prompts, model)
         for prompt in case.prompts if case.alone else ():
-            yield cls(world, case, [prompt])
+            yield cls(world, case, [prompt], model)
 
-    def generate(self, **more: Any) -> "list[Row]":
-        """The rows that came back. ``more``: of ``generate``; what came back is ``self.out``, an output object where that asks for one."""
+    def settings(self) -> dict[str, Any]:
+        """Arguments of ``generate`` besides the prompts."""
         case, world = self.case, self.world
         given: dict[str, Any] = {
-            "max_new_tokens": case.tokens, "do_sample": not case.beams and not case.alone, "top_k": 0, "pad_token_id": PAD,
+            "max_new_tokens": case.tokens, "do_sample": not case.beams and not case.alone, "pad_token_id": PAD,
             "num_return_sequences": case.n, "logits_processor": [_Only(world.allowed(case.allowed))],
             "eos_token_id": END if "<|end|>" in case.allowed else None,
         }  # fmt: skip
+        if given["do_sample"]:
+            given["top_k"] = 0
         if self._cache is not None:
             given["past_key_values"] = self._cache
-            self.events["cached"] = self._cache.get_seq_length()
         if case.piece:
             given["prefill_chunk_size"] = case.piece
-            self.events["pieces"] = -(-self.width // case.piece)
         if case.drafts == "lookup":
             given |= {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2}
         if case.drafts == "model":
@@ -72,23 +82,37 @@ class Call:
             given |= {"num_beams": case.beams, "num_return_sequences": case.beams}
         if case.stop_after:
             given["stopping_criteria"] = [_After(self.width + case.stop_after)]
+        return given
+
+    def generate(self, **more: Any) -> "list[Row]":
+        """The rows that come back. ``more``: of ``generate``, whose whole answer is then ``out``."""
+        return self.by(lambda: self.model.generate(self.ids, attention_mask=self.mask, **self.settings() | more))
+
+    def by(self, generate: Callable[[], Any]) -> "list[Row]":
+        """The same by a function of yours that calls ``generate``, somehow, with ``ids``, ``mask`` and ``settings()``."""
         fed: list[int] = []
-        counting = world.model.get_input_embeddings().register_forward_hook(lambda _, ids, __: fed.append(ids[0].shape[1]))
+        cached = 0 if self._cache is None else self._cache.get_seq_length()
+        counting = self.model.get_input_embeddings().register_forward_hook(lambda _, ids, __: fed.append(ids[0].shape[1]))
         try:
-            self.out = world.model.generate(self.ids, attention_mask=self.mask, **given | more)
+            self.out = generate()
         finally:
             counting.remove()
         sequences = getattr(self.out, "sequences", self.out)
         decoded = sequences.shape[1] - self.width
-        self.events["rejected"] = max(0, sum(fed) - self.width + self.events.get("cached", 0) - decoded + 1) if case.drafts else 0
-        self.events["stopped"] = len(sequences) if case.stop_after and decoded < case.tokens else 0
+        case = self.case
+        self.events = {
+            "cached": cached, "pieces": -(-self.width // case.piece) if case.piece else 0,
+            # Of a draft all tokens are fed, and the refused ones once more than there are tokens.
+            "rejected": sum(fed) + cached - self.width - decoded + 1 if case.drafts else 0,
+            "stopped": len(sequences) if case.stop_after and decoded < case.tokens else 0,
+        }  # fmt: skip
         per = len(sequences) // len(self.prompts)
         return [Row.of(i, row.tolist(), self, self.prompts[i // per]) for i, row in enumerate(sequences)]
 
     def _prefill(self, columns: int) -> Any:
         """What another request of these prompts has left in the cache."""
         with torch.no_grad():
-            return self.world.model(self.ids[:, :columns], use_cache=True).past_key_values
+            return self.model(self.ids[:, :columns], use_cache=True).past_key_values
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def judge(world: "World", system: System, case: "Case") -> Verdict:
             return Verdict("cannot", system.cannot[need])
     try:
         run = system.run(world, case)
-    except Exception as error:  # whatever it is, it was said and not hidden
+    except Exception as error:  # noqa: BLE001 - whatever it is, it was said and not hidden
         accident = isinstance(error, LookupError | AttributeError | AssertionError)
         return Verdict("fails" if accident else "refuses", f"{type(error).__name__}: {' '.join(str(error).split())}")
     return compare(world, case, run)

@@ -152,12 +152,18 @@ class Engine:
         return [newest[name] for name in names]
 
 
+@dataclass
 class Plugin:
-    """The plugin of this package in a program of one's own."""
+    """The plugin of this package in a program of one's own, on vLLM's first model runner, which CPU builds use, or on the second one."""
 
-    about = "reflective.vllm in a stock vLLM: LLM(**reflective.vllm.settings(path)), then reflective.vllm.scores"
-    cannot = NOT_HERE
-    name, wants, second_runner = "reflective-vllm", ("vllm",), False
+    second_runner: bool
+    cannot: ClassVar = NOT_HERE
+    wants, own_process = ("vllm",), True
+
+    def __post_init__(self) -> None:
+        self.name = "reflective-vllm-v2" if self.second_runner else "reflective-vllm"
+        runner = "Model Runner V2" if self.second_runner else "its first model runner"
+        self.about = f"reflective.vllm in a stock vLLM, {runner}: LLM(**reflective.vllm.settings(path)), then reflective.vllm.scores"
 
     def run(self, world: World, case: Case) -> Run:
         surroundings()
@@ -177,7 +183,7 @@ class Plugin:
 class Generate:
     """``ReflectiveModel.generate`` with vLLM behind it."""
 
-    name, wants, second_runner = "reflective-generate-vllm", ("vllm",), False
+    name, wants, own_process, second_runner = "reflective-generate-vllm", ("vllm",), True, False
     about = "reflective.ReflectiveModel.generate with engine='vllm': best of n; step_beam for forks, prune for what is stopped"
     cannot: ClassVar = {
         "right padding": "it takes texts, and pads nothing",
@@ -252,7 +258,7 @@ class Hook:
             "a forward hook on a layer of vLLM's model, enforce_eager=True; rows of each request by query_start_loc, one step's behind the other's, "
             "read by position, as in IBM/vLLM-Hook"
         ) + (" and UKGovernmentBEIS/vllm-lens, which has such requests not read the prefix cache" if self.fresh else "")
-        self.cannot, self.wants, self.second_runner = NOT_HERE, ("vllm",), False
+        self.cannot, self.wants, self.own_process, self.second_runner = NOT_HERE, ("vllm",), True, False
 
     def run(self, world: World, case: Case) -> Run:
         import torch
@@ -273,4 +279,4 @@ class Hook:
         return Run(found, engine.events)
 
 
-SYSTEMS = (Plugin(), Generate(), Hook(fresh=False), Hook(fresh=True))
+SYSTEMS = (Plugin(second_runner=False), Plugin(second_runner=True), Generate(), Hook(fresh=False), Hook(fresh=True))
