@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from ..record import read, write
 from . import systems
 from .cases import Case, chosen
@@ -79,13 +81,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(wrong)
 
 
+def _settings(case: Case) -> tuple[Any, ...]:
+    """By which the cases of one engine are neighbours. One that looks drafts up comes last: vLLM's CPU build starts none after it, for it cannot do
+    with numba imported."""
+    return case.drafts == "lookup", case.drafts, case.rule, case.piece, case.few_blocks
+
+
 def run(found: Sequence[System], cases: Sequence[Case], out: Path | None) -> bool:
     """Whether a system of this package was wrong."""
     warnings.simplefilter("ignore")
+    disable_progress_bar()
     world, rows, ours_wrong = World(), [], False
     for system in found:
-        # In one process vLLM starts no engine after one that looks drafts up: its CPU build cannot do with numba imported.
-        for case in sorted(cases, key=lambda case: case.drafts == "lookup"):
+        for case in sorted(cases, key=_settings) if getattr(system, "own_process", False) else cases:
             began = time.perf_counter()
             verdict = judge(world, system, case)
             ours_wrong |= verdict.result == "wrong" and system.name.startswith("reflective")

@@ -7,7 +7,6 @@ import gc
 import itertools
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,23 +52,22 @@ def settings_of(case: Case, world: World) -> dict[str, Any]:
 
 
 class Started:
-    """Engines that run, the two that were asked for last. ``close`` ends them all."""
+    """The engine that runs: the last one that was asked for. A process has one, as vLLM's metrics are one engine's."""
 
     def __init__(self) -> None:
-        self._engines: OrderedDict[str, tuple[Any, Callable[[], None]]] = OrderedDict()
+        self._engines: dict[str, tuple[Any, Callable[[], None]]] = {}
 
     def get(self, key: Any, start: Callable[[], tuple[Any, Callable[[], None]]]) -> Any:
         """The engine of ``key``; ``start`` returns a new one, and what ends it."""
         surroundings()
         if (key := repr(key)) not in self._engines:
-            self.close(but=1)
+            self.close()
             self._engines[key] = start()
-        self._engines.move_to_end(key)
         return self._engines[key][0]
 
-    def close(self, but: int = 0) -> None:
-        while len(self._engines) > but:
-            _, (_, end) = self._engines.popitem(last=False)
+    def close(self) -> None:
+        while self._engines:
+            _, (_, end) = self._engines.popitem()
             end()
             gc.collect()
 
@@ -276,6 +274,8 @@ class Hook:
                 kept = engine.llm.collective_rpc("rows_of", args=(output.request_id, c.index, case.n))[0]
                 features = torch.tensor(kept).reshape(-1, HIDDEN)[[column - 1 for column in columns]]
                 found.append(Scored(ids, len(prompt), world.head(features).sigmoid().flatten().tolist(), columns))
+        if self.fresh and case.cached:
+            engine.events["cached"] = sum(s.prompt for s in found) // 2  # were there, and were not read
         return Run(found, engine.events)
 
 
