@@ -8,7 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reflective.benchmarks.inflight import CASES, NEEDS, Case, Run, Scored, System, Verdict, World, chosen, compare, judge, systems, table
+from reflective.benchmarks.inflight import (
+    CASES,
+    NEEDS,
+    Case,
+    Run,
+    Scored,
+    System,
+    Verdict,
+    World,
+    chosen,
+    compare,
+    judge,
+    systems,
+    table,
+)
 from reflective.benchmarks.inflight import __main__ as command
 from reflective.benchmarks.inflight.hf import Call, Generate, Hook, OutputHiddenStates, Published, SecondPass, Stream
 from reflective.benchmarks.inflight.world import DELIMITER, END_THINK, LAYER, THINK
