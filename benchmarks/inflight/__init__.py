@@ -5,12 +5,13 @@
 Every system decodes every case and scores what it decoded; the same tokens are then run through the model a second time, in float64, and each score
 is compared. ``docs/inflight.md`` has the table, and an adapter of thirty lines for a system of yours.
 
-``cases``: what must hold, and why people get it wrong. ``world``: a small random model, and the truth about any tokens. ``system``: what an adapter
-is. ``hf``, ``vllm``, ``public``: adapters. ``table``: the results as a table.
+``cases``: what must hold, and why people get it wrong. ``world``: a small random model, and the truth about any tokens. ``run``: what a system hands
+over. ``system``: what an adapter is, and the verdict on it. ``hf``, ``vllm``, ``public``: adapters. ``table``: the results as a table.
 """
 
 from .cases import CASES, NEEDS, Case, chosen
-from .system import Run, Scored, System, Verdict, compare, judge
+from .run import Run, Scored
+from .system import System, Verdict, compare, judge
 from .world import World
 
 __all__ = ["CASES", "NEEDS", "Case", "Run", "Scored", "System", "Verdict", "World", "chosen", "compare", "judge"]

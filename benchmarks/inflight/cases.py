@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .system import Run
+from .run import Run
 from .world import DELIMITER, END_THINK, LETTERS, THINK, World
 
 NEEDS = {
@@ -42,7 +42,7 @@ class Case:
         name: by which it is asked for.
         must: what must hold.
         why: why people get it wrong.
-        sources: where they did: ``owner/repository#thread`` on GitHub.
+        sources: where they did, or where the rule is from: ``owner/repository#thread`` on GitHub.
         needs: what a system must be able to express, of ``NEEDS``.
         prompts: texts; n: sequences of each.
         tokens: that are decoded of a sequence at most.
@@ -195,8 +195,7 @@ CASES = (
         "ends-early",
         "Sequences that end before others: what pads them behind their end is no token of theirs.",
         "Rows that ended are fed on, and what comes of it is counted.",
-        ("huggingface/transformers#31229",),
-        ("n", "ends"), n=12, tokens=48, allowed=(*LETTERS, *"QKJV", DELIMITER, "<|end|>"), shows=_lengths_differ,
+        needs=("n", "ends"), n=12, tokens=48, allowed=(*LETTERS, *"QKJV", DELIMITER, "<|end|>"), shows=_lengths_differ,
     ),
     Case(
         "several-of-one",
@@ -231,8 +230,7 @@ CASES = (
         "preemption",
         "A request that is thrown out of memory and computed again is scored as if nothing had happened.",
         "Its tokens come by twice: rows are appended twice, or its state is dropped with it.",
-        ("vllm-project/vllm#16832",),
-        ("preemption", "n"), (LONG + "So", LONG + OTHERS[1], OTHERS[0]), n=8, tokens=80, few_blocks=True, event="preempted",
+        needs=("preemption", "n"), prompts=(LONG + "So", LONG + OTHERS[1], OTHERS[0]), n=8, tokens=80, few_blocks=True, event="preempted",
     ),
     Case(
         "lookup-rejected",
@@ -259,8 +257,7 @@ CASES = (
         "stopped",
         "Decoding is stopped from outside: what was scored by then is that of the tokens by then.",
         "What waits in a buffer, or for the end, is lost.",
-        ("vllm-project/vllm#6165",),
-        ("stop", "batch"), (QUESTION, OTHERS[2]), tokens=64, stop_after=24, event="stopped",
+        needs=("stop", "batch"), prompts=(QUESTION, OTHERS[2]), tokens=64, stop_after=24, event="stopped",
     ),
 )  # fmt: skip
 

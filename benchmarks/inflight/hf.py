@@ -12,7 +12,7 @@ import reflective as rf
 from reflective.published import second_pass
 
 from .cases import Case
-from .system import Run, Scored
+from .run import Run, Scored
 from .world import DELIMITER, END, LAYER, PAD, World
 
 NOT_HERE = {"preemption": "transformers' generate throws nobody out of memory"}

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .hf import NOT_HERE, Call, first
-from .system import Run, Scored, System
+from .hf import NOT_HERE, Call
+from .run import Run, Scored
+from .system import System
 from .world import LAYER, World
 
 
@@ -32,7 +33,7 @@ class NNsight:
         for part in Call.all(world, case, model):
             kept: list[Any] = []
             rows = part.by(lambda part=part, kept=kept: self._traced(traced, part, kept) or returned[-1])
-            states = torch.stack([first(state) for state in kept], 1)  # [B, steps, H]
+            states = torch.stack(kept, 1)  # [B, steps, H]
             for row in rows:
                 columns = world.columns(row.ids, row.prompt, case.rule)
                 features = states[row.at, [c - row.prompt for c in columns]]

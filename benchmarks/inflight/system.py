@@ -5,43 +5,12 @@ harness runs the same tokens through the model a second time, in float64, and co
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    from .cases import Case
-    from .world import World
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One sequence that a system decoded.
-
-    Attributes:
-        ids: its tokens, prompt and response, without padding. They are what it *decoded*: not what a tokenizer makes of its text.
-        prompt: how many of them are the prompt.
-        scores: of its steps in their order, in (0, 1).
-        columns: where in ``ids`` the step-tokens are; None: the system does not tell.
-    """
-
-    ids: Sequence[int]
-    prompt: int
-    scores: Sequence[float]
-    columns: Sequence[int] | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a system made of a case.
-
-    Attributes:
-        sequences: all of them.
-        events: what is said to have happened on the way, and how often: ``cached`` (tokens), ``pieces`` (of prompts), ``preempted``, ``rejected``
-            (drafted tokens), ``reordered`` or ``forked`` (rows), ``stopped`` (sequences). Without the event that a case is about it is not tested.
-    """
-
-    sequences: Sequence[Scored]
-    events: Mapping[str, int] = field(default_factory=dict)
+from .cases import Case
+from .run import Run
+from .world import World
 
 
 @runtime_checkable
@@ -58,7 +27,7 @@ class System(Protocol):
     about: str
     cannot: Mapping[str, str]
 
-    def run(self, world: "World", case: "Case") -> Run:
+    def run(self, world: World, case: Case) -> Run:
         """Decode and score ``case``. Whatever it raises is a refusal, and is shown."""
         ...
 
@@ -90,7 +59,7 @@ class Verdict:
 RESULTS = ("right", "wrong", "refuses", "fails", "cannot", "untested")
 
 
-def judge(world: "World", system: System, case: "Case") -> Verdict:
+def judge(world: World, system: System, case: Case) -> Verdict:
     """Run ``case`` in ``system`` and compare."""
     for need in case.needs:
         if need in system.cannot:
@@ -103,7 +72,7 @@ def judge(world: "World", system: System, case: "Case") -> Verdict:
     return compare(world, case, run)
 
 
-def compare(world: "World", case: "Case", run: Run) -> Verdict:
+def compare(world: World, case: Case, run: Run) -> Verdict:
     """``run`` against a second pass over its tokens."""
     truths = [world.truth(s.ids, s.prompt, case.rule) for s in run.sequences]
     allowed = max((t.allowed for t in truths), default=0.0)

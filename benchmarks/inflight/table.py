@@ -47,11 +47,14 @@ def wrong(rows: Rows) -> list[str]:
 
 def said(rows: Rows, *results: str) -> list[str]:
     """What systems said, each once, with the cases in which they said it."""
-    found: dict[tuple[str, str], list[str]] = {}
+    by_system: dict[tuple[str, str], list[str]] = {}
     for r in rows:
         if r["result"] in results:
-            found.setdefault((r["system"], r["said"]), []).append(r["case"])
-    return [f"- `{system}`, {', '.join(names)}: {_escaped(message)}" for (system, message), names in found.items()] or ["- nothing"]
+            by_system.setdefault((r["said"], r["system"]), []).append(r["case"])
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (message, system), names in by_system.items():
+        found.setdefault((message, tuple(names)), []).append(f"`{system}`")
+    return [f"- **{', '.join(names)}**, {', '.join(who)}: {_escaped(message)}" for (message, names), who in found.items()] or ["- nothing"]
 
 
 def cases_told(cases: Sequence[Case]) -> list[str]:
@@ -59,7 +62,7 @@ def cases_told(cases: Sequence[Case]) -> list[str]:
     lines = []
     for case in cases:
         seen = ", ".join(_linked(source) for source in case.sources)
-        lines += [f'<a id="{case.name}"></a>', f"**{case.name}.** {_escaped(case.must)} *{_escaped(case.why)}*" + (f" Seen: {seen}." if seen else ""), ""]
+        lines += [f'<a id="{case.name}"></a>', f"**{case.name}.** {_escaped(case.must)} *{_escaped(case.why)}*" + (f" Sources: {seen}." if seen else ""), ""]
     return lines
 
 
@@ -77,7 +80,7 @@ def page(folder: Path = RESULTS) -> str:
     lines += ["### What was refused, and what failed", "", *said(rows, "refuses", "fails", "untested"), ""]
     lines += ["### What cannot be expressed", "", *said(rows, "cannot"), ""]
     if bits:
-        lines += [f"In `batch`, the same tokens decoded in company and alone have scores of the same bits: {bits}.", ""]
+        lines += [f"Whether in `batch` the same tokens, decoded in company and alone, have scores of the same bits: {bits}.", ""]
     lines += ["### What the systems are", "", *(f"- `{s}`: {_escaped(about)}." for s, about in {r["system"]: r["about"] for r in rows}.items()), ""]
     lines += ["### What the cases are", "", *cases_told([c for c in cases if c.name in {r["case"] for r in rows}])]
     machines = dict.fromkeys(f"{r['cpu']}, torch {r['torch']}, transformers {r['transformers']}" for r in rows)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from .cases import Case
 from .hf import generated
-from .system import Run, Scored
+from .run import Run, Scored
 from .world import DELIMITER, HIDDEN, LAYER, World
 
 BLOCK = 32  # tokens
@@ -37,7 +37,8 @@ def second_runner() -> bool:
 
 def settings_of(case: Case, world: World) -> dict[str, Any]:
     """Of vLLM's ``EngineArgs`` what a case needs."""
-    found: dict[str, Any] = {"enable_prefix_caching": True, "disable_log_stats": False}
+    # A preemption is to be seen by itself.
+    found: dict[str, Any] = {"enable_prefix_caching": not case.few_blocks, "disable_log_stats": False}
     if case.piece:
         found |= {"max_num_batched_tokens": case.piece, "max_num_seqs": min(case.piece, 16), "enable_chunked_prefill": True}
     if case.few_blocks:
@@ -119,6 +120,7 @@ class Engine:
             ignore_eos="<|end|>" not in case.allowed, detokenize=False, skip_special_tokens=False, **more,
         )  # fmt: skip
         prompts, before = [{"prompt_token_ids": world.ids(text)} for text in case.prompts], counts_of(self.llm)
+        self.llm.reset_prefix_cache()  # of other cases
         if case.stop_after:
             found = self._stopped(prompts, params)
         else:
@@ -196,6 +198,7 @@ class Generate:
         settings = {k: v for k, v in (SMALL | settings_of(case, world)).items() if k != "dtype"}
         model = STARTED.get(("generate", case.rule, settings), lambda: self._start(world, case, settings))
         before = counts_of(model.host.core.llm)
+        model.forget()  # what other cases have left in the prefix cache
         run = generated(model, world, case, by_name)
         events = {**run.events, "cached": counts_of(model.host.core.llm)["prefix_cache_hits"] - before.get("prefix_cache_hits", 0)}
         if case.piece:
