@@ -365,6 +365,11 @@ def test_the_page_is_made_of_the_recorded_results():
         assert (ROOT / "docs" / path).exists() or (ROOT / path).exists(), path
 
 
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert table.draw(tmp_path / "picture.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_the_blocks_of_the_page_run_as_they_stand(capsys):
     names = {"__name__": "inflight"}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -2,11 +2,14 @@
 
     python -m reflective.benchmarks.inflight.table            # print it
     python -m reflective.benchmarks.inflight.table --write    # put it between the page's markers
+    python -m reflective.benchmarks.inflight.table --draw     # docs/inflight.png, with matplotlib
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+from reflective.plot import pyplot
 
 from ..record import RESULTS, read
 from .cases import Case, chosen
@@ -89,6 +92,53 @@ def page(folder: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+COLOURS = {  # told apart in every kind of colour vision, and by their marks
+    "right": "#56b4e9", "wrong": "#d55e00", "refuses": "#f0e442", "fails": "#e69f00", "cannot": "#f2f2f2", "untested": "#ffffff",
+}  # fmt: skip
+MEANING = {
+    "right": "right", "wrong": "wrong, and nobody is told", "refuses": "refuses", "fails": "fails: an error by accident",
+    "cannot": "cannot express it", "untested": "did not come about",
+}  # fmt: skip
+
+
+def draw(path: Path, folder: Path = RESULTS) -> Path:
+    """The same as a picture: a field for every system and case.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plt = pyplot()
+    from matplotlib.patches import Patch, Rectangle
+
+    rows, cases = read(NAME, folder), [c.name for c in chosen()]
+    names = list(dict.fromkeys(r["system"] for r in rows))
+    names = [n for n in names if not _in_vllm(n)] + [n for n in names if _in_vllm(n)]
+    gap = sum(not _in_vllm(n) for n in names)
+    places = {name: i + 0.4 * (i >= gap) for i, name in enumerate(names)}
+    figure, axes = plt.subplots(figsize=(11, 8.2), layout="constrained")
+    for r in rows:
+        x, y = places[r["system"]], cases.index(r["case"])
+        axes.add_patch(Rectangle((x, y), 0.94, 0.9, color=COLOURS[r["result"]], linewidth=0))
+        light = r["result"] in ("cannot", "untested")
+        axes.text(x + 0.47, y + 0.46, MARKS[r["result"]], ha="center", va="center", color="#888888" if light else "black", fontsize=10)
+    axes.set_xticks([places[n] + 0.47 for n in names], names, rotation=40, ha="left", rotation_mode="anchor", fontsize=9)
+    axes.set_yticks([i + 0.45 for i in range(len(cases))], cases, fontsize=9)
+    axes.set(xlim=(-0.1, max(places.values()) + 1), ylim=(len(cases), -0.1))
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for name, label in zip(names, axes.get_xticklabels(), strict=True):
+        label.set_fontweight("bold" if name.startswith("reflective") else "normal")
+    axes.spines[:].set_visible(False)
+    axes.text(gap / 2, len(cases) + 0.25, "on transformers", ha="center", va="top", fontsize=10)
+    axes.text((gap + 0.4 + max(places.values()) + 0.94) / 2, len(cases) + 0.25, "in vLLM", ha="center", va="top", fontsize=10)
+    there = [k for k in MARKS if any(r["result"] == k for r in rows)]
+    patches = [Patch(facecolor=COLOURS[k], label=f"{MARKS[k]}  {MEANING[k]}") for k in there]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(there), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
 def _linked(source: str) -> str:
     """``owner/name#number`` as a link, whatever follows in words behind it."""
     place, _, more = source.partition(" ")
@@ -108,8 +158,13 @@ def _escaped(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reflective.benchmarks.inflight.table")
     parser.add_argument("--write", action="store_true")
-    if not parser.parse_args().write:
+    parser.add_argument("--draw", action="store_true")
+    args = parser.parse_args()
+    if args.draw:
+        print(draw(PAGE.with_suffix(".png")))
+    elif not args.write:
         print(page())
+    if not args.write:
         return
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]

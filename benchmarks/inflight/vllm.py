@@ -130,9 +130,9 @@ class Engine:
         if case.cached:  # what the first ones have left there
             found += self.llm.generate(prompts, params, use_tqdm=False)
             self.events["cached"] = sum(o.num_cached_tokens or 0 for o in found)
-        more = {name: value - before.get(name, 0) for name, value in counts_of(self.llm).items()}
-        self.events["preempted"] = more.get("num_preemptions", 0)
-        self.events["rejected"] = more.get("spec_decode_num_draft_tokens", 0) - more.get("spec_decode_num_accepted_tokens", 0)
+        grown = {name: value - before.get(name, 0) for name, value in counts_of(self.llm).items()}
+        self.events["preempted"] = grown.get("num_preemptions", 0)
+        self.events["rejected"] = grown.get("spec_decode_num_draft_tokens", 0) - grown.get("spec_decode_num_accepted_tokens", 0)
         if case.piece:
             self.events["pieces"] = sum(-(-len(p["prompt_token_ids"]) // case.piece) for p in prompts)
         return found
@@ -143,7 +143,7 @@ class Engine:
         names = [f"stopped-{next(_NUMBERS)}" for _ in prompts]
         for name, prompt in zip(names, prompts, strict=True):
             engine.add_request(name, prompt, params)
-        while not newest or min(len(o.outputs[0].token_ids) for o in newest.values()) < self.case.stop_after:
+        while len(newest) < len(names) or min(len(o.outputs[0].token_ids) for o in newest.values()) < self.case.stop_after:
             newest |= {o.request_id: o for o in engine.step()}
         engine.abort_request(list(newest))
         self.events["stopped"] = len(newest)
