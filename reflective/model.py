@@ -639,10 +639,15 @@ class ReflectiveModel:
         )  # fmt: skip
         found = []
         for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
-            found.append(candidate(self.reader, r, of_text(scores[""], i, len(p))))
-            found[-1].further = {
-                name: candidate(self.reader, r, of_text(scores[name], i, len(p))) for name in self.further
-            }
+            first, *others = (
+                dataclasses.replace(
+                    candidate(self.reader, r, of_text(scores[name], i, len(p))),
+                    aggregation=head.in_progress, higher_is_better=head.higher_is_better,
+                )
+                for name, head in {"": self.head, **self.further}.items()
+            )  # fmt: skip
+            first.further = dict(zip(self.further, others, strict=True))
+            found.append(first)
         return found
 
     def add_head(self, name: str, path: str | Path, **where: Any) -> None:

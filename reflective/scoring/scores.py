@@ -4,11 +4,15 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import view
 from ..kernels.layout import LOG_FLOOR
+from ..utils.outputs import write_text
 
 FLOOR = 1e-10  # of a step score under a logarithm
 
@@ -105,6 +109,66 @@ class TrajectoryScores:
                     f"aggregation={how!r}: of the {n} steps of trajectory {i} only {len(scores)} were recorded"
                 )
         return torch.tensor([aggregate(scores.tolist(), how) for scores in self.step_scores], dtype=torch.float32)
+
+    def html(
+        self, path: str | Path | None = None, *, texts: Sequence[str] | None = None, ids: Any = None, tokenizer: Any = None
+    ) -> str | None:
+        """Each trajectory's steps, with position, score and the score so far, which is drawn as a line; a notebook shows the same by itself.
+
+        Args:
+            path: file for a whole page, which needs neither network nor script; None: the HTML is returned, to be put into a page.
+            texts: of the B trajectories, to be shown with them.
+            ids, tokenizer: the [B, T] ids that were scored, padding and prompts included, and whose they are: in place of ``texts``, with each step
+                tinted by its score. Special tokens are left out.
+
+        Raises:
+            ValueError: ids without tokenizer or the other way round, or beside texts; not as many as trajectories; ids too short for the steps' positions.
+            OSError: the file cannot be written.
+        """
+        if (ids is None) != (tokenizer is None):
+            raise ValueError("ids and tokenizer go together: the one is read by the other; give both, or neither")
+        if ids is not None and texts is not None:
+            raise ValueError("texts: with ids and tokenizer the texts are known; give one or the other")
+        given = texts if ids is None else ids
+        if given is not None and len(given) != len(self):
+            raise ValueError(f"{'texts' if ids is None else 'ids'}: {len(given)} for {len(self)} trajectories; give one each")
+        fragment = self._fragment(None if given is None else [self._text(i, given[i], tokenizer) for i in range(len(self))])
+        if path is None:
+            return fragment
+        write_text(path, view.page(f"Scores of {len(self)} trajectories", fragment), "path")
+        return None
+
+    def _repr_html_(self) -> str:
+        return self._fragment(limit=view.NOTEBOOK)
+
+    def _fragment(self, texts: "list[tuple[str, list[tuple[int, int]]]] | None" = None, limit: int | None = None) -> str:
+        items = []
+        for i, (score, steps) in enumerate(zip(self.score.tolist(), self.step_scores, strict=True)):
+            text, spans = texts[i] if texts else ("", [])
+            items.append(
+                view.Trajectory(
+                    f"Trajectory {i}", text, score, steps.tolist(), spans, view.running(steps.tolist(), self.aggregation),
+                    error=self.errors.get(i), higher_is_better=self.higher_is_better,
+                )
+            )  # fmt: skip
+        gates = None if self.gates is None else [g.tolist() for g in self.gates]
+        where = [p.tolist() for p in self.step_positions]
+        return view.table(items, where, gates, best=self.best() if len(self) else None, aggregation=self.aggregation, limit=limit)
+
+    def _text(self, i: int, given: Any, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The text of trajectory i and the spans of its steps in it."""
+        if tokenizer is None:
+            return given, []
+        row, ends = [int(t) for t in given], [p + 1 for p in self.step_positions[i].tolist()]
+        if ends and ends[-1] > len(row):
+            raise ValueError(f"ids[{i}]: {len(row)} ids, and a step ends at position {ends[-1] - 1}; give the ids that were scored")
+        text, spans, before = "", [], 0
+        for begin, end in zip([0, *ends], [*ends, len(row)], strict=True):
+            # With the piece before it: alone, some tokenizers would take the space from its first word.
+            whole, known = (tokenizer.decode(row[before:stop], skip_special_tokens=True) for stop in (end, begin))
+            spans.append((len(text), len(text) + len(whole) - len(known)))
+            text, before = text + whole[len(known) :], begin
+        return text, spans[:-1]
 
     @classmethod
     def gated(cls, value: "TrajectoryScores", gate: "TrajectoryScores") -> "TrajectoryScores":

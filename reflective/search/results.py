@@ -1,11 +1,14 @@
 """What comes of a question: the answer that was chosen, and every candidate for it."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import view
 from ..engines.base import Chance
+from ..utils.outputs import write_text
+from .strategies import STOPPED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +36,7 @@ class Candidate:
         asked: what stood behind the question in its prompt, where the strategy asked anew, as ``"refine"`` does.
         tokens: decoded for it; those that a fork has from its parent were decoded for the parent.
         further: the same text by other heads, by their names, see ``ReflectiveModel.add_head``.
+        aggregation: of the steps so far, as its head has it; higher_is_better: False for scores of risk.
     """
 
     text: str
@@ -50,15 +54,35 @@ class Candidate:
     asked: str = field(default="", repr=False)
     logprobs: list[Chance] | None = field(default=None, repr=False)
     further: "dict[str, Candidate]" = field(default_factory=dict, repr=False)
+    aggregation: str = field(default="geometric_mean", repr=False)
+    higher_is_better: bool = field(default=True, repr=False)
 
     def record(self) -> dict[str, Any]:
-        """As files hold it: every field but ``logprobs``, which is the server's alone, ``further``, and ``asked`` of a candidate that was asked
-        the question as it is."""
+        """As files hold it: every field but ``logprobs``, which is the server's alone, ``further``, what the head says of all its scores, and
+        ``asked`` of a candidate that was asked the question as it is."""
         fields = asdict(self)
-        del fields["logprobs"], fields["further"]
+        del fields["logprobs"], fields["further"], fields["aggregation"], fields["higher_is_better"]
         if not self.asked:
             del fields["asked"]
         return fields
+
+    def html(self, path: str | Path | None = None, *, right: str | None = None) -> str | None:
+        """The text with each step tinted by its score, blue for good and vermilion for poor, above it the score so far as a line.
+
+        Args:
+            path: file for a whole page, which needs neither network nor script; None: the HTML is returned, to be put into a page.
+            right: the right answer, by which the candidate's is called right or wrong.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        return _html(self._fragment(right), path, "A scored response")
+
+    def _repr_html_(self) -> str:
+        return self._fragment(limit=view.NOTEBOOK)
+
+    def _fragment(self, right: str | None = None, limit: int | None = None) -> str:
+        return view.one(_trajectory(self, "Response", right), aggregation=self.aggregation, limit=limit)
 
 
 @dataclass
@@ -115,3 +139,76 @@ class Generation:
         from ..plot import plot_generation
 
         return plot_generation(self, path)
+
+    def html(self, path: str | Path | None = None, *, right: str | None = None) -> str | None:
+        """The candidates side by side, the chosen one first: their texts with each step tinted by its score, their scores so far as lines, how they ended,
+        and where some are forks of others the tree of them. A notebook shows a ``Generation`` like this by itself.
+
+        Args:
+            path: file for a whole page, which needs neither network nor script; None: the HTML is returned, to be put into a page.
+            right: the right answer, by which the candidates' are called right or wrong.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        return _html(self._fragment(right), path, f"{self.strategy}: {self.text.strip()[:80]}")
+
+    def _repr_html_(self) -> str:
+        return self._fragment(limit=view.NOTEBOOK)
+
+    def _fragment(self, right: str | None = None, limit: int | None = None) -> str:
+        strategy, cut = self.strategy, sum(c.status == "stopped" for c in self.candidates)
+        forked = any(c.parent is not None for c in self.candidates)
+        items = []
+        for c in self.candidates:
+            chosen = chosen_by(self.chosen_by, strategy) if c.number == self.best.number else ""
+            told = replace(c, aggregation=self.aggregation)
+            items.append(_trajectory(told, f"Candidate {c.number}", right, strategy, chosen, forked))
+        parts = [f"{len(items)} candidates", f"{cut} stopped" if cut else "", f"{self.tokens:,} tokens", f"{self.seconds:.1f} s" if self.seconds else ""]
+        note = ", ".join(filter(None, parts)) + (", interrupted" if self.interrupted else "")
+        return view.many(items, title=strategy, note=note, asked=self.prompt, aggregation=self.aggregation, limit=limit)
+
+
+def chosen_by(how: str, strategy: str) -> str:
+    """``Generation.chosen_by``, for people."""
+    return {
+        "score": f"by score ({strategy})", "majority": "by majority: most give its answer",
+        "likelihood": "by likelihood: its tokens are the likeliest", "strategy": f"by the rule of {strategy}", "only": "as the only one",
+        "abstained": f"abstained: {strategy} promises nothing of it",
+    }.get(how, f"by {how}")  # fmt: skip
+
+
+def ended(status: str, strategy: str | None = None) -> str:
+    """``Candidate.status``, for people: how it ended, and why where a strategy ended it."""
+    why = f": {STOPPED[strategy]}" if strategy in STOPPED else ""
+    return {
+        "stop": "finished", "length": "cut at its token limit", "interrupted": "interrupted",
+        "stopped": f"stopped by {strategy}{why}" if strategy else "stopped by the strategy",
+    }.get(status, status)  # fmt: skip
+
+
+def _trajectory(
+    c: Candidate, name: str, right: str | None = None, strategy: str | None = None, chosen: str = "", forked: bool = False
+) -> view.Trajectory:
+    return view.Trajectory(
+        name, c.text, c.score, c.step_scores, c.step_spans, view.running(c.step_scores, c.aggregation),
+        answer=c.answer, right=_is_right(c.answer, right), ended=ended(c.status, strategy), cut=c.status in ("stopped", "interrupted"),
+        chosen=chosen, error=c.error, tokens=len(c.token_ids) or None, number=c.number if forked else None,
+        parent=c.parent if forked else None, higher_is_better=c.higher_is_better,
+        further=[_trajectory(other, head) for head, other in c.further.items()],
+    )  # fmt: skip
+
+
+def _is_right(answer: str | None, right: str | None) -> bool | None:
+    if right is None:
+        return None
+    from .strategies.votes import same_answer
+
+    return answer is not None and bool(same_answer(answer, right))
+
+
+def _html(fragment: str, path: str | Path | None, title: str) -> str | None:
+    if path is None:
+        return fragment
+    write_text(path, view.page(title, fragment), "path")
+    return None

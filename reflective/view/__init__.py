@@ -1,6 +1,12 @@
-"""Scored text as HTML, for notebooks and pages."""
+"""Scored text as HTML, for notebooks and pages. Plain values go in; nothing here knows of models, heads or searches."""
 
 from importlib.resources import files
+
+from .document import browse, page
+from .fragments import NOTEBOOK, many, one, table
+from .trajectory import Trajectory, aggregation_of, running
+
+__all__ = ["NOTEBOOK", "Trajectory", "aggregation_of", "browse", "many", "one", "page", "running", "style", "table"]
 
 
 def style() -> str:
