@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from . import bench, demo, doctor, evaluate, generate, score, serve, train
+from . import bench, demo, doctor, evaluate, generate, score, serve, train, view
 from .common import RayCommand, watched
 from .help import ANSWER, EXIT_CODES, READ, TRAIN, Command, Commands
 
@@ -77,6 +77,7 @@ _add(generate.generate, ANSWER, "Answer questions, by the best of N or another s
 _add(serve.serve, ANSWER, "Serve a model and its scores over HTTP", examples=serve.EXAMPLES)
 _add(score.score, READ, "Score finished text", cls=RayCommand, examples=score.EXAMPLES)
 _add(evaluate.evaluate, READ, "Measure what candidates are worth", "eval", examples=evaluate.EXAMPLES)
+_add(view.view, READ, "Look at a file's candidates in one page", examples=view.EXAMPLES)
 _add(train.train, TRAIN, "Train a head, or a model with it, from outcomes alone", examples=train.EXAMPLES)
 _add(bench.bench, TRAIN, "Measure every op against PyTorch and torch.compile", examples=bench.EXAMPLES)
 _add(doctor.doctor, TRAIN, "Check this installation; what to paste into a bug report", examples=doctor.EXAMPLES)

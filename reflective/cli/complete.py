@@ -21,6 +21,8 @@ WAYS = {"head": "the head alone", "backbone": "LoRA or all weights too", "joint"
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 ATS = {"predict": "the state that predicted the step", "token": "the step's own", "every": "every token is a step"}
 OPS = ("decode_step", "flush", "score_rows", "logit_rows", "tally_slots", "step_mask", "sprm_loss")
+
+
 def among(names: "dict[str, str] | tuple[str, ...]") -> Callable[[str], "list[tuple[str, str]]"]:
     """What an option's ``autocompletion`` is: names, with what each means."""
 

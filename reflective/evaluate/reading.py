@@ -96,7 +96,7 @@ class Reader:
             ValueError, OSError: see ``evaluate``.
         """
         result = Result(name)
-        for where, fields, task in itertools.chain.from_iterable(map(self._told_apart, files)):
+        for where, fields, task in itertools.chain.from_iterable(map(self.told_apart, files)):
             question = read_question(where, fields)
             asked = question if self.right is None else self.right.get(question.text)
             candidates = read_candidates(where, fields)
@@ -106,7 +106,7 @@ class Reader:
                 continue
             judging = task if self.by_task else None
             read = [
-                self._draw(f"{where}, candidate {i}", fields, i, c, asked, judging) for i, c in enumerate(candidates)
+                self.draw(f"{where}, candidate {i}", fields, i, c, asked, judging) for i, c in enumerate(candidates)
             ]
             draws += read
             result.verdicts.add(f"{task} of compute_metric.py" if judging else self.name)
@@ -124,8 +124,12 @@ class Reader:
             )
         return result
 
-    def _told_apart(self, path: str | Path) -> Iterator[tuple[str, dict[str, Any], str | None]]:
-        """The records with their task, None for one that is neither given nor the published code's."""
+    def told_apart(self, path: str | Path) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+        """The records with their task, None for one that is neither given nor the published code's.
+
+        Raises:
+            ValueError: a record that could not be read, by its place.
+        """
         tasks: list[str | None] = []
         for where, fields in self._records(path):
             if self.task is None and not tasks and is_published(fields):
@@ -158,7 +162,7 @@ class Reader:
             score = math.nan if c["score"] is None else float(c["score"])
             drawn.append((score, bool(right) and compute_metric.verdict(task, c["whole"], right)))
 
-    def _draw(
+    def draw(
         self,
         where: str,
         fields: dict[str, Any],
@@ -167,6 +171,14 @@ class Reader:
         asked: Question | None,
         task: str | None,
     ) -> Draw:
+        """A candidate, judged.
+
+        Args:
+            where, fields: of its row, and its ``place`` there; asked: the question with its right answer, or None; task: as ``told_apart`` has it.
+
+        Raises:
+            ValueError: of another form, by its place.
+        """
         text, score = candidate.get("text"), number(where, "score", candidate.get("score"))
         if type(text) is not str:
             raise ValueError(f"{where}: text={text!r}; expected a text")

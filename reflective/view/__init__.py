@@ -3,10 +3,11 @@
 from importlib.resources import files
 
 from .document import browse, page
+from .escape import plain
 from .fragments import NOTEBOOK, many, one, table
 from .trajectory import Trajectory, aggregation_of, running
 
-__all__ = ["NOTEBOOK", "Trajectory", "aggregation_of", "browse", "many", "one", "page", "running", "style", "table"]
+__all__ = ["NOTEBOOK", "Trajectory", "aggregation_of", "browse", "many", "one", "page", "plain", "running", "style", "table"]
 
 
 def style() -> str:
