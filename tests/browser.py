@@ -1,4 +1,4 @@
-"""A page in headless Chromium, for tests of what people see: ``from browser import browser, errors, page  # noqa: F401 (fixtures)``.
+"""A page in headless Chromium, for tests of what people see: ``pytest_plugins = ["browser"]`` in their module.
 
 Chromium is ``$CHROMIUM`` or what the PATH has; nothing is downloaded, and without it or playwright (extra ``browser``) the tests are
 skipped. A page reaches loopback and files alone, and whatever its console calls an error fails its test.
@@ -55,7 +55,7 @@ def errors():
 def page(browser, errors):
     """Playwright's ``Page`` of a fresh profile, 1280 x 800. ``page.context.new_page()`` opens another of the same."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, service_workers="block")
-    context.set_default_timeout(120_000)  # ms; no measure of how fast a machine is
+    context.set_default_timeout(15_000)  # ms; no measure of how fast a machine is
 
     def refuse(route):
         errors.append(f"asked for {route.request.url}")

@@ -10,7 +10,9 @@ from .lines import line, number, tree
 from .trajectory import Scale, Trajectory, pieces, words
 
 NOTEBOOK = 400_000  # characters of HTML: a notebook keeps them in its file, and its page shows them all
+_PIECE = 10_000  # characters of a text without steps that fit or do not
 _ROWS = 200  # of a table in a notebook
+_ALL = '<code>.html("page.html")</code> writes all of it'
 
 
 @cache
@@ -33,6 +35,10 @@ class Left:
         fits = len(html) <= self.limit
         self.limit -= len(html) if fits else 0
         return fits
+
+    def part(self) -> "Left":
+        """At most half of it, for one of several: it has to be counted here afterwards."""
+        return Left(None if self.limit is None else self.limit // 2)
 
 
 def one(trajectory: Trajectory, *, asked: str = "", aggregation: str = "geometric_mean", limit: int | None = None) -> str:
@@ -63,23 +69,18 @@ def many(
     scale, left = _scale(items), Left(limit)
     best = 1 if scale.higher_is_better else -1
     order = sorted(items, key=lambda t: (not t.chosen, t.cut, -best * t.score if t.score == t.score else float("inf")))
-    cards, without = [], 0
+    cards = []
     for t in order:
-        text_of = _text(t, scale, left)
-        without += bool(t.text) and not text_of
         kinds = f"card{' is-chosen' if t.chosen else ''}{' is-cut' if t.cut else ''}"
-        cards.append(
-            f'<article class="{kinds}">{_head(t)}{_error(t)}{line(t, scale, width=260, height=44)}{text_of}{_further(t, left)}</article>'
+        card = (
+            f'<article class="{kinds}">{_head(t)}{_error(t)}{line(t, scale, width=260, height=44)}{_text(t, scale, left.part())}'
+            f"{_further(t, left.part())}</article>"
         )
-        if not left.takes(cards[-1].replace(text_of, "", 1)):
-            cards.pop()
-            without = 0
+        if not left.takes(card):
             break
+        cards.append(card)
     missing = len(order) - len(cards)
-    more = ""
-    if missing or without:
-        what = f"{missing} more candidates" if missing else f"The texts of {without} candidates"
-        more = f'<p class="note">{what} would make this too long for a notebook: <code>.html("page.html")</code> writes all of it.</p>'
+    more = f'<p class="note">{_count(missing, "more candidate")}: {_ALL}</p>' if missing else ""
     body = (
         f'<div class="head"><span class="name">{text(title)}</span><span class="note">{text(note)}</span></div>{tree(items, scale)}'
         f'<div class="cards" tabindex="0" role="group" aria-label="Candidates side by side">{"".join(cards)}</div>{more}{_legend(scale, aggregation)}{_asked(asked)}'
@@ -118,7 +119,7 @@ def table(
             + "</tr>"
             for k, (s, r, at, w) in enumerate(shown, 1)
         )
-        more = f'<p class="note">{rest} more steps: <code>.html("page.html")</code> writes all of them.</p>' if rest > 0 else ""
+        more = f'<p class="note">{_count(rest, "more step")}: {_ALL}</p>' if rest > 0 else ""
         gate = "<th>gate</th>" if len(weights) else ""
         folded = (
             f"<details{' open' if len(items) == 1 else ''}><summary>{len(t.step_scores)} steps</summary><table><thead><tr><th>step</th>"
@@ -128,10 +129,10 @@ def table(
         )
         part = (
             f'<section class="trajectory">{_head(t, mark)}{_error(t)}{line(t, scale, width=420, height=56, axis=True)}'
-            f"{_text(t, scale, left)}{folded}</section>"
+            f"{_text(t, scale, left.part())}{folded}</section>"
         )
         if not left.takes(part):
-            parts.append(f'<p class="note">{len(items) - i} more trajectories: <code>.html("page.html")</code> writes all of them.</p>')
+            parts.append(f'<p class="note">{len(items) - i:,} more trajectories: {_ALL}</p>')
             break
         parts.append(part)
     return _framed("<hr>".join(parts) + _legend(scale, aggregation))
@@ -172,14 +173,22 @@ def _error(t: Trajectory) -> str:
 
 
 def _text(t: Trajectory, scale: Scale, left: Left) -> str:
+    """The text as far as it fits, and how much of it does not."""
     if not t.text:
         return ""
-    found = f'<div class="text" tabindex="0" role="group" aria-label="Text of {text(t.name)}">{"".join(_tinted(t, scale))}</div>'
-    return found if left.takes(found) else ""
+    parts, missing = [], ""
+    for part, begins, step in _tinted(t, scale):
+        if not left.takes(part):
+            steps = len(t.step_scores) - step
+            rest = _count(steps, "more step") if steps else _count(len(t.text) - begins, "more character")
+            missing = f'<p class="note">… {rest}: {_ALL}</p>'
+            break
+        parts.append(part)
+    return f'<div class="text" tabindex="0" role="group" aria-label="Text of {text(t.name)}">{"".join(parts)}</div>{missing}'
 
 
-def _tinted(t: Trajectory, scale: Scale) -> Iterator[str]:
-    """The text: steps with their scores, and what belongs to none."""
+def _tinted(t: Trajectory, scale: Scale) -> Iterator[tuple[str, int, int]]:
+    """Pieces of the text: steps with their scores, and what belongs to none; where they begin, and how many steps are before them."""
     spans, end = pieces(t)
     at = 0
     for k, ((begin, stop), score) in enumerate(zip(spans, t.step_scores, strict=False), 1):
@@ -187,14 +196,17 @@ def _tinted(t: Trajectory, scale: Scale) -> Iterator[str]:
         said = step.rstrip()  # the delimiter's line ends: with them the number would stand at the beginning of the next line
         so_far = f", {number(t.running[k - 1])} so far" if len(t.running) >= k else ""
         if begin > at:
-            yield text(t.text[at:begin])
+            yield text(t.text[at:begin]), at, k - 1
         yield (
             f'<span class="step" style="--score:{scale.good(score):.3f}" title="step {k} of {len(spans)}: {number(score)}{so_far}">{text(said)}'
-            f"<small>{number(score)}</small></span>{text(step[len(said) :])}"
+            f"<small>{number(score)}</small></span>{text(step[len(said) :])}",
+            begin,
+            k - 1,
         )
         at = stop
-    if t.text[end:]:
-        yield f'<span class="rest">{text(t.text[end:])}</span>' if spans else text(t.text)
+    for begin in range(end, len(t.text), _PIECE):
+        rest = text(t.text[begin : begin + _PIECE])
+        yield (f'<span class="rest">{rest}</span>' if spans else rest), begin, len(t.step_scores)
 
 
 def _further(t: Trajectory, left: Left) -> str:

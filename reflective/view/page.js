@@ -14,7 +14,7 @@ const { questions, rows } = data;
 const ROW = 64; // px, as in page.css
 const HIGH = 8e6; // px; browsers know no element of more than some tens of millions, and of more rows a pixel is several
 const CHUNK = 20000, STEPS = 150; // characters and steps of a text that are put into the document at a time
-const CARDS = 6;
+const CARDS = 6, DOTS = 2000;
 const SVG = "http://www.w3.org/2000/svg";
 const $ = (id) => document.getElementById(id);
 const app = $("app"), list = $("list"), space = $("space"), detail = $("detail");
@@ -149,11 +149,16 @@ function refresh() {
 
 let drawn = "";
 
+/** What a pixel of scrolling is, of a list as high as it wants to be. */
+function stretch() {
+  const all = shown.length * ROW;
+  return all > HIGH ? (all - list.clientHeight) / (HIGH - list.clientHeight) : 1;
+}
+
 function draw() {
-  const all = shown.length * ROW, height = Math.min(all, HIGH), room = list.clientHeight;
-  space.style.height = `${height}px`;
-  const across = Math.max(1, height - room);
-  const top = all > HIGH ? Math.round((Math.min(list.scrollTop, across) / across) * (all - room)) : list.scrollTop; // px in a list as high as it wants to be
+  const room = list.clientHeight;
+  space.style.height = `${Math.min(shown.length * ROW, HIGH)}px`;
+  const top = Math.round(list.scrollTop * stretch()); // px of that list
   const first = Math.max(0, Math.floor(top / ROW) - 5), last = Math.min(shown.length, Math.ceil((top + room) / ROW) + 5);
   const key = [first, last, selected, shown.length, Math.round(top - list.scrollTop)].join();
   if (key === drawn) return;
@@ -184,10 +189,9 @@ function entry(place, y) {
 function select(place, scroll = true) {
   selected = Math.max(0, Math.min(place, shown.length - 1));
   if (scroll) {
-    const all = shown.length * ROW, room = list.clientHeight, factor = all > HIGH ? (HIGH - room) / (all - room) : 1;
-    const top = selected * ROW * factor;
-    if (top < list.scrollTop) list.scrollTop = top;
-    else if (top + ROW > list.scrollTop + room) list.scrollTop = top + ROW - room;
+    const top = list.scrollTop * stretch(), least = selected * ROW + ROW - list.clientHeight, most = selected * ROW;
+    if (top > most) list.scrollTop = most / stretch();
+    else if (top < least) list.scrollTop = least / stretch();
   }
   draw();
   present();
@@ -213,7 +217,7 @@ function present() {
   detail.scrollTop = 0;
   if (!row) return detail.replaceChildren(h("p", { class: "empty" }, "No candidate."));
   const question = questions[row.q], all = members[row.q];
-  const sides = { right: all.filter((i) => rows[i].r === 1), wrong: all.filter((i) => rows[i].r === 0) };
+  const sides = (question.sides ??= { right: all.filter((i) => rows[i].r === 1), wrong: all.filter((i) => rows[i].r === 0) });
   const compare = sides.right.length > 0 && sides.wrong.length > 0;
   const now = mode === "compare" && !compare ? "one" : mode;
   const button = (name, label, enabled, title) =>
@@ -268,7 +272,7 @@ function pager(label, at, of, go) {
     detail.scrollTop = top; // the panel changes where it stands, and who turns by key stays on the button
     for (const button of detail.querySelectorAll(".pager button")) if (button.ariaLabel === same) button.focus({ preventScroll: true });
   } }, sign);
-  return h("div", { class: "pager" }, h("h2", {}, label), `${at + 1} of ${of}`, turn(-1, "‹", "before"), turn(1, "›", "next"));
+  return h("div", { class: "pager" }, h("h2", {}, label), `${at + 1} of ${of}`, turn(-1, "‹", "before"), turn(1, "›", "after"));
 }
 
 function panel(row, above = "") {
@@ -360,7 +364,8 @@ function dots(all, row) {
     pen.strokeStyle = colour("--line"); pen.beginPath(); pen.moveTo(8, height / 2); pen.lineTo(width - 8, height / 2); pen.stroke();
     where.length = 0;
     const stacked = new Map();
-    for (const i of all) {
+    const each = Math.ceil(all.length / DOTS); // of very many some
+    for (const i of [...all.filter((_, k) => k % each === 0), row.index]) {
       const other = rows[i];
       if (other.x === null) continue;
       const px = x(other.x), side = other.r === 1 ? -1 : 1, key = `${Math.round(px / 6)} ${other.r}`, below = Math.min(stacked.get(key) ?? 0, 4);
