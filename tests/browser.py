@@ -55,7 +55,7 @@ def errors():
 def page(browser, errors):
     """Playwright's ``Page`` of a fresh profile, 1280 x 800. ``page.context.new_page()`` opens another of the same."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, service_workers="block")
-    context.set_default_timeout(15_000)  # ms; no measure of how fast a machine is
+    context.set_default_timeout(120_000)  # ms; no measure of how fast a machine is
 
     def refuse(route):
         errors.append(f"asked for {route.request.url}")

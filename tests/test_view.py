@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -292,7 +293,7 @@ def test_scores_without_texts_are_a_table():
     parsed = Parsed(scores()._repr_html_())
     said = " ".join(parsed.text)
     assert len([t for t in parsed.tags if t[0] == "tr"]) == 2 + 2 + 1, "two heads, three steps"
-    assert "1 3 0.900 0.900 2 6 0.400 0.600" in said and "No score: not finite" in said and "no step" in said
+    assert "1 3 0.900 0.900 2 6 0.400 0.600" in said and "No score: not finite" in said and "0 steps" in said
     assert len(parsed.of("picked")) == 1
     gated = Parsed(scores(gates=[torch.tensor([0.25, 0.75]), torch.tensor([]), torch.tensor([0.5])])._repr_html_())
     assert "gate" in gated.text and "0.750" in gated.text
@@ -612,15 +613,15 @@ def test_ten_thousand_candidates(page, tmp_path):
 
 
 def test_more_candidates_than_an_element_is_high(page, tmp_path):
-    opened(page, tmp_path, [{"question": "Q", "responses": ["x"] * 130_000, "score": [k / 130_000 for k in range(130_000)]}])
+    opened(page, tmp_path, [{"question": "Q", "responses": ["x"] * 126_000, "score": [k / 126_000 for k in range(126_000)]}])
     page.focus("#list")
     page.keyboard.press("End")
-    until(page, "document.querySelector('.row:last-child')?.ariaPosInSet === '130000'")
-    assert page.get_attribute("#row-129999", "aria-selected") == "true"
-    box, room = page.locator("#row-129999").bounding_box(), page.locator("#list").bounding_box()
+    until(page, "document.querySelector('.row:last-child')?.ariaPosInSet === '126000'")
+    assert page.get_attribute("#row-125999", "aria-selected") == "true"
+    box, room = page.locator("#row-125999").bounding_box(), page.locator("#list").bounding_box()
     assert box["y"] + box["height"] <= room["y"] + room["height"] + 1 and box["y"] >= room["y"]
     page.keyboard.press("k")
-    assert page.get_attribute("#row-129998", "aria-selected") == "true"
+    assert page.get_attribute("#row-125998", "aria-selected") == "true"
     page.keyboard.press("Home")
     page.wait_for_selector("#row-0")
 
@@ -762,3 +763,37 @@ def test_words_can_be_read_on_every_tint(page, scheme):
     assert not [f for f in found if f[1] < 4.5], [f for f in found if f[1] < 4.5]
     tints = [back for name, _, back in found if name == "step"]
     assert tints[0][0] > tints[0][2] + 40 and tints[10][2] > tints[10][0] + 40 and max(tints[5]) - min(tints[5]) < 8
+
+
+# -- docs/view.md ----------------------------------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[1] / "docs" / "view.md"
+
+
+@pytest.mark.skipif(not DOCS.is_file(), reason="tests that lie beside no documentation")
+def test_every_block_of_the_page_runs(default_model, monkeypatch, tmp_path):
+    """As it stands there, on the embedded model, which is loaded once."""
+    monkeypatch.setattr(type(default_model), "default", lambda **given: default_model)
+    monkeypatch.chdir(tmp_path)
+    names, ran = {"__name__": "view"}, 0
+    blocks = re.findall(r"```(\w+)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    for kind, code in blocks:
+        if kind == "python":
+            exec(code, names)  # noqa: S102
+            continue
+        assert kind == "bash"
+        for file, content in re.findall(r"cat > (\S+) <<'END'\n(.*?)END\n", code, re.DOTALL):
+            Path(file).write_text(content, encoding="utf-8")
+        for line in re.sub(r"cat > .*?\nEND\n", "", code, flags=re.DOTALL).splitlines():
+            piped = ""
+            for command in line.split(" | "):
+                program, *arguments = shlex.split(command)
+                assert program == "reflective"
+                piped = run(*arguments, stdin=piped).stdout
+                ran += 1
+    assert ran == 5
+    assert {"answer.html", "scores.html", "answers.view.html", "two.html", "by_key.html"} <= {p.name for p in tmp_path.iterdir()}
+    assert "mark wrong" in Path("answer.html").read_text(encoding="utf-8") or "mark right" in Path("answer.html").read_text(encoding="utf-8")
+    assert '<small>' in Path("scores.html").read_text(encoding="utf-8")
+    for picture in re.findall(r"[\w-]+\.png", DOCS.read_text(encoding="utf-8")):
+        assert (DOCS.parent / picture).stat().st_size < 200_000

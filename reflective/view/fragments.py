@@ -120,12 +120,12 @@ def table(
             for k, (s, r, at, w) in enumerate(shown, 1)
         )
         more = f'<p class="note">{_count(rest, "more step")}: {_ALL}</p>' if rest > 0 else ""
-        gate = "<th>gate</th>" if len(weights) else ""
+        gate, steps_of = "<th>gate</th>" if len(weights) else "", _count(len(t.step_scores), "step")
         folded = (
-            f"<details{' open' if len(items) == 1 else ''}><summary>{len(t.step_scores)} steps</summary><table><thead><tr><th>step</th>"
+            f"<details{' open' if len(items) == 1 else ''}><summary>{steps_of} one by one</summary><table><thead><tr><th>step</th>"
             f"<th>position</th><th>score</th><th>so far</th>{gate}</tr></thead><tbody>{steps}</tbody></table>{more}</details>"
             if t.step_scores
-            else '<p class="note">no step</p>'
+            else ""
         )
         part = (
             f'<section class="trajectory">{_head(t, mark)}{_error(t)}{line(t, scale, width=420, height=56, axis=True)}'
@@ -197,12 +197,11 @@ def _tinted(t: Trajectory, scale: Scale) -> Iterator[tuple[str, int, int]]:
         so_far = f", {number(t.running[k - 1])} so far" if len(t.running) >= k else ""
         if begin > at:
             yield text(t.text[at:begin]), at, k - 1
-        yield (
+        tinted = (
             f'<span class="step" style="--score:{scale.good(score):.3f}" title="step {k} of {len(spans)}: {number(score)}{so_far}">{text(said)}'
-            f"<small>{number(score)}</small></span>{text(step[len(said) :])}",
-            begin,
-            k - 1,
+            f"<small>{number(score)}</small></span>{text(step[len(said) :])}"
         )
+        yield tinted, begin, k - 1
         at = stop
     for begin in range(end, len(t.text), _PIECE):
         rest = text(t.text[begin : begin + _PIECE])

@@ -13,7 +13,7 @@ _ROW, _CELL = 20, 14  # px
 def line(trajectory: Trajectory, scale: Scale, *, width: int = 150, height: int = 34, axis: bool = False) -> str:
     """The running score as a line, over the step scores as dots. Told in words to those who cannot see it."""
     running, steps = trajectory.running, trajectory.step_scores
-    if not steps:
+    if all(map(math.isnan, steps)):
         return ""
     left, right, top, bottom = (30 if axis else 4), 6, 5, 5
     low, high = scale.low, scale.high
@@ -79,7 +79,7 @@ def tree(items: Sequence[Trajectory], scale: Scale) -> str:
         parts.append(f'<text x="{end:.1f}" y="{middle + 4}"{bold}>{text(said)}</text>')
     forks = sum(t.parent is not None for t in items)
     said = f"Tree of {len(items)} candidates, {forks} of them forks; ✕ were stopped before their end"
-    return f'<div class="scroll" tabindex="0" role="group" aria-label="Tree of forks"><svg class="tree" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{said}">{"".join(parts)}</svg></div>'
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="Tree of forks"><svg class="tree" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{said}">{"".join(parts)}</svg><p class="note">● ended by itself · ✕ stopped before</p></div>'
 
 
 def number(value: float | None) -> str:

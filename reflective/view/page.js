@@ -292,7 +292,7 @@ function panel(row, above = "") {
 
 /** The running score as a line, over the step scores as dots. */
 function curve(steps) {
-  if (!steps.length) return "";
+  if (steps.every((score) => score === null)) return "";
   const width = 460, height = 88, left = 34, top = 6, right = 8, line = running(steps), { low, high } = data;
   const x = (k) => (left + ((width - left - right) * (steps.length > 1 ? k / (steps.length - 1) : 0.5))).toFixed(1);
   const y = (v) => (top + (height - 2 * top) * (1 - (v - low) / (high - low || 1))).toFixed(1);
@@ -365,7 +365,7 @@ function dots(all, row) {
     where.length = 0;
     const stacked = new Map();
     const each = Math.ceil(all.length / DOTS); // of very many some
-    for (const i of [...all.filter((_, k) => k % each === 0), row.index]) {
+    for (const i of [...all.filter((i, k) => k % each === 0 && i !== row.index), row.index]) {
       const other = rows[i];
       if (other.x === null) continue;
       const px = x(other.x), side = other.r === 1 ? -1 : 1, key = `${Math.round(px / 6)} ${other.r}`, below = Math.min(stacked.get(key) ?? 0, 4);
@@ -443,7 +443,7 @@ function forks(all) {
     parts.push(s("text", { x: left + Math.ceil(row.s.length / each) * cell + 6, y: middle + 4, ...bold }, `${cut} ${fmt(row.x)}${row.c ? " chosen" : ""}`));
   });
   const said = `Tree of ${order.length} candidates and their forks`;
-  return h("div", { class: "scroll", tabIndex: 0, role: "group", "aria-label": said }, s("svg", { class: "tree", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": said }, ...parts));
+  return h("div", { class: "scroll", tabIndex: 0, role: "group", "aria-label": said }, s("svg", { class: "tree", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": said }, ...parts), h("p", { class: "note" }, "● ended by itself · ✕ stopped before"));
 }
 
 /** What is sought, marked where it is read. Ranges, not elements: the text stays as it is. */
