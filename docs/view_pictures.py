@@ -20,8 +20,8 @@ from browser import launched
 
 
 def saved(page: Page, name: str) -> None:
-    """A screenshot in 64 colours, which is a third of its size."""
-    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    """A screenshot in 256 colours, which is a third of its size."""
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     picture.save(HOME / name, optimize=True)
     print(f"{name}: {(HOME / name).stat().st_size / 1024:.0f} KiB")
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import reflective as rf
 from reflective.model import Config
 from reflective.scoring.scores import AGGREGATIONS, TrajectoryScores, aggregate
+from reflective.search.answers import same_answer, same_text
 from reflective.search.candidates import Ask
 from reflective.search.selection import EXPONENTS, GROWTHS, VoteRule, fit_vote_rule, select
 from reflective.search.strategies import ANSWER, HOLD, KEEP, NAMES, STOP, Step, Strategy, by_name
@@ -28,7 +29,7 @@ from reflective.search.strategies.particles import systematic
 from reflective.search.strategies.prune import Prune
 from reflective.search.strategies.rpc import RPC, fit_mixture, unlikely
 from reflective.search.strategies.select import Select
-from reflective.search.strategies.votes import classes, same_answer, same_text
+from reflective.search.strategies.votes import classes
 
 _OTHERS = itertools.count(2)
 

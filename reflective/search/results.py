@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Any
 from .. import view
 from ..engines.base import Chance
 from ..utils.outputs import write_text
-from .strategies import STOPPED
+from .answers import same_answer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+STOPPED = {  # why candidates are stopped by each, for people
+    "first_finish": "another had finished first",
+    "prune": "so far behind the best at as many steps that it could hardly win any more",
+    "replace": "among the worst, when forks of the best took the places of the worst or tokens were running out",
+    "step_beam": "not among the best after a step, or enough others had finished",
+    "dvts": "another of its subtree scored higher after a step",
+    "particles": "not drawn when candidates were resampled by score",
+    "astar": "the search kept other prefixes, or had its answer",
+}
 
 
 @dataclass
@@ -164,7 +174,7 @@ class Generation:
             chosen = chosen_by(self.chosen_by, strategy) if c.number == self.best.number else ""
             told = replace(c, aggregation=self.aggregation)
             items.append(_trajectory(told, f"Candidate {c.number}", right, strategy, chosen, forked))
-        parts = [f"{len(items)} candidates", f"{cut} stopped" if cut else "", f"{self.tokens:,} tokens", f"{self.seconds:.1f} s" if self.seconds else ""]
+        parts = [f"{len(items)} candidates", f"{cut} stopped" if cut else "", f"{self.tokens:,} tokens"]
         note = ", ".join(filter(None, parts)) + (", interrupted" if self.interrupted else "")
         return view.many(items, title=strategy, note=note, asked=self.prompt, aggregation=self.aggregation, limit=limit)
 
@@ -202,8 +212,6 @@ def _trajectory(
 def _is_right(answer: str | None, right: str | None) -> bool | None:
     if right is None:
         return None
-    from .strategies.votes import same_answer
-
     return answer is not None and bool(same_answer(answer, right))
 
 

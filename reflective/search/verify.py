@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import compute_metric
 from ..tasks import Question
-from .strategies.votes import WORDS, bare, same_text
+from .answers import WORDS, bare, same_text
 
 _SHOWN = re.compile(r"^\\(?:text|textbf|textit|mathrm|mathbf|underline|mbox)\{([^{}]*)\}$")
 _APART = re.compile(r"\d\s+\d")
@@ -28,7 +28,7 @@ def verifier(spec: str | Verifier, extract: Extract | None = None) -> Verifier:
     """The verifier that ``spec`` names.
 
     ===========================  =================================================================================
-    ``answer``                   the extracted answer means the same as the right one (``votes.same_answer``)
+    ``answer``                   the extracted answer means the same as the right one (``answers.same_answer``)
     ``exact``                    the extracted answer, or without ``extract`` the response, is the right one's text
     ``math``                     math-verify of the last ``\\boxed{}``, or without one of the whole response; None where it
                                  cannot read the right answer or other ways to compare deny its verdict

@@ -368,7 +368,7 @@ function dots(all, row) {
     for (const i of [...all.filter((i, k) => k % each === 0 && i !== row.index), row.index]) {
       const other = rows[i];
       if (other.x === null) continue;
-      const px = x(other.x), side = other.r === 1 ? -1 : 1, key = `${Math.round(px / 6)} ${other.r}`, below = Math.min(stacked.get(key) ?? 0, 4);
+      const px = x(other.x), side = other.r === 1 ? -1 : 1, key = `${Math.round(px / 6)} ${other.r}`, below = Math.min(stacked.get(key) ?? 0, 3);
       stacked.set(key, below + 1); // those of nearly one score beside each other
       const py = height / 2 + side * ((other.r === undefined ? 0 : 8) + 2.5 * below);
       where.push([px, py, i]);

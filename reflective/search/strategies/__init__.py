@@ -47,15 +47,6 @@ _HOME = {
 MOST = 65_536  # candidates of a question: each has a generator of its own, whether it decodes or waits
 _FILES = {"majority": "votes", "weighted_vote": "votes"}  # the others' files bear their names
 NAMES = tuple(_HOME)
-STOPPED = {  # why candidates are stopped by each, for people
-    "first_finish": "another had finished first",
-    "prune": "so far behind the best at as many steps that it could hardly win any more",
-    "replace": "among the worst, when forks of the best took the places of the worst or tokens were running out",
-    "step_beam": "not among the best after a step, or enough others had finished",
-    "dvts": "another of its subtree scored higher after a step",
-    "particles": "not drawn when candidates were resampled by score",
-    "astar": "the search kept other prefixes, or had its answer",
-}
 WITHOUT_SCORE, WITHOUT_STEP, SCORED = range(3)  # standings of a candidate
 
 
