@@ -256,6 +256,9 @@ class Live:
         number: within its question, in order of creation; parent: the number of the one that it was forked from.
         token_ids: of the response so far, without end-of-sequence token; a fork's include its parent's.
         step_scores: in (0, 1), of every step so far. Kept up to date for strategies that observe and for ``on_step``.
+        step_ends: of each of these how many of ``token_ids`` there are up to its end; fewer where a tag has changed which steps count and
+            it has not ended.
+        inherited: how many of ``token_ids`` a fork had from its parent when it began.
         new_tokens: decoded for this candidate itself.
         log_prob: sum of the model's log-probabilities of its tokens, end-of-sequence included, at temperature 1.
         chances: of each of these tokens, where they are asked for.
@@ -276,6 +279,8 @@ class Live:
     parent: int | None = None
     token_ids: list[int] = field(default_factory=list)
     step_scores: list[float] = field(default_factory=list)
+    step_ends: list[int] = field(default_factory=list, repr=False)  # never changed in place
+    inherited: int = 0
     new_tokens: int = 0
     log_prob: float = 0.0
     chances: list[Chance] = field(default_factory=list, repr=False)
@@ -326,6 +331,14 @@ class Live:
         if chance.token in (reader.think_start, reader.think_end):
             self.answer_from = len(self.token_ids) if chance.token == reader.think_end else None
 
+    def stepped(self, step_scores: list[float], ended: bool) -> None:
+        """Take in the scores of its steps so far; ``ended``: whether a step has just ended, else a tag has made others count."""
+        if ended and len(step_scores) == len(self.step_ends) + 1:
+            self.step_ends = [*self.step_ends, len(self.token_ids)]
+        else:
+            self.step_ends = []
+        self.step_scores = step_scores
+
     def complete(self) -> bool:
         """Whether its text says that it is."""
         return self.question.watch.complete(self.token_ids, self.answer_from)
@@ -333,6 +346,7 @@ class Live:
     def end(self, status: str, score: Score) -> None:
         """``status``: as the attribute; nothing comes any more."""
         self.status, self.scored, self.step_scores, self.sequence = status, score, list(score.step_scores), None
+        self.step_ends = [place + 1 for place in score.positions]
         if status in ("stop", "length"):
             self.finished, self.changed = status, True
 
@@ -340,5 +354,5 @@ class Live:
         """A further candidate that goes on where this one is, or is as it has ended."""
         return dataclasses.replace(
             self, number=number, parent=self.number, token_ids=list(self.token_ids), new_tokens=0, chances=list(self.chances),
-            step_scores=list(self.step_scores), sequence=sequence, resting=False,
+            step_scores=list(self.step_scores), inherited=len(self.token_ids), sequence=sequence, resting=False,
         )  # fmt: skip

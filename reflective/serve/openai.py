@@ -24,6 +24,7 @@ from .logprobs import Told
 from .schemas import ChatCompletion, Completion, Sampling
 from .service import Service, Shared, error_body, settled
 from .text import Incoming, before
+from .watch import Event, Watch
 
 CHANCES = 1 << 19  # of prompts' tokens in one answer: 50 MB of JSON
 UNREAD = 5.0  # seconds, beyond the limit, in which the last events may be read
@@ -92,9 +93,14 @@ async def _complete(
     engine, loop, news = service.engine, asyncio.get_running_loop(), asyncio.Queue()
     sent: dict[tuple[int, int], tuple[int, int]] = {}
     answer = _Answer(form, body, service)
+    watch = Watch(engine.model, body.stops) if body.watched else None
 
     def on_step(question: int, candidates: Sequence[Live]) -> None:
         """In the engine's thread: hand over what is new."""
+        if watch and watch.note(answer.index(question, 0) // answer.width, candidates):
+            loop.call_soon_threadsafe(news.put_nowait, watch)
+        if body.steered:
+            return
         for c in candidates:
             tokens, steps = sent.get((question, c.number), (0, 0))
             if len(c.token_ids) > tokens or len(c.step_scores) > steps:
@@ -122,7 +128,7 @@ async def _complete(
             prompts, strategy=strategy, n=None, max_new_tokens=body.max_tokens, **body.sampling, seed=body.seed,
             stop=body.stops, thinking_budget=body.thinking_budget, logprobs=body.alternatives,
             prompt_logprobs=(body.alternatives or 0) if of_prompt else None,
-            on_step=on_step if body.stream and not body.steered else None,
+            on_step=on_step if body.stream and (watch or not body.steered) else None,
         )  # fmt: skip
 
     future = await service.begin(request, ask)
@@ -133,7 +139,7 @@ async def _complete(
         return await asyncio.to_thread(lambda: JSONResponse(answer.whole(generations)))  # a long prompt's takes seconds
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(news.put_nowait, None))
     left = service.left(request)
-    return _Events(answer.events(news, future, left), future, left)
+    return _Events(answer.events(news, future, left, watch), future, left)
 
 
 @dataclass(frozen=True)
@@ -216,18 +222,18 @@ class _Answer:
         }  # fmt: skip
 
     async def events(
-        self, news: asyncio.Queue, future: Future[list[Generation]], left: float | None
+        self, news: asyncio.Queue, future: Future[list[Generation]], left: float | None, watch: Watch | None = None
     ) -> AsyncIterator[str]:
-        """Server-sent events: pieces of the choices as they come, with the scores of the steps that they end."""
+        """Server-sent events: pieces of the choices as they come, with the scores of the steps that they end, and what is watched."""
         try:
-            async for event in self._events(news, future, left):
+            async for event in self._events(news, future, left, watch):
                 yield _sse(event)
         except HTTPException as error:
             yield _sse(error_body(error.status_code, error.detail))
         yield "data: [DONE]\n\n"
 
     async def _events(
-        self, news: asyncio.Queue, future: Future[list[Generation]], left: float | None
+        self, news: asyncio.Queue, future: Future[list[Generation]], left: float | None, watch: Watch | None
     ) -> AsyncIterator[dict[str, Any]]:
         form, decode = self.form, self.service.engine.model.decode
         texts = [Incoming(decode, self.body.stops) for _ in range(len(self.lengths) * self.width)]
@@ -254,6 +260,10 @@ class _Answer:
                 raise HTTPException(504, self.service.too_slow) from None
             if new is None:
                 break
+            if new is watch:
+                for found in watch.events():
+                    yield self._watched(found)
+                continue
             i, scores = new.index, new.scores
             for chunk in await echo(i, new.prompt_chances):
                 yield chunk
@@ -270,6 +280,9 @@ class _Answer:
             if piece or scores or more.get("logprobs"):
                 yield self._chunk({"index": i, **form.part(piece), "finish_reason": None, **more})
         generations = settled(future)
+        if watch:
+            asked = [i for i in range(len(self.lengths)) if i not in self.wrong]
+            yield self._watched([watch.chosen(i, generation) for i, generation in zip(asked, generations, strict=True)])
         for index, c, prompt_chances in self._chosen(generations):
             for chunk in await echo(index, prompt_chances):
                 yield chunk
@@ -324,9 +337,12 @@ class _Answer:
         chances = told.take(None if text == c.text else size) if told is not None else None
         return {"finish_reason": reason, "logprobs": chances, "reflective": scores}
 
-    def _chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
+    def _chunk(self, choice: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
         usage = {"usage": None} if self.body.with_usage else {}
-        return {**self._head(self.form.chunk), "choices": [choice], **usage, **more}
+        return {**self._head(self.form.chunk), "choices": [] if choice is None else [choice], **usage, **more}
+
+    def _watched(self, events: list[Event]) -> dict[str, Any]:
+        return self._chunk(None, reflective={"events": events})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}

@@ -191,6 +191,12 @@ class StreamOptions(_Request):
     include_usage: bool = False
 
 
+class Extras(_Request):
+    """What is asked of this package alone. ``watch``: to be told, in the stream, what becomes of every candidate, see ``watch``."""
+
+    watch: bool = False
+
+
 class Sampling(_Request):
     """What OpenAI's two ways to ask have in common.
 
@@ -228,6 +234,12 @@ class Sampling(_Request):
     best_of: Annotated[int, Field(ge=1)] | None = None
     strategy: str | None = None
     thinking_budget: int | None = None
+    reflective: Extras | None = None
+
+    @property
+    def watched(self) -> bool:
+        """Whether the stream is to tell what becomes of every candidate."""
+        return self.reflective is not None and self.reflective.watch
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -262,6 +274,8 @@ class Sampling(_Request):
     def _one_answer(self) -> "Sampling":
         if self.steered and (self.n or 1) > 1:
             raise ValueError(f"n={self.n}: best_of, effort and strategy choose one answer; leave n at 1")
+        if self.watched and not self.stream:
+            raise ValueError("reflective.watch: candidates are watched in a stream; ask for stream, true, too")
         return self
 
 

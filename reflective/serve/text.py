@@ -1,6 +1,9 @@
 """The text of a response while its tokens come."""
 
+import copy
 from collections.abc import Callable, Sequence
+
+from typing_extensions import Self
 
 _UNFINISHED = "\ufffd"  # what a decoder writes for the bytes of a character that is not complete
 
@@ -44,6 +47,12 @@ class Incoming:
         self._pending = self._pending[len(piece) :]
         self.sent += len(piece)
         return piece
+
+    def copy(self) -> Self:
+        """Another one that goes on from here."""
+        other = copy.copy(self)
+        other._new = list(self._new)  # noqa: SLF001  # the one list that is changed in place
+        return other
 
     @property
     def length(self) -> int:

@@ -109,11 +109,13 @@ class Strategy:
             of whoever has finished, and until then the mean, as the search is not told of gates.
         chooser: another strategy, whose ``choose`` picks the answer in place of its own, as ``select`` among those that ``prune`` has left; for ``by_name``
             its name will do. What is promised of a strategy's own pick is not promised of another's.
-        name: by which ``by_name`` knows it.
+        name: by which ``by_name`` knows it; about: what it does, and stops: why it stops a candidate, in words for whoever watches.
         chosen_by: what decided in ``choose``, see ``Generation.chosen_by``; a ``choose`` of one's own may say so too.
     """
 
     name: ClassVar[str] = "strategy"
+    about: ClassVar[str] = ""
+    stops: ClassVar[str] = "its strategy had no further use for it"
     asks: ClassVar[bool] = False
     n: int = 8
     by_step: bool = False

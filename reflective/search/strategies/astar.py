@@ -32,6 +32,8 @@ class AStar(Strategy):
     """
 
     name: ClassVar[str] = "astar"
+    about: ClassVar[str] = "Always forks the most promising beginning; the others wait."
+    stops: ClassVar[str] = "others were more promising"
     by_step: bool = True
     aggregation: str = "last"
     branch: int = 4

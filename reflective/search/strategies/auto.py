@@ -39,6 +39,7 @@ class Auto(Select):
     """
 
     name: ClassVar[str] = "auto"
+    about: ClassVar[str] = "Begins with two, and starts more until one scores high enough."
     file: ClassVar[str] = "auto.json"
     rule: ClassVar[tuple[str, ...]] = ("exponent", "growth", "n", "enough", "first", "loss", "questions")
     n: int = 32

@@ -14,3 +14,4 @@ class BestOfN(Strategy):
     """
 
     name: ClassVar[str] = "best_of_n"
+    about: ClassVar[str] = "All run to their end; the highest score is the answer."

@@ -41,6 +41,7 @@ class Exit(Calibrated):
     """
 
     name: ClassVar[str] = "exit"
+    about: ClassVar[str] = "Ends a candidate's thinking as soon as more of it would not change the answer."
     file: ClassVar[str] = "exit.json"
     rule: ClassVar[tuple[str, ...]] = ("threshold", "aggregation", "min_steps", "risk", "questions", "abstain", "wrong")
     n: int = 1

@@ -19,6 +19,8 @@ class FirstFinish(Strategy):
     """
 
     name: ClassVar[str] = "first_finish"
+    about: ClassVar[str] = "All are stopped as soon as one has finished, and that is the answer."
+    stops: ClassVar[str] = "another had finished first"
 
     def observe(self, step: Step) -> Sequence[int] | None:
         if any(c.finished == "stop" for c in step.candidates):

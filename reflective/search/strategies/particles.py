@@ -27,6 +27,8 @@ class Particles(Strategy):
     """
 
     name: ClassVar[str] = "particles"
+    about: ClassVar[str] = "After every step candidates are drawn anew, by their scores."
+    stops: ClassVar[str] = "it was not drawn when candidates were drawn anew by their scores"
     by_step: bool = True
     aggregation: str = "last"
     temperature: float = 1.0

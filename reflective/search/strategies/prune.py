@@ -40,6 +40,8 @@ class Prune(Calibrated):
     """
 
     name: ClassVar[str] = "prune"
+    about: ClassVar[str] = "Stops whoever lags too far behind the best; the highest score of the others is the answer."
+    stops: ClassVar[str] = "it lagged too far behind the best"
     file: ClassVar[str] = "prune.json"
     rule: ClassVar[tuple[str, ...]] = ("threshold", "n", "min_steps", "risk", "questions")
     threshold: float | None = None

@@ -33,6 +33,7 @@ class Refine(Strategy):
     """
 
     name: ClassVar[str] = "refine"
+    about: ClassVar[str] = "Puts the best drafts behind the question, and asks once more."
     asks: ClassVar[bool] = True
     drafts: int = 4
     answers: int = 1

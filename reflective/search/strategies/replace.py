@@ -35,6 +35,8 @@ class Replace(WeightedVote):
     """
 
     name: ClassVar[str] = "replace"
+    about: ClassVar[str] = "Every few tokens the worst give way to forks of the best; the answer is a vote by scores."
+    stops: ClassVar[str] = "it was among the worst, and gave way to a fork of a better one"
     _weighs: ClassVar[str] = "score"
     swap: int | None = None
     interval: int = 24

@@ -29,6 +29,7 @@ class RPC(Majority):
     """
 
     name: ClassVar[str] = "rpc"
+    about: ClassVar[str] = "All run to their end; a vote by how likely the model holds each, improbable ones left out."
     _weighs: ClassVar[str] = "strategy"
 
     def weights(self, voters: "Sequence[Candidate]") -> list[float]:

@@ -29,6 +29,7 @@ class Select(Calibrated, Majority):
     """
 
     name: ClassVar[str] = "select"
+    about: ClassVar[str] = "All run to their end; a vote by scores to a calibrated power."
     file: ClassVar[str] = "select.json"
     rule: ClassVar[tuple[str, ...]] = ("exponent", "growth", "questions")
     _weighs: ClassVar[str] = "score"

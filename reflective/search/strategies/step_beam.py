@@ -24,6 +24,8 @@ class StepBeam(TreeSearch):
     """
 
     name: ClassVar[str] = "step_beam"
+    about: ClassVar[str] = "After every step the best are kept and forked, in one tree."
+    stops: ClassVar[str] = "others scored higher after this step"
 
     def observe(self, step: Step) -> Sequence[int] | None:
         running = [i for i, c in enumerate(step.candidates) if not c.finished]

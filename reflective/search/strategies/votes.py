@@ -23,6 +23,7 @@ class Majority(Strategy):
     """
 
     name: ClassVar[str] = "majority"
+    about: ClassVar[str] = "All run to their end; the answer that most of them give."
     _weighs: ClassVar[str] = "majority"  # what ``weights`` decides by
 
     def choose(self, candidates: "Sequence[Candidate]") -> int:
@@ -56,6 +57,7 @@ class WeightedVote(Majority):
     """
 
     name: ClassVar[str] = "weighted_vote"
+    about: ClassVar[str] = "All run to their end; the answer with the largest sum of scores."
     _weighs: ClassVar[str] = "score"
 
     def weights(self, voters: "Sequence[Candidate]") -> list[float]:
