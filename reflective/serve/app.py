@@ -21,13 +21,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engines.hf.engine import Decoding
 from ..model import ReflectiveModel
-from . import openai, pooling, published
+from . import offers, openai, page, pooling, published
 from .engine import Engine
 from .metrics import Metrics
 from .service import Limits, Service, Shared, error_response
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-OPEN = ("/health",)  # without a key
+OPEN = ("/health", *page.PATHS)  # without a key
 
 
 def serve(
@@ -84,7 +84,7 @@ def create_app(
     service = Service(engine, name, limits, Metrics(engine), time.time())
     app = FastAPI(title="reflective", docs_url=None, redoc_url=None)
     app.state.service = service
-    for module in (published, openai, pooling):
+    for module in (published, openai, pooling, offers, page):
         app.include_router(module.router)
 
     @app.get("/health")
@@ -100,7 +100,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _refusal)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _failure)
-    paths = set(app.openapi()["paths"])
+    paths = {*app.openapi()["paths"], *page.PATHS}
     app.add_middleware(_Door, service=service, api_key=api_key, paths=paths)
     return app
 

@@ -51,7 +51,7 @@ class Incoming:
     def copy(self) -> Self:
         """Another one that goes on from here."""
         other = copy.copy(self)
-        other._new = list(self._new)  # noqa: SLF001  # the one list that is changed in place
+        other._new = list(self._new)  # the one list that is changed in place
         return other
 
     @property

@@ -159,14 +159,14 @@ class Watch:
             for score, end in list(zip(scores, ends, strict=True))[len(told.steps) :]:
                 if end > to:
                     break
-                yield from self._piece(number, tokens, told, end)
+                yield from self._piece(state.live, told, end)
                 told.steps.append(score)
                 place = told.text.length if end == told.tokens else len(self._model.decode(tokens[:end]))
                 yield {
                     "type": "step", "candidate": number, "step": len(told.steps) - 1, "score": score,
                     "running": self._running(state.scores[: len(told.steps)]), "end": place,
                 }  # fmt: skip
-        yield from self._piece(number, tokens, told, to)
+        yield from self._piece(state.live, told, to)
         if not known and not ended:  # a tag has made others count; of who has ended the end says all
             told.steps = scores
             places = state.live.question.reader.ends(tokens, [end - 1 for end in ends])
@@ -174,19 +174,19 @@ class Watch:
                 "type": "steps", "candidate": number, "step_scores": scores, "ends": places, "running": self._running(state.scores),
             }  # fmt: skip
 
-    def _piece(self, number: int, tokens: list[int], told: _Told, to: int) -> Iterator[Event]:
+    def _piece(self, live: Live, told: _Told, to: int) -> Iterator[Event]:
         if to > told.tokens:
-            piece = told.text.feed(tokens[told.tokens : to])
+            piece = told.text.feed(live.token_ids[told.tokens : to])
             told.tokens = to
             if piece:
-                yield {"type": "text", "candidate": number, "text": piece}
+                yield {"type": "text", "candidate": live.number, "text": piece, "tokens": to - live.inherited}
 
     def _end(self, state: _State, told: _Told) -> Iterator[Event]:
         live, again = state.live, told.status != "running"
         c = candidate(live.question.reader, live.token_ids[: state.tokens], state.scored or Score())
         text = before(c.text, self._stops)
         if not again and (piece := told.text.finish(c.text)):
-            yield {"type": "text", "candidate": live.number, "text": piece}
+            yield {"type": "text", "candidate": live.number, "text": piece, "tokens": state.tokens - live.inherited}
         told.status = state.status
         yield {
             "type": "ended", "candidate": live.number, "status": state.status,
