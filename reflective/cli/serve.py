@@ -50,6 +50,8 @@ def serve(
 ) -> None:
     """Serve MetaStone-S1's /score and /generate, OpenAI's /v1/chat/completions and vLLM's /pooling and /score.
 
+    Open its address (http://127.0.0.1:8000/ unless said otherwise) in a browser to ask, and to watch the candidates live.
+
     Requests that come at the same time are decoded in one batch. /health and /metrics (Prometheus) tell how it goes.
     """
     try:

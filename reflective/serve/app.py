@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import secrets
 import socket
 import sys
@@ -26,6 +27,7 @@ from .engine import Engine
 from .metrics import Metrics
 from .service import Limits, Service, Shared, error_response
 
+_log = logging.getLogger("uvicorn.error")  # where uvicorn says what it listens at
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OPEN = ("/health", *page.PATHS)  # without a key
 
@@ -116,6 +118,18 @@ class Server(uvicorn.Server):
                 app, host, port, log_level=log_level, server_header=False, timeout_graceful_shutdown=int(grace) + 5
             )
         )
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            _log.info("Ask and watch in a browser: %s", self.page)
+
+    @property
+    def page(self) -> str:
+        """The address of the page that people open, on this machine."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        return f"http://{host}:{port}/"
 
     async def shutdown(self, sockets: Any = None) -> None:
         closing = asyncio.ensure_future(asyncio.to_thread(self.engine.close, self.grace))

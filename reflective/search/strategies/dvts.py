@@ -28,7 +28,7 @@ class DVTS(TreeSearch):
 
     name: ClassVar[str] = "dvts"
     about: ClassVar[str] = "After every step the best of each of several trees is kept and forked."
-    stops: ClassVar[str] = "another of its tree scored higher after this step"
+    stops: ClassVar[str] = "it was not the best of its tree"
     _tree: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # of every candidate, by its number
 
     def observe(self, step: Step) -> Sequence[int] | None:

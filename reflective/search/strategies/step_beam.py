@@ -25,7 +25,7 @@ class StepBeam(TreeSearch):
 
     name: ClassVar[str] = "step_beam"
     about: ClassVar[str] = "After every step the best are kept and forked, in one tree."
-    stops: ClassVar[str] = "others scored higher after this step"
+    stops: ClassVar[str] = "it was not among the best"
 
     def observe(self, step: Step) -> Sequence[int] | None:
         running = [i for i, c in enumerate(step.candidates) if not c.finished]

@@ -115,10 +115,11 @@
 
   function offer() {
     const efforts = offers.efforts.map((e) => [e.effort, e.effort === "auto" ? `up to ${e.candidates}` : String(e.candidates)]);
-    $("efforts").replaceChildren(...[...efforts, ["", "own"]].map(([value, small]) => {
+    $("efforts").parentNode.hidden = !efforts.length;
+    $("efforts").replaceChildren(...efforts.map(([value, small]) => {
       const label = make("label"), input = make("input");
       Object.assign(input, { type: "radio", name: "effort", value });
-      label.append(input, make("span", "", value || "none"), make("small", "", small));
+      label.append(input, make("span", "", value), make("small", "", small));
       return label;
     }));
     $("strategy").replaceChildren(...[{ id: "" }, ...offers.data].map((s) => {
@@ -145,7 +146,7 @@
       const field = form.elements.namedItem(name);
       if (field) field.value = value;
     }
-    if (!form.elements.effort) return;
+    if (!$("efforts").childElementCount) return;
     if (![...$("efforts").querySelectorAll("input")].some((input) => input.checked)) {
       const usual = $("efforts").querySelector("[value=medium]") || $("efforts").querySelector("input");
       usual.checked = true;
@@ -159,9 +160,9 @@
   // What the choice made comes to, in words.
   function explain() {
     if (!offers) return;
-    const effort = offers.efforts.find((e) => e.effort === form.elements.effort.value);
+    const chosen = $("efforts").querySelector(":checked"), effort = chosen && offers.efforts.find((e) => e.effort === chosen.value);
     const auto = effort && effort.effort === "auto";
-    $("strategy").disabled = auto; // which is a strategy of its own
+    $("strategy").disabled = Boolean(auto); // which is a strategy of its own
     const name = (!auto && $("strategy").value) || (effort && effort.strategy) || "best_of_n";
     const found = offers.data.find((s) => s.id === name);
     $("about").textContent = found ? found.about : "";
@@ -192,6 +193,7 @@
     const mine = run;
     working(true);
     clear();
+    if (matchMedia("(max-width: 999px)").matches) $("run").scrollIntoView({ block: "start" }); // it lies below the form
     say("Asked.");
     let problem = null;
     try {
@@ -347,7 +349,9 @@
   function build(c) {
     const name = String(c.number + 1);
     c.box = make("div", "text");
-    Object.assign(c.box, { tabIndex: 0, role: "group", ariaLabel: `Text of candidate ${name}` });
+    c.box.tabIndex = 0; // it scrolls
+    c.box.setAttribute("role", "group");
+    c.box.setAttribute("aria-label", `Text of candidate ${name}`);
     c.box.append(c.tail);
     c.card = make("article", "card");
     c.card.dataset.candidate = c.number;
@@ -366,14 +370,18 @@
     c.line = draw($("race"), "g", {});
     c.way = draw(c.line, "path", { class: "way" });
     c.tip = draw(c.line, "g", {});
+    c.lane = draw($("tree"), "g", {});
   }
 
   const from = (c) => `↳ ${c.parent + 1}${c.firstStep ? `, step ${c.firstStep}` : ""}`;
 
-  // Whoever looks at a candidate sees its line.
+  // Whoever looks at a candidate sees its way, from the beginning of the first of its parents.
   function near(c, node) {
     for (const [event, is] of [["pointerenter", true], ["pointerleave", false], ["focusin", true], ["focusout", false]]) {
-      node.addEventListener(event, () => { node.classList.toggle("near", is); c.line.classList.toggle("near", is); });
+      node.addEventListener(event, () => {
+        node.classList.toggle("near", is);
+        for (let one = c; one; one = run && run.candidates.get(one.parent)) for (const part of [one.line, one.lane]) part.classList.toggle("near", is);
+      });
     }
   }
 
@@ -382,7 +390,8 @@
     c.stale = true;
     c.card.dataset.state = now;
     c.word.textContent = WORDS[now];
-    if (now === "stopped" && !c.row) shelve(c);
+    if (now !== "stopped" || c.row) return;
+    shelve(c);
   }
 
   // A stopped candidate leaves the grid for the list below it.
@@ -403,6 +412,7 @@
     $("grid").replaceChildren();
     $("rows").replaceChildren();
     $("race").replaceChildren($("race-title"));
+    $("tree").replaceChildren($("tree-title"));
     $("shown").hidden = true;
     $("empty").hidden = true;
     $("answer").classList.remove("final");
@@ -441,12 +451,21 @@
       if (c.answer !== null) parts.push(`answers ${c.answer}`);
       if (c.why && c.state !== "stop") parts.push(c.why);
       c.foot.textContent = parts.join(" · ");
-      if (c.row) c.row.querySelector(".why").textContent = `${c.why}, after ${count(c.scores.length, "step")}`;
+      if (c.row) c.row.querySelector(".why").textContent = `after ${count(c.scores.length, "step")}: ${c.why}${against(c, all)}`;
     }
     $("stopped").hidden = !$("rows").childElementCount;
     $("stopped").firstElementChild.textContent = `Stopped: ${$("rows").childElementCount}`;
-    race(mine, all);
+    const most = Math.max(4, ...all.map((c) => c.running.length));
+    race(mine, all, most);
+    tree(mine, all, most);
     answer(mine, all);
+  }
+
+  // What the best of the others had come to after as many steps, where it was more.
+  function against(c, all) {
+    const steps = c.running.length, rivals = all.filter((other) => other !== c && other.running.length && (other.running.length >= steps || other.state === "stop"));
+    const best = Math.max(...rivals.map((other) => other.running[Math.min(steps, other.running.length) - 1]));
+    return steps && best > c.score + 0.005 ? `; the best had ${score(best)}` : "";
   }
 
   function totals(mine, all) {
@@ -489,9 +508,10 @@
     $("facts").replaceChildren(...facts.flatMap(([term, value]) => [make("dt", "", term), make("dd", "", String(value))]));
   }
 
-  function race(mine, all) {
-    const svg = $("race"), width = svg.clientWidth || 300, height = 190, left = 28, right = 12, top = 8, bottom = 22;
-    const most = Math.max(4, ...all.map((c) => c.running.length));
+  const LEFT = 28, RIGHT = 12; // of both drawings, whose steps stand below each other
+
+  function race(mine, all, most) {
+    const svg = $("race"), width = svg.clientWidth || 300, height = 190, left = LEFT, right = RIGHT, top = 8, bottom = 22;
     const x = (i) => left + ((width - left - right) * i) / most, y = (s) => top + (height - top - bottom) * (1 - Math.max(0, Math.min(1, s || 0)));
     let rules = svg.querySelector(".rules");
     const shape = `${width} ${most}`;
@@ -523,6 +543,42 @@
       const [a, b] = points[points.length - 1];
       if (c.state === "stopped") draw(c.tip, "path", { class: "tip", d: `M${a - 4},${b - 4}l8,8m0,-8l-8,8` });
       else draw(c.tip, "circle", { class: "tip", cx: a, cy: b, r: c.state === "writing" ? 2 : 3.5 });
+    }
+  }
+
+  // Who was forked from whom: a lane a candidate, its steps in the tints of their scores.
+  function tree(mine, all, most) {
+    const svg = $("tree"), forked = all.some((c) => c.parent !== null);
+    $("family").hidden = !forked;
+    if (!forked) return;
+    const children = new Map();
+    for (const c of all) children.set(c.parent, [...(children.get(c.parent) || []), c]);
+    const order = [], stack = [...(children.get(null) || [])].reverse();
+    while (stack.length) { // parents before their forks, and those forked last nearest: no two connections cross
+      const c = stack.pop();
+      order.push(c);
+      stack.push(...(children.get(c.number) || []).sort((a, b) => a.firstStep - b.firstStep || b.number - a.number));
+    }
+    const pitch = order.length > 40 ? 9 : 13, width = svg.clientWidth || 300;
+    const x = (i) => LEFT + ((width - LEFT - RIGHT) * i) / most, y = (c) => c.place * pitch + pitch / 2 + 2;
+    order.forEach((c, i) => { c.place = i; });
+    svg.style.height = `${order.length * pitch + 4}px`;
+    for (const c of order) {
+      const parent = mine.candidates.get(c.parent), chosen = Boolean(mine.chosen && mine.chosen.candidate === c.number);
+      const laid = `${c.place} ${parent ? parent.place : ""} ${c.scores.length} ${c.state} ${chosen} ${most} ${width}`;
+      if (c.laid === laid) continue;
+      c.laid = laid;
+      c.lane.setAttribute("class", (chosen ? "chosen" : c.state) + (c.lane.classList.contains("near") ? " near" : ""));
+      c.lane.replaceChildren();
+      const own = parent ? c.firstStep : 0, here = y(c), last = Math.max(c.scores.length, own + (c.state === "writing" ? 0.5 : 0.3));
+      const begin = parent ? `M${x(own)},${y(parent)}V${here - 4}q0,4 4,4` : `M${x(0)},${here}`;
+      draw(c.lane, "path", { class: "way", d: `${begin}H${x(last)}` });
+      draw(c.lane, "text", { x: (parent ? x(own) : x(0)) - 5, y: here + 3.5, "text-anchor": "end" }, String(c.number + 1));
+      for (let i = own; i < c.scores.length; i++) {
+        const dot = draw(c.lane, "circle", { class: "dot", cx: x(i + 1), cy: here, r: pitch / 3.2 });
+        dot.style.setProperty("--score", c.scores[i] === null ? 0.5 : c.scores[i]);
+      }
+      if (c.state === "stopped") draw(c.lane, "path", { class: "tip", d: `M${x(last) + pitch / 2},${here - 3}l6,6m0,-6l-6,6` });
     }
   }
 
