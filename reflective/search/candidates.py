@@ -331,12 +331,12 @@ class Live:
         if chance.token in (reader.think_start, reader.think_end):
             self.answer_from = len(self.token_ids) if chance.token == reader.think_end else None
 
-    def stepped(self, step_scores: list[float], ended: bool) -> None:
-        """Take in the scores of its steps so far; ``ended``: whether a step has just ended, else a tag has made others count."""
-        if ended and len(step_scores) == len(self.step_ends) + 1:
-            self.step_ends = [*self.step_ends, len(self.token_ids)]
-        else:
-            self.step_ends = []
+    def stepped(self, step_scores: list[float]) -> None:
+        """Take in the scores of its steps so far: a step has ended, or a tag has made others count."""
+        reader = self.question.reader
+        tag = self.token_ids[-1:] in ([reader.think_start], [reader.think_end])
+        one_more = len(step_scores) == len(self.step_ends) + 1
+        self.step_ends = [*self.step_ends, len(self.token_ids)] if one_more and not tag else []
         self.step_scores = step_scores
 
     def complete(self) -> bool:

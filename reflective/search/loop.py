@@ -127,7 +127,7 @@ class Search:
                 (complete if c.complete() else appended).append(c)
             elif isinstance(event, Stepped):
                 c = self._live[event.sequence]
-                c.stepped(event.step_scores, event.ended)
+                c.stepped(event.step_scores)
                 if event.ended and c.question.observes:
                     c.changed = c.waits = True
             elif isinstance(event, Ended):

@@ -26,6 +26,7 @@
 
   const score = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
   const count = (n, one, many = one + "s") => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
+  const sentence = (text) => (/[.!?]$/.test(text) ? text : `${text}.`);
   const seconds = (s) => `${s < 9.95 ? s.toFixed(1) : Math.round(s)} s`;
 
   // What is kept for this tab: the key, and what stands in the form. Where storage is off the page works without.
@@ -62,7 +63,7 @@
     const wait = answer.headers.get("Retry-After");
     const patience = wait ? ` It asks to wait ${/^\d+$/.test(wait) ? count(Number(wait), "second") : `until ${wait}`}.` : "";
     return { status: answer.status, title: titles[answer.status] || `The server answered with status ${answer.status}`,
-      text: `${said || "It gave no reason."}${patience}`, again: [408, 429, 502, 503, 504].includes(answer.status) };
+      text: `${sentence(said || "It gave no reason")}${patience}`, again: [408, 429, 502, 503, 504].includes(answer.status) };
   }
 
   function notice(problem) {
@@ -246,7 +247,7 @@
         const chunk = JSON.parse(text);
         if (chunk.error) {
           const title = { 503: "The server is shutting down", 504: "It took too long" }[chunk.error.code] || "The server gave up";
-          mine.problem = { title, text: chunk.error.message, again: chunk.error.code !== 500 };
+          mine.problem = { title, text: sentence(chunk.error.message), again: chunk.error.code !== 500 };
         }
         if (chunk.usage) mine.usage = chunk.usage;
         for (const event of (chunk.reflective && chunk.reflective.events) || []) take(event, mine);
@@ -588,7 +589,11 @@
   form.addEventListener("input", () => { keep(); explain(); });
   $("stop").addEventListener("click", () => run && run.hangUp.abort());
   $("again").addEventListener("click", async () => { if (offers || (await meet())) form.requestSubmit(); });
-  $("key").addEventListener("submit", (event) => { event.preventDefault(); key = $("secret").value.trim(); meet(); });
+  $("key").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    key = $("secret").value.trim();
+    if (await meet()) form.elements.question.focus();
+  });
   $("forget").addEventListener("click", () => { key = ""; kept.drop("key"); $("forget").hidden = true; offers = null; askForKey(false); });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && run && run.going) run.hangUp.abort();
