@@ -430,6 +430,11 @@ def done(page):  # noqa: F811
     page.wait_for_selector("#go:enabled")
 
 
+def when(page, expression):  # noqa: F811
+    """Playwright's ``wait_for_function`` is a script that the page's policy refuses."""
+    until(lambda: page.evaluate(expression))
+
+
 def fits(page):  # noqa: F811
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
@@ -461,7 +466,7 @@ def test_scores_arrive_while_candidates_grow(page, embedded):  # noqa: F811
                 page.keyboard.press("Tab")
             page.keyboard.type(value)
         page.keyboard.press("Control+Enter")
-        page.wait_for_function("document.querySelectorAll('.card .step').length === 2")
+        when(page, "document.querySelectorAll('.card .step').length === 2")
         assert page.locator(".card[data-state=writing]").count() == 2 and page.locator("#answer.final").count() == 0
         assert page.locator("#answer-title").text_content() == "Ahead so far"
         first = page.locator(".card .step").first
@@ -597,7 +602,7 @@ def test_the_key_is_asked_for_and_kept_for_the_tab_alone(page, errors):  # noqa:
         assert "asks for its key" in page.locator("#key-hint").text_content() and page.evaluate("document.activeElement.id") == "secret"
         page.keyboard.type("wrong")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.getElementById('key-hint').textContent.includes('not this server')")
+        when(page, "document.getElementById('key-hint').textContent.includes('not this server')")
         assert page.evaluate("sessionStorage.getItem('reflective.key')") is None
         page.keyboard.type("s3cret")
         page.keyboard.press("Enter")
@@ -631,7 +636,7 @@ def test_refusals_are_said_in_words(page, errors):  # noqa: F811
         assert "The server does not take this" in notice.text_content() and "512 positions" in notice.text_content()
         assert page.locator("#again").is_hidden() and page.locator("#empty").is_visible()
         ask(page, "A" * 3000, max_tokens=10)
-        page.wait_for_function("document.getElementById('notice').textContent.includes('too long for this server')")
+        when(page, "document.getElementById('notice').textContent.includes('too long for this server')")
         assert "2000 bytes" in notice.text_content()
         with paused(server, 1):
             body = {"messages": [{"role": "user", "content": "ABC"}], "n": 8, "max_tokens": 30}
@@ -641,7 +646,7 @@ def test_refusals_are_said_in_words(page, errors):  # noqa: F811
                 until(lambda: server.engine.stats()["running"] == 1)
             until(lambda: server.engine.stats()["queued"] == 1)
             ask(page, "ABC", max_tokens=10)
-            page.wait_for_function("document.getElementById('notice').textContent.includes('The server is busy')")
+            when(page, "document.getElementById('notice').textContent.includes('The server is busy')")
             assert "1 requests are waiting; try again later. It asks to wait 1 second." in notice.text_content()
         for thread in threads:
             thread.join()
@@ -666,7 +671,7 @@ def test_the_time_is_up_in_the_middle(page, monkeypatch):  # noqa: F811
         with paused(server, 40):
             monkeypatch.setattr(Service, "left", lambda *_: 1.0)
             ask(page, "ABC", max_tokens=400)
-            page.wait_for_function("document.getElementById('notice').textContent.includes('It took too long')")
+            when(page, "document.getElementById('notice').textContent.includes('It took too long')")
         assert "longer than 0.5 seconds" in page.locator("#notice").text_content() and page.locator("#go").is_enabled()
         assert page.locator(".card[data-state=ended]").count() == page.locator(".card").count() == 8
 
@@ -679,11 +684,11 @@ def test_the_server_goes_away_in_the_middle(page, errors, published):  # noqa: F
         ask(page, "1 + 1?", max_tokens=400)
         page.wait_for_selector(".card[data-state=writing]")
         os.kill(server.pid, signal.SIGKILL)
-        page.wait_for_function("document.getElementById('notice').textContent.includes('The connection broke off')")
+        when(page, "document.getElementById('notice').textContent.includes('The connection broke off')")
         assert page.locator("#go").is_enabled() and page.locator(".card[data-state=ended]").count() == 8
         assert page.locator(".card .text").first.text_content()
         page.click("#again")
-        page.wait_for_function("document.getElementById('notice').textContent.includes('cannot be reached')")
+        when(page, "document.getElementById('notice').textContent.includes('cannot be reached')")
         assert page.input_value("#question") == "1 + 1?"
     errors.clear()
 
