@@ -252,7 +252,6 @@
         if (chunk.usage) mine.usage = chunk.usage;
         for (const event of (chunk.reflective && chunk.reflective.events) || []) take(event, mine);
       }
-      mine.told = mine.told || mine.candidates.size > 0;
       later();
     }
     return { title: "The connection broke off", text: "The server went away before the answer was complete. What it had told until then is below.", again: true };
@@ -264,6 +263,7 @@
     if (event.type === "chosen") { mine.chosen = event; choose(mine); return; }
     const c = event.type === "started" ? begin(event, mine) : mine.candidates.get(event.candidate);
     if (!c) return;
+    mine.told = true;
     if (event.type === "text") {
       c.tokens = event.tokens;
       if (c.state === "waiting") state(c, "writing");
