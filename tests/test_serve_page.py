@@ -16,7 +16,7 @@ from browser import browser, errors, page  # noqa: F401 (fixtures)
 from test_search import reflective_model
 
 import reflective as rf
-from reflective.scoring.scores import aggregate
+from reflective.scoring.scores import AGGREGATIONS, aggregate
 from reflective.search.strategies import NAMES, kind
 
 httpx = pytest.importorskip("httpx")
@@ -31,7 +31,7 @@ from reflective.serve.engine import Engine
 from reflective.serve.page import HEADERS, PATHS
 from reflective.serve.service import Limits
 from reflective.serve.text import before
-from reflective.serve.watch import CHOSEN, Watch
+from reflective.serve.watch import CHOSEN, CHOSEN_BY_STEPS, Watch
 
 ROOT = Path(__file__).parents[1]
 SAMPLING = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 40}
@@ -128,6 +128,7 @@ def test_what_is_beyond_the_limits_is_not_offered():
 def test_every_strategy_says_what_it_does():
     for name in NAMES:
         assert kind(name).about.endswith(".") and not kind(name).stops.endswith(".")
+    assert set(CHOSEN_BY_STEPS) == set(AGGREGATIONS)
     assert set(CHOSEN) == set(re.findall(r'``"(\w+)"``', rf.model.Generation.__doc__.split("chosen_by:")[1].split("strategy:")[0]))
 
 
@@ -238,6 +239,8 @@ def test_events_are_those_of_the_answer(letters, alone, strategy):
         found_steps += sum(len(c.scores) for c in seen)
         words = {c.end["why"] for c in seen if c.status == "stopped"}
         assert words <= {kind(strategy).stops}
+        own = kind(strategy)(n=4).aggregation
+        assert own == "geometric_mean" or chosen["chosen_by"] != "score" or chosen["why"] == CHOSEN_BY_STEPS[own]
     assert found_steps > 10
     assert bool(forks) == (strategy in ("replace", "step_beam", "dvts", "particles", "astar"))
     assert bool(holds) == (strategy == "astar")

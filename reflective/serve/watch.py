@@ -16,7 +16,7 @@ from ..model import Generation, ReflectiveModel
 from ..scoring.scores import aggregate
 from ..search.candidates import Live
 from ..search.outcome import candidate
-from ..search.strategies import kind
+from ..search.strategies import Strategy
 from ..search.strategies.votes import Majority
 from ..utils.outputs import finite
 from .text import Incoming, before
@@ -34,6 +34,14 @@ CHOSEN = {
     "strategy": "by a rule of the strategy's own",
     "only": "there is no other",
     "abstained": "it is the best there is, and nothing is promised of it",
+}
+CHOSEN_BY_STEPS = {  # where a strategy judges by another aggregation than the head's
+    "geometric_mean": "the geometric mean of its step scores is the highest",
+    "mean": "the mean of its step scores is the highest",
+    "product": "the product of its step scores is the highest",
+    "min": "its worst step scores higher than that of any other",
+    "last": "its last step scores highest",
+    "max": "its best step scores highest",
 }
 CHOSEN_BY_VOTE = "those who give its answer weigh most, by their scores"
 
@@ -82,6 +90,7 @@ class Watch:
         self._noted: dict[tuple[int, int], tuple[int, int, str, bool]] = {}
         self._woken = False
         self._told: dict[tuple[int, int], _Told] = {}
+        self._strategies: dict[int, Strategy] = {}  # of each prompt
         self._forked: dict[tuple[int, int], _Told] = {}  # the same of forks that are yet to be told of
 
     def note(self, prompt: int, candidates: Sequence[Live]) -> bool:
@@ -106,6 +115,7 @@ class Watch:
         size = 0
         forks: dict[tuple[int, int], list[_State]] = {}
         for (prompt, number), state in states.items():
+            self._strategies[prompt] = state.live.question.strategy
             if state.live.parent is not None and (prompt, number) not in self._told:
                 forks.setdefault((prompt, state.live.parent), []).append(state)
         for key in sorted(states):
@@ -120,10 +130,14 @@ class Watch:
 
     def chosen(self, prompt: int, generation: Generation) -> Event:
         """The last event of a prompt."""
-        best, by = generation.best, generation.chosen_by
-        vote = by == "score" and best.answer is not None and issubclass(kind(generation.strategy), Majority)
+        best, by, strategy = generation.best, generation.chosen_by, self._strategies.get(prompt)
+        why = CHOSEN[by]
+        if by == "score" and best.answer is not None and isinstance(strategy, Majority):
+            why = CHOSEN_BY_VOTE
+        elif by == "score" and strategy and strategy.aggregation != self._model.head.aggregation:
+            why = CHOSEN_BY_STEPS[strategy.aggregation]
         return {
-            "type": "chosen", "candidate": best.number, "chosen_by": by, "why": CHOSEN_BY_VOTE if vote else CHOSEN[by],
+            "type": "chosen", "candidate": best.number, "chosen_by": by, "why": why,
             "strategy": generation.strategy, "seed": generation.seed, "tokens": generation.tokens, "seconds": generation.seconds,
             "prompt": prompt,
         }  # fmt: skip
