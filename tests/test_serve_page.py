@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-from browser import browser, errors, page  # noqa: F401 (fixtures)
 from test_search import reflective_model
 
 import reflective as rf
@@ -33,6 +32,7 @@ from reflective.serve.service import Limits
 from reflective.serve.text import before
 from reflective.serve.watch import CHOSEN, CHOSEN_BY_STEPS, Watch
 
+pytest_plugins = ["browser"]  # a page in headless Chromium
 ROOT = Path(__file__).parents[1]
 SAMPLING = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 40}
 CHAT = "/v1/chat/completions"
@@ -416,29 +416,29 @@ def embedded(default_model):
         yield server
 
 
-def opened(page, server):  # noqa: F811
+def opened(page, server):
     page.goto(server.url)
     page.wait_for_selector("#efforts input:checked", state="attached")
 
 
-def ask(page, question, **fields):  # noqa: F811
+def ask(page, question, **fields):
     page.fill("#question", question)
     for name, value in fields.items():
         page.select_option(f"[name={name}]", value) if name == "strategy" else page.fill(f"[name={name}]", str(value))
     page.click("#go")
 
 
-def done(page):  # noqa: F811
+def done(page):
     page.wait_for_selector("#answer.final")
     page.wait_for_selector("#go:enabled")
 
 
-def when(page, expression):  # noqa: F811
+def when(page, expression):
     """Playwright's ``wait_for_function`` is a script that the page's policy refuses."""
     until(lambda: page.evaluate(expression))
 
 
-def fits(page):  # noqa: F811
+def fits(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
@@ -454,7 +454,7 @@ def paused(server, tokens):
         handle.remove()
 
 
-def test_scores_arrive_while_candidates_grow(page, embedded):  # noqa: F811
+def test_scores_arrive_while_candidates_grow(page, embedded):
     """With the keyboard alone, on the embedded model: its second step is not there while the first is scored on the page."""
     opened(page, embedded)
     with paused(embedded, 2 * 16):
@@ -497,7 +497,7 @@ def test_scores_arrive_while_candidates_grow(page, embedded):  # noqa: F811
     assert facts["tokens"].startswith(f"{chosen['tokens']} decoded") and facts["time"].endswith(" s")
 
 
-def test_stop_hangs_up(page, embedded):  # noqa: F811
+def test_stop_hangs_up(page, embedded):
     opened(page, embedded)
     for way in ("click", "Escape"):
         cancelled = threading.Event()
@@ -516,7 +516,7 @@ def test_stop_hangs_up(page, embedded):  # noqa: F811
         assert page.locator("#notice").is_hidden() and page.locator("#stop").is_disabled()
 
 
-def test_forks_and_who_is_stopped(page, letters, alone):  # noqa: F811
+def test_forks_and_who_is_stopped(page, letters, alone):
     opened(page, letters)
     ask(page, "ABC", strategy="step_beam", best_of=4, temperature=1, max_tokens=40, seed=0)
     done(page)
@@ -540,7 +540,7 @@ def test_forks_and_who_is_stopped(page, letters, alone):  # noqa: F811
     assert row.locator(".text").is_visible()
 
 
-def test_a_reload_keeps_the_form(page, letters):  # noqa: F811
+def test_a_reload_keeps_the_form(page, letters):
     opened(page, letters)
     page.check("[name=effort][value=low]", force=True)
     page.select_option("#strategy", "dvts")
@@ -558,7 +558,7 @@ def test_a_reload_keeps_the_form(page, letters):  # noqa: F811
 MARKUP = "<script>window.bad = 1</script><img src=x onerror='window.bad = 1'></textarea><b>ABC</b> & 😀"
 
 
-def test_a_question_full_of_markup_stays_text(page, letters):  # noqa: F811
+def test_a_question_full_of_markup_stays_text(page, letters):
     opened(page, letters)
     ask(page, MARKUP, max_tokens=10, seed=1)
     done(page)
@@ -569,7 +569,7 @@ def test_a_question_full_of_markup_stays_text(page, letters):  # noqa: F811
     assert page.evaluate("[document.scripts.length, document.images.length]") == [1, 0]
 
 
-def test_an_answer_full_of_markup_stays_text_and_steps_lie_where_they_end(page, errors, letters):  # noqa: F811
+def test_an_answer_full_of_markup_stays_text_and_steps_lie_where_they_end(page, errors, letters):
     """What a server says, letter for letter: none of it is markup, characters are counted as the server counts them, and a type of event
     that a later server may have is passed over."""
     opened(page, letters)
@@ -598,7 +598,7 @@ def test_an_answer_full_of_markup_stays_text_and_steps_lie_where_they_end(page, 
     assert page.evaluate("window.bad") is None and page.evaluate("[document.scripts.length, document.images.length]") == [1, 0]
 
 
-def test_the_key_is_asked_for_and_kept_for_the_tab_alone(page, errors):  # noqa: F811
+def test_the_key_is_asked_for_and_kept_for_the_tab_alone(page, errors):
     with live(reflective_model(prompt=None), api_key="s3cret") as server:
         page.goto(server.url)
         page.wait_for_selector("#key:not([hidden])")
@@ -631,7 +631,7 @@ def test_the_key_is_asked_for_and_kept_for_the_tab_alone(page, errors):  # noqa:
     errors.clear()
 
 
-def test_refusals_are_said_in_words(page, errors):  # noqa: F811
+def test_refusals_are_said_in_words(page, errors):
     with live(reflective_model(prompt=None), max_queue=1, limits=Limits(body_bytes=2000)) as server:
         opened(page, server)
         notice = page.locator("#notice")
@@ -666,7 +666,7 @@ def test_refusals_are_said_in_words(page, errors):  # noqa: F811
     errors.clear()
 
 
-def test_the_time_is_up_in_the_middle(page, monkeypatch):  # noqa: F811
+def test_the_time_is_up_in_the_middle(page, monkeypatch):
     from reflective.serve.service import Service
 
     with live(endless(), limits=Limits(seconds=0.5)) as server:
@@ -698,7 +698,7 @@ def test_the_server_goes_away_in_the_middle(page, errors, published):  # noqa: F
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_screen(page, letters, scheme):  # noqa: F811
+def test_a_narrow_screen(page, letters, scheme):
     page.set_viewport_size({"width": 390, "height": 844})
     page.emulate_media(color_scheme=scheme)
     opened(page, letters)
