@@ -1,7 +1,7 @@
 """The tests that depend on other packages most, with the oldest and the newest releases of them that pyproject.toml admits.
 
 ``make compat`` builds a wheel, gives every row an environment of its own and writes what came out into ``compat.csv`` and into the
-tables of every page that has a place for them, together with what ``make wheel`` left in ``wheels.csv``. ``make compat ROWS="oldest newest"``
+tables of every page of docs/ that has a place for them, together with what ``make wheel`` left in ``wheels.csv``. ``make compat ROWS="oldest newest"``
 runs these rows alone and keeps what is known of the others; ``python tests/compat.py --write`` runs nothing.
 """
 
@@ -177,8 +177,8 @@ def block() -> str:
 
 
 def write_pages() -> None:
-    """Every page that has the place for it."""
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    """Every page of docs/ that has the place for it."""
+    for page in (ROOT / "docs").glob("*.md"):
         before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
         if begin:
             page.write_text(before + BEGIN + block() + END + rest.partition(END)[2], encoding="utf-8")
