@@ -95,7 +95,7 @@ def test_the_last_stage_is_small_and_no_root() -> None:
     assert re.findall(r"^COPY (.+)$", last, re.MULTILINE) == ["--from=build /opt/venv /opt/venv"]
     assert re.search(r"^USER [1-9]\d*$", last, re.MULTILINE) and last.index("\nUSER") > last.rindex("\nRUN")
     check = re.search(r"^HEALTHCHECK .*\\\n +CMD (\[.*\])$", last, re.MULTILINE)[1]
-    assert "8000/health" in check and '"--port", "8000"' in last and '["reflective"]' in last
+    assert "8000/health'" in check and '"--port", "8000"' in last and '["reflective"]' in last
     assert DOCKERFILE.count("apt-get install") == DOCKERFILE.count("rm -rf /var/lib/apt/lists/*") == DOCKERFILE.count("--no-install-recommends")
     assert "PIP_NO_CACHE_DIR=1" in DOCKERFILE[: DOCKERFILE.index("pip install")]
 
