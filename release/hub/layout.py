@@ -110,7 +110,8 @@ def compile_extension(namespace: str, temp: Path, cuda: bool) -> tuple[Path, lis
     (made,) = (lib / "reflective").glob("_C*.so")
     if not cuda:
         return made, [], ""
-    codes = re.search(rb"\x00((?:(?:sm|compute)_\d+[af]? ?)+)\x00", made.read_bytes())[1].decode().split()
+    ask = f"import torch; torch.ops.load_library({str(made)!r}); print(torch.ops.{namespace}.compiled_cuda_architectures())"
+    codes = subprocess.check_output([sys.executable, "-c", ask], text=True).split()
     release = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc(), "--version"], text=True))[1]
     return made, [architecture(code, codes) for code in codes if code.startswith("sm_")], release
 
