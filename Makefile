@@ -16,7 +16,7 @@ VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip install --quiet --disable-pip-version-check
 SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench accuracy reproduction integrations vllm wheel hub compat constraints lint clean
+.PHONY: demo test bench accuracy reproduction numbers docs integrations vllm wheel hub compat constraints lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/reflective demo
@@ -68,6 +68,20 @@ hub: $(VENV)/.test
 	$(VPY) release/hub/layout.py build/hub $(HUB_ARGS)
 	$(PIP) $(PINNED) --upgrade --target build/hub-kernels "kernels>=0.17,<1"
 	PYTHONPATH=build/hub-kernels OMP_NUM_THREADS=1 $(VPY) -m pytest -q tests/test_hub_kernel.py
+
+# Every figure that README and docs state, from its file in benchmarks/results: writes them anew, and fails where one had differed.
+numbers: $(VENV)/.test
+	$(VENV)/bin/python benchmarks/report.py --write --check
+
+# The site, into build/site, by an environment of its own: it reads the sources and imports nothing of them.
+DOCS_ENV := build/docs
+$(DOCS_ENV)/.ready: Makefile
+	$(PYTHON) -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/pip install --quiet --disable-pip-version-check "mkdocs>=1.6,<2" "mkdocs-material>=9.7,<10" "mkdocstrings-python>=2,<3" "ruff>=0.14"
+	touch $@
+
+docs: $(DOCS_ENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict --quiet
 
 # The stream and the trainers with the oldest and the newest releases that pyproject.toml admits, each in an environment of its own:
 # `make compat ROWS="oldest 5.23 newest"`; without ROWS with the oldest and the newest torch too, which is downloaded then.

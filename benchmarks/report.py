@@ -1,20 +1,29 @@
-"""The README's table of measured numbers, made from ``results/*.csv`` and the head's report.
+"""Every figure that README and docs state, from ``results/*.csv`` and the embedded head's report.
 
-python benchmarks/report.py            # print it
-python benchmarks/report.py --write    # put it between the README's markers
+python benchmarks/report.py                    # print all tables
+python benchmarks/report.py --write            # write them, and every marked number, into README.md and docs/
+python benchmarks/report.py --check            # fail where a text and a file differ, or a measured number has no mark
+python benchmarks/report.py --write --check    # both: mend what differs, and fail (make numbers)
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->`` (``TABLES``). A number in a sentence has a mark behind it, which says where it
+comes from and how it is written (``figures.py``)::
+
+    the published way took 27.3<!--= best_of_n[way=published].score_s | .1f --> s
 """
 
 import argparse
 import json
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from reflective.benchmarks import figures
 from reflective.benchmarks.cases import OURS
 from reflective.benchmarks.record import RESULTS, read
 from reflective.benchmarks.reproduction.choosing import BEST
 from reflective.benchmarks.suite import speedups
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
 HEAD_REPORT = HERE.parent / "reflective" / "data" / "smollm2-135m-instruct" / "report.json"
 NAMES = {"expression": "PyTorch", "cublas": "cuBLAS", "compile": "torch.compile", "published": "the published way"}
 MODES = {
@@ -25,117 +34,65 @@ MODES = {
     "beams": "beam search",
     "batching": "continuous batching",
 }
+SCHEDULES = ("deferred", "immediate")
 ENOUGH = 20  # pairs for a median worth showing
-BEGIN, END = "<!-- measured: python benchmarks/report.py --write -->\n", "<!-- end of measured -->\n"
+Row = dict[str, str]
+Cells = tuple[str, ...]
 
 
-def decode_step() -> list[tuple[str, str, str]]:
-    found = read("decode_step")
-
-    def of(implementation: str, dtype: str, H: str) -> dict[int, float]:
-        keep = [r for r in found if (r["implementation"], r["dtype"], r["H"]) == (implementation, dtype, H)]
-        return {int(r["rows"]): float(r["q50_us"]) for r in keep}
-
-    lines = []
-    for dtype in ("float32", "bfloat16"):
-        for H in ("576", "1536"):
-            ours, expression, compiled = (of(name, dtype, H) for name in ("reflective", "expression", "compile"))
-            pairs = ", ".join(f"{ours[n]:.0f} against {expression[n]:.0f} and {compiled[n]:.0f}" for n in (1, 8))
-            least = min(min(expression[n], compiled[n]) / ours[n] for n in (1, 2, 4, 8))
-            lines.append(
-                (
-                    f"decode step, 8 sequences, {dtype}, H = {H}",
-                    f"idle {ours[0]:.1f} µs; 1 and 8 steps: {pairs} µs (PyTorch, torch.compile)",
-                    f"{least:.1f}x at the least, 1 to 8 steps",
-                )
-            )
-    return lines
-
-
-def decode_modes(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    """A line for each mode of ``decode_modes.csv``, of its schedules whose scores were right."""
-    found = [r for r in read("decode_modes", folder) if r["throughput_kept"]]
-    lines = []
-    for mode in dict.fromkeys(r["mode"] for r in found):
-        rows = [r for r in found if r["mode"] == mode]
-        kept = "; ".join(
-            f"{r['schedule']} {_percent(r['throughput_kept'])} ({_percent(r['kept_q20'])} to {_percent(r['kept_q80'])})"
-            for r in rows
-        )
-        kept = f"of the tokens/s without scorer: {kept}, medians and 20 to 80 % quantiles"
-        if int(rows[0]["pairs"]) < ENOUGH:
-            kept = "whole calls take turns, too few of them to tell a few per cent"
-        spent = ", ".join(f"{float(r['scorer_us']):.0f}" for r in rows)
-        lines.append(
-            (
-                f"SmolLM2-135M, {MODES[mode]}, batch {rows[0]['batch']}",
-                kept,
-                f"{spent} µs of {float(rows[0]['plain_ms']):.1f} ms a forward in the scorer",
-            )
-        )
-    return lines
+# -- how numbers are written -------------------------------------------------------------------------------------------
 
 
 def _percent(share: str, digits: int = 1) -> str:
     return f"{100 * float(share):.{digits}f} %"
 
 
-def best_of_n(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    found = {r["way"]: r for r in read("best_of_n", folder)}
-    if not found:
-        return []
-    ours, theirs = found["reflective"], found["published"]
+def _time(seconds: str) -> str:
+    """In the unit that leaves two or three digits."""
+    s = float(seconds)
+    return f"{1e6 * s:.0f} µs" if s < 1e-3 else f"{1e3 * s:.1f} ms" if s < 0.1 else f"{s:.2f} s" if s < 10 else f"{s:.1f} s"
 
-    def time(row: dict[str, str]) -> str:
-        return f"{float(row['generate_s']):.1f} s + {1e3 * float(row['score_s']):,.0f} ms scoring"
 
-    less = float(theirs["score_s"]) / float(ours["score_s"])
-    return [
+def _MiB(value: str) -> str:
+    return f"{float(value):,.1f} MiB" if float(value) < 100 else f"{float(value):,.0f} MiB"
+
+
+def _interval(row: Row, sign: str = "") -> str:
+    return f"{float(row['value']):{sign}.3f} ({float(row['low']):{sign}.3f} to {float(row['high']):{sign}.3f})"
+
+
+# -- against a second pass ---------------------------------------------------------------------------------------------
+
+
+def second_pass(folder: Path = RESULTS) -> list[Cells]:
+    """Scoring alone, in the stream and by the published second pass: ``gpu_best_of_n.csv`` and ``best_of_n.csv``."""
+    lines = [
         (
-            f"SmolLM2-135M, best of {ours['n']}, {ours['tokens']} tokens each",
-            f"{time(ours)}, {float(ours['score_MiB']):.1f} MiB for it; the published way {time(theirs)}, "
-            + f"{float(theirs['score_MiB']):,.0f} MiB",
-            f"scoring: {less:,.0f} times less time, "
-            + f"{float(ours['score_MiB']) / float(theirs['score_MiB']):.1%} of the memory",
+            f"{r['model']} shape, {r['n']} × {int(r['tokens']):,} tokens, {r['gpu']}, {r['schedule']}", _time(r["scoring_s"]), _MiB(r["scoring_MiB"]),
+            _time(r["second_pass_s"]), _MiB(r["second_pass_MiB"]), f"{float(r['second_pass_s']) / float(r['scoring_s']):,.0f}",
         )
+        for r in read("gpu_best_of_n", folder)
+    ]  # fmt: skip
+    return lines + [
+        (f"SmolLM2-135M, {ours['n']} × {ours['tokens']} tokens, two CPU cores, deferred", _time(ours["score_s"]), _MiB(ours["score_MiB"]),
+         _time(theirs["score_s"]), _MiB(theirs["score_MiB"]), f"{float(theirs['score_s']) / float(ours['score_s']):,.0f}")
+        for ours, theirs in _best_of_n(folder)
+    ]  # fmt: skip
+
+
+def best_of_n(folder: Path = RESULTS) -> list[Cells]:
+    """The whole of best of n on a CPU with transformers, answers and scores: ``best_of_n.csv``."""
+    ways = {"reflective": "`ReflectiveModel.generate`", "published": "`generate`, then the published second pass"}
+    return [
+        (ways[r["way"]], _time(r["generate_s"]), _time(r["score_s"]), f"{float(r['generate_s']) + float(r['score_s']):.1f} s", _MiB(r["score_MiB"]))
+        for pair in _best_of_n(folder)
+        for r in pair
     ]
 
 
-SHOWN = ("select", "prune", "prune, at random", "replace", "replace, at random", "step_beam", "particles")
-
-
-def strategies(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    """A line for each family of ``strategies.csv``, of 16 candidates; of ``auto`` beside best of 8."""
-    found = read("strategies", folder)
-    exits = {r["family"]: r for r in read("strategies_exit", folder)}
-    lines = []
-    for family in dict.fromkeys(r["family"] for r in found):
-        rows = {(r["strategy"], r["n"]): r for r in found if r["family"] == family}
-        best, shown = rows["best_of_n", "16"], [rows[name, "16"] for name in SHOWN if (name, "16") in rows]
-        tokens = [f"{r['strategy']} {float(r['tokens_kept']):.0%}" for r in shown if float(r["tokens_kept"]) != 1]
-        if auto := rows.get(("auto", "8")):
-            tokens.append(f"auto {float(auto['tokens_kept']):.0%} of best of 8's ({_difference(auto)})")
-        if family in exits:
-            ended = exits[family]
-            tokens.append(
-                f"exit {float(ended['tokens_kept']):.0%} of one candidate's (answers changed: {float(ended['changed']):.1%}, stated {float(ended['stated_risk']):.0%})"
-            )
-        lines.append(
-            (
-                f"strategies on {best['questions']} unseen {family} of 8 to 10 steps, {best['seeds']} heads, n = 16; accuracy less best of 16's, paired",
-                f"best of 16 {_accuracy(best)}; " + ", ".join(f"{r['strategy']} {_difference(r)}" for r in shown),
-                "tokens: " + ", ".join(tokens),
-            )
-        )
-    return lines
-
-
-def _difference(row: dict[str, str]) -> str:
-    return f"{float(row['difference']):+.3f} ({float(row['difference_low']):+.3f} – {float(row['difference_high']):+.3f})"
-
-
-def _accuracy(row: dict[str, str]) -> str:
-    return f"{float(row['accuracy']):.3f} ({float(row['accuracy_low']):.3f} – {float(row['accuracy_high']):.3f})"
+def _best_of_n(folder: Path) -> Iterable[tuple[Row, Row]]:
+    found = {r["way"]: r for r in read("best_of_n", folder)}
+    return [(found["reflective"], found["published"])] if found else []
 
 
 WAYS_IN_VLLM = {
@@ -146,244 +103,348 @@ WAYS_IN_VLLM = {
 }
 
 
-def in_vllm(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    """A line for each number of sequences of ``in_vllm_overhead.csv``, and one for ``in_vllm_best_of_n.csv``."""
-    lines = []
-    for r in read("in_vllm_overhead", folder):
-        kept = "; ".join(
-            f"{of} {_percent(r[key])} ({_percent(r[f'{key}_low'])} to {_percent(r[f'{key}_high'])})"
-            for key, of in (("kept", "generations"), ("steps_kept", "neighbouring steps"))
-        )
-        lines.append((
-            f"SmolLM2-135M in vLLM, {r['dtype']}, {r['sequences']} sequences",
-            f"of the tokens/s without scorer: {kept}, medians and 95 % intervals",
-            f"{float(r['scorer_us']):.0f} µs of {float(r['step_ms']):.1f} ms a step in the scorer ({_percent(r['scorer_share'], 2)}), "
-            + f"{float(r['wrapper_us']):.0f} with its bookkeeping",
-        ))  # fmt: skip
-    rows = read("in_vllm_best_of_n", folder)
-    if rows:
-        first = rows[0]
-        lines.append((
-            f"SmolLM2-135M, best of {first['n']} in vLLM, {first['tokens']} tokens each",
-            "; ".join(f"{WAYS_IN_VLLM[r['way']]} {float(r['total_s']):.1f} s, {float(r['peak_MiB']):,.0f} MiB" for r in rows),
-            "times ours: " + ", ".join(f"{float(r['times_ours']):.2f} ({r['least']} to {r['most']})" for r in rows[1:]),
-        ))  # fmt: skip
-    return lines
-
-
-def soak(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    found = read("soak", folder)
-    if not found:
-        return []
-    last = found[-1]
-
-    def grown(run: str) -> float:
-        samples = [float(r["resident_MiB"]) for r in found if r["run"] == run]
-        return samples[-1] - samples[len(samples) // 4]
-
+def in_vllm_best_of_n(folder: Path = RESULTS) -> list[Cells]:
     return [
         (
-            f"{last['sequences']} sequences of {int(last['tokens']):,} tokens, {int(last['steps']):,} steps scored",
-            f"memory over the last three quarters: {grown('scored'):+.1f} MiB, without scorer {grown('plain'):+.1f} MiB "
-            + f"(the ids alone take {last['ids_MiB']})",
-            f"{last['scorer_seconds']} of {last['seconds']} s in the scorer",
+            WAYS_IN_VLLM[r["way"]], _time(r["generate_s"]), _time(r["score_s"]), f"{float(r['total_s']):.1f} s", f"{float(r['peak_MiB']):,.0f} MiB",
+            f"{float(r['times_ours']):.2f}" + (f" ({r['least']} to {r['most']})" if r["way"] != "reflective_vllm" else ""),
         )
-    ]
+        for r in read("in_vllm_best_of_n", folder)
+    ]  # fmt: skip
 
 
-def finished_text() -> list[tuple[str, str, str]]:
-    found = {r["way"]: r for r in read("finished_text")}
-    published, forward, ours = (found[way] for way in ("published", "forward", "score"))
-    share = float(ours["peak_extra_MiB"]) / float(published["peak_extra_MiB"])
-    return [
-        (
-            f"`rf.score`, one text of {int(ours['tokens']):,} tokens",
-            f"{float(ours['peak_extra_MiB']):,.0f} MiB of extra memory at the peak, published way "
-            + f"{float(published['peak_extra_MiB']):,.0f} MiB",
-            f"{share:.1%} of the memory; {float(ours['median_s']):.1f} s, full forward {float(forward['median_s']):.1f} s",
-        )
-    ]
+# -- decoding with a scorer --------------------------------------------------------------------------------------------
 
 
-def head() -> list[tuple[str, str, str]]:
-    report = json.loads(HEAD_REPORT.read_text())
-    m = report["metrics"]
-
-    def show(name: str) -> str:
-        return f"{m[name]['value']:.3f} ({m[name]['low']:.3f} – {m[name]['high']:.3f})"
-
-    return [
-        (
-            f"embedded model, {report['questions']} unseen questions, {report['samples']} samples, 95 % intervals",
-            f"pass@1 {show('pass@1')}, majority@8 {show('majority@8')}, any@8 {show('any@8')}",
-            f"best of 8 by score {show('best_of@8')}, score-weighted vote {show('weighted_vote@8')}",
-        )
-    ]
-
-
-def reproduction(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    """A line for each family and policy of ``reproduction.csv``."""
-    rows = [r for r in read("reproduction", folder) if r["table"].endswith("joint training")]
+def decode_modes(folder: Path = RESULTS) -> list[Cells]:
+    """A line for each mode of ``decode_modes.csv``, of its schedules whose scores were right."""
+    found = [r for r in read("decode_modes", folder) if r["throughput_kept"]]
     lines = []
-    for key in dict.fromkeys((r["family"], r["table"], r["variant"]) for r in rows):
-        at = {r["measure"]: r for r in rows if (r["family"], r["table"], r["variant"]) == key}
-
-        def show(name: str, at: dict[str, dict[str, str]] = at) -> str:
-            low, high = (float(at[name][k]) for k in ("low", "high"))
-            return f"{float(at[name]['value']):.3f} ({low:.3f} – {high:.3f})"
-
-        family, when, variant = key
-        lines.append(
-            (
-                f"{family}, {when}, {variant}; {at['pass@1']['questions']} unseen questions, {at['pass@1']['seeds']} seeds",
-                f"pass@1 {show('pass@1')}, majority@8 {show('majority@8')}, any@8 {show('any@8')}",
-                f"best of 2 / 8 / 32 by score {' / '.join(show(f'best_of@{n}') for n in (2, 8, 32))}, "
-                + f"score-weighted vote@8 {show('weighted_vote@8')}",
-            )
-        )
-    return lines
-
-
-def choosing(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    """A line for each family of ``reproduction_choosing.csv``, of its best heads."""
-    rows = [r for r in read("reproduction_choosing", folder) if r["table"] == "learning" and r["variant"] == BEST]
-    lines = []
-    for family in dict.fromkeys(r["family"] for r in rows):
-        at = {r["measure"]: {k: float(r[k]) for k in ("value", "low", "high")} for r in rows if r["family"] == family}
-        first = next(r for r in rows if r["family"] == family)
-
-        def of(rule: str, at: dict[str, dict[str, float]] = at) -> str:
-            return " / ".join(f"{at[f'{rule}@{n}']['value']:.3f}" for n in (2, 8, 32))
-
-        def less(rule: str, at: dict[str, dict[str, float]] = at) -> str:
-            difference = at[f"select@32 - {rule}@32"]
-            return f"{difference['value']:+.3f} ({difference['low']:+.3f} – {difference['high']:+.3f})"
-
-        lines.append(
-            (
-                f"{family}, frozen policy, a head that learnt more; {first['questions']} unseen questions, {first['seeds']} seeds, N = 2 / 8 / 32",
-                f"majority {of('majority')}, one of N {of('any')}",
-                f"best of N {of('best_of')}, `select` {of('select')}; at 32 `select` less majority {less('majority')}, less best of N {less('best_of')}",
-            )
-        )
-    return lines
-
-
-def gpu(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    """A line for each width of ``gpu_suite.csv``, bfloat16, of the fastest of our implementations, and one for its flush."""
-    found = read("gpu_suite", folder)
-
-    def best(op: str, variant: str, H: int, n: int, time: str) -> dict[str, str] | None:
-        cell = (op, variant, str(H), str(n), "bfloat16", "ok")
-        names = ("op", "variant", "H", "rows", "dtype", "status")
-        timed = [r for r in found if tuple(r[k] for k in names) == cell and r[f"{time}_q50_us"]]
-        return min(
-            (r for r in timed if r["implementation"] in OURS), key=lambda r: float(r[f"{time}_q50_us"]), default=None
-        )
-
-    def against(row: dict[str, str]) -> str:
-        return ", ".join(f"{ratio:.1f}x {NAMES[peer]}" for peer, ratio in speedups(row, found).items())
-
-    lines = []
-    for H in sorted({int(r["H"]) for r in found} - {0}):
-        idle = best("decode_step", "immediate", H, 0, "warm")
-        steps = {n: row for n in (1, 8, 16) if (row := best("decode_step", "immediate", H, n, "cold"))}
-        flush = best("flush", "", H, 256, "cold")
-        parts = [f"idle {float(idle['warm_q50_us']):.2f} µs"] if idle else []
-        parts += [
-            f"{n} step{'s' * (n > 1)} {float(r['cold_q50_us']):.1f} µs, {float(r['percent_of_copy']):.0f} % of copy"
-            for n, r in steps.items()
+    for mode in dict.fromkeys(r["mode"] for r in found):
+        rows = {r["schedule"]: r for r in found if r["mode"] == mode}
+        first = next(iter(rows.values()))
+        enough = int(first["pairs"]) >= ENOUGH
+        kept = [
+            f"{_percent(r['throughput_kept'])} ({_percent(r['kept_q20'])} to {_percent(r['kept_q80'])})" if enough else "too few pairs to tell"
+            for s in SCHEDULES
+            if (r := rows.get(s)) or not lines
         ]
-        parts += [f"flush of 256 rows {float(flush['cold_q50_us']):.1f} µs"] if flush else []
-        if parts:
-            faster = against(steps[1]) if 1 in steps else ""
-            lines.append((f"decode step, H = {H}, bfloat16", "; ".join(parts), faster and f"1 step: {faster}"))
+        spent = " / ".join(f"{float(r['scorer_us']):.0f}" for r in rows.values())
+        lines.append((f"{MODES[mode]}, batch {first['batch']}", *kept, f"{spent} µs of {float(first['plain_ms']):.1f} ms"))
     return lines
 
 
-def gpu_decode(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
-    """A line for each model and batch of ``gpu_decode_overhead.csv``, each model of ``gpu_best_of_n.csv``, and generating."""
-    lines = []
+def in_vllm_overhead(folder: Path = RESULTS) -> list[Cells]:
+    return [
+        (
+            r["sequences"],
+            *(f"{_percent(r[key])} ({_percent(r[f'{key}_low'])} to {_percent(r[f'{key}_high'])})" for key in ("kept", "steps_kept")),
+            f"{float(r['scorer_us']):.0f} µs of {float(r['step_ms']):.1f} ms ({_percent(r['scorer_share'], 2)})", f"{float(r['wrapper_us']):.0f} µs",
+        )
+        for r in read("in_vllm_overhead", folder)
+    ]  # fmt: skip
+
+
+def gpu_decode(folder: Path = RESULTS) -> list[Cells]:
+    """A line for each model and batch of ``gpu_decode_overhead.csv``, of the schedules whose scores were right."""
     found = [r for r in read("gpu_decode_overhead", folder) if r["throughput_kept"]]
+    lines = []
     for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in found):
-        rows = [r for r in found if (r["model"], r["batch"]) == (model, batch)]
-        kept = "; ".join(
-            f"{r['schedule']} {_percent(r['throughput_kept'], 2)} (rounds {_percent(r['kept_least'], 2)} to "
-            + f"{_percent(r['kept_most'], 2)}), {float(r['added_us']):+.1f} µs"
-            for r in rows
-        )
-        step = f"a step {float(rows[0]['plain_ms']):.2f} ms, {rows[0]['tokens']} tokens a round"
-        lines.append(
-            (f"decoding by captured graphs, {model} shape, batch {batch}, of the tokens/s without scorer", kept, step)
-        )
-    for r in read("gpu_best_of_n", folder):
-        ours, theirs = float(r["scoring_s"]), float(r["second_pass_s"])
-        lines.append((
-            f"scoring best of {r['n']}, {r['tokens']} tokens, {r['model']} shape, {r['schedule']}",
-            f"{1e3 * ours:.1f} ms, {float(r['scoring_MiB']):.1f} MiB",
-            f"second pass {theirs:.2f} s, {float(r['second_pass_MiB']):,.0f} MiB: {theirs / ours:,.0f} times less time",
-        ))  # fmt: skip
-    ways = {r["way"]: r for r in read("gpu_generate", folder)}
-    if first := ways.get("reflective", ways.get("reflective, batch")):
-        name = f"ReflectiveModel.generate, {first['n']} candidates, {first['model']} shape, {first['layers']} layers"
-        others = ", ".join(
-            f"{way.removeprefix('reflective, ') if 'reflective' in way else 'transformers ' + way} {float(r['tokens_per_s']):,.0f}"
-            for way, r in ways.items()
-            if r is not first
-        )
-        lines.append((name, f"{float(first['tokens_per_s']):,.0f} tokens/s", others))
+        rows = {r["schedule"]: r for r in found if (r["model"], r["batch"]) == (model, batch)}
+        kept = [
+            f"{_percent(r['throughput_kept'], 2)} ({_percent(r['kept_least'], 2)} to {_percent(r['kept_most'], 2)}), {float(r['added_us']):+.1f} µs"
+            if (r := rows.get(s))
+            else ""
+            for s in SCHEDULES
+        ]
+        first = next(iter(rows.values()))
+        lines.append((f"{model} shape, batch {batch}", *kept, f"{float(first['plain_ms']):.2f} ms", first["tokens"]))
     return lines
 
 
-def gpu_vllm(folder: Path = RESULTS) -> list[tuple[str, str, str]]:
+def gpu_vllm(folder: Path = RESULTS) -> list[Cells]:
     """A line for each model and number of sequences of ``gpu_vllm_overhead.csv``."""
     return [
         (
-            f"in vLLM, {r['model']} shape, {r['sequences']} sequences, of stock vLLM's tokens/s",
+            f"{r['model']} shape, {r['sequences']} sequences",
             f"{_percent(r['kept'], 2)} ({_percent(r['kept_low'], 2)} to {_percent(r['kept_high'], 2)}), {float(r['added_us']):+.1f} µs",
-            f"a step {float(r['step_ms']):.2f} ms",
+            f"{float(r['step_ms']):.2f} ms",
         )
         for r in read("gpu_vllm_overhead", folder)
     ]
 
 
-def _gpu_table(folder: Path = RESULTS) -> list[str]:
-    lines = gpu(folder)
-    if not lines:
-        return ["GPU: not yet measured. `benchmarks/gpu.sh` measures it.", ""]
-    first = read("gpu_suite", folder)[0]
-    versions = f"driver {first['driver']}, CUDA {first['cuda']}, torch {first['torch']}, triton {first['triton']}"
-    copy = float(next(r["copy_GB_per_s"] for r in read("gpu_suite", folder) if r["copy_GB_per_s"]))
+def gpu_generate(folder: Path = RESULTS) -> list[Cells]:
+    """Whole searches on a GPU beside transformers' own ``generate``."""
+    ways = {
+        "reflective": "`ReflectiveModel.generate`, best of N", "reflective, prune": "the same, `prune`", "reflective, batch": 'the same, `decoding="batch"`',
+        "eager": "transformers, eager", "compiled": "transformers, compiled, static cache",
+    }  # fmt: skip
     return [
-        "| GPU | kernel time: CUDA graphs, cold L2, medians | against |", "|---|---|---|",
-        *("| " + " | ".join(line) + " |" for line in (*lines, *gpu_decode(folder), *gpu_vllm(folder))), "",
-        f"{first['gpu']}, copy {copy:,.0f} GB/s, {versions}. File: `benchmarks/results/gpu_suite.csv`, by `benchmarks/gpu.sh`.",
-        "",
+        (f"{ways[r['way']]}, {r['n']} × {r['tokens']} tokens, {r['model']} shape", f"{float(r['tokens_per_s']):,.0f}", _time(r["seconds"]), _time(r["warm_up_s"]))
+        for r in read("gpu_generate", folder)
+    ]
+
+
+def search_loop(folder: Path = RESULTS) -> list[Cells]:
+    """The package's own loop beside transformers', without a GPU: ``search_loop.csv``."""
+    names = {
+        "reflective": "`ReflectiveModel.generate`", "transformers dynamic": "`generate`, dynamic cache",
+        "transformers static compiled": "`generate`, static cache, compiled", "transformers generate_batch": "`generate_batch`",
+    }  # fmt: skip
+    return [
+        (
+            r["n"], names[r["way"]], f"{float(r['seconds']):.1f} s ({float(r['q20']):.1f} to {float(r['q80']):.1f})", f"{float(r['of_reflective']):.2f}",
+            f"{float(r['first_s']):.2f} s", f"{float(r['MiB']):,.0f} MiB",
+        )
+        for r in read("search_loop", folder)
     ]  # fmt: skip
 
 
-def table(folder: Path = RESULTS) -> str:
-    first = read("decode_step", folder)[0]
-    lines = ["| what | measured | |", "|---|---|---|"]
-    lines += [
-        "| " + " | ".join(row) + " |"
-        for part in (decode_step, decode_modes, best_of_n, in_vllm, soak, finished_text, head, reproduction, choosing, strategies)
-        for row in part()
+# -- one step of decoding ----------------------------------------------------------------------------------------------
+
+
+def decode_step(folder: Path = RESULTS) -> list[Cells]:
+    found = read("decode_step", folder)
+
+    def of(implementation: str, dtype: str, H: str) -> dict[int, float]:
+        keep = [r for r in found if (r["implementation"], r["dtype"], r["H"]) == (implementation, dtype, H)]
+        return {int(r["rows"]): float(r["q50_us"]) for r in keep}
+
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        for H in ("576", "1536"):
+            ours, expression, compiled = (of(name, dtype, H) for name in ("reflective", "expression", "compile"))
+            pairs = (f"{ours[n]:.0f} / {expression[n]:.0f} / {compiled[n]:.0f}" for n in (1, 8))
+            least = min(min(expression[n], compiled[n]) / ours[n] for n in (1, 2, 4, 8))
+            lines.append((f"H = {H}, {dtype}", f"{ours[0]:.1f}", *pairs, f"{least:.1f}x"))
+    return lines
+
+
+def gpu(folder: Path = RESULTS) -> list[Cells]:
+    """A line for each width of ``gpu_suite.csv``, bfloat16, of the fastest of our implementations, and its flush."""
+    found = read("gpu_suite", folder)
+
+    def best(op: str, variant: str, H: int, n: int, time: str) -> Row | None:
+        cell = (op, variant, str(H), str(n), "bfloat16", "ok")
+        names = ("op", "variant", "H", "rows", "dtype", "status")
+        timed = [r for r in found if tuple(r[k] for k in names) == cell and r[f"{time}_q50_us"]]
+        return min((r for r in timed if r["implementation"] in OURS), key=lambda r: float(r[f"{time}_q50_us"]), default=None)
+
+    lines = []
+    for H in sorted({int(r["H"]) for r in found} - {0}):
+        idle = best("decode_step", "immediate", H, 0, "warm")
+        steps = {n: best("decode_step", "immediate", H, n, "cold") for n in (1, 8, 16)}
+        flush = best("flush", "", H, 256, "cold")
+        cells = [f"{float(idle['warm_q50_us']):.2f}" if idle else ""]
+        cells += [f"{float(r['cold_q50_us']):.1f} ({float(r['percent_of_copy']):.0f} %)" if r else "" for r in steps.values()]
+        cells += [f"{float(flush['cold_q50_us']):.1f}" if flush else ""]
+        peers = ", ".join(f"{ratio:.1f}x {NAMES[peer]}" for peer, ratio in speedups(steps[1], found).items()) if steps[1] else ""
+        if any(cells):
+            lines.append((f"H = {H}", *cells, peers))
+    return lines
+
+
+def fp8(folder: Path = RESULTS) -> list[Cells]:
+    """What fewer bits of the head's first weights cost: ``fp8_error.csv``."""
+    return [
+        (
+            r["w1"], r["features"], f"{float(r['max_abs_error']):.1e}", f"{float(r['best_of_8']):.3f} ({float(r['best_of_8_low']):.3f} to {float(r['best_of_8_high']):.3f})",
+            f"{float(r['auc_within']):.3f} ({float(r['auc_within_low']):.3f} to {float(r['auc_within_high']):.3f})",
+        )
+        for r in read("fp8_error", folder)
+    ]  # fmt: skip
+
+
+# -- memory, finished text, training -----------------------------------------------------------------------------------
+
+
+def soak(folder: Path = RESULTS) -> list[Cells]:
+    found = read("soak", folder)
+    if not found:
+        return []
+    last = found[-1]
+
+    def grown(run: str) -> str:
+        samples = [float(r["resident_MiB"]) for r in found if r["run"] == run]
+        return f"{samples[-1] - samples[len(samples) // 4]:+.1f} MiB"
+
+    what = f"{last['sequences']} sequences of {int(last['tokens']):,} tokens, {int(last['steps']):,} steps scored"
+    return [(what, grown("scored"), grown("plain"), f"{last['ids_MiB']} MiB", f"{last['scorer_seconds']} of {last['seconds']} s")]
+
+
+def finished_text(folder: Path = RESULTS) -> list[Cells]:
+    ways = {"published": "the published way", "forward": "the model's forward alone", "score": "`rf.score`"}
+    return [(ways[r["way"]], f"{int(r['tokens']):,}", _MiB(r["peak_extra_MiB"]), f"{float(r['median_s']):.1f} s") for r in read("finished_text", folder)]
+
+
+def batch_scoring(folder: Path = RESULTS) -> list[Cells]:
+    ways = {"published": "the published way, text by text", "single": "`rf.score`, text by text", "unsorted": "in batches, as they come", "sorted": "in batches by length (`reflective score`)"}
+    return [
+        (ways[r["way"]], f"{float(r['rows_per_s']):.2f}", f"{float(r['tokens_per_s']):,.0f}", f"{float(r['padding']):.0%}")
+        for r in read("batch_scoring", folder)
     ]
-    where = f"{first['cpu']}, {first['cores']} cores, torch {first['torch']}, transformers {first['transformers']}"
-    cpu = f"CPU: {where}. Files: `benchmarks/results`, regenerated by `make bench`."
-    return "\n".join([*lines, "", cpu, "", *_gpu_table(folder)])
+
+
+def training_speed(folder: Path = RESULTS) -> list[Cells]:
+    what = {
+        "generate": "sampling: transformers' `generate`", "search loop": "sampling: `ReflectiveModel.generate`", "Sampler": "sampling: `reflective.train.Sampler`",
+        "rows whole": "loss: every row whole", "prefix once": "loss: the common prefix once",
+    }  # fmt: skip
+    return [(what[r["way"]], f"{float(r['seconds']):.1f} s", f"{float(r['tokens_per_s']):,.0f}") for r in read("training_speed", folder)]
+
+
+# -- what scores are worth ---------------------------------------------------------------------------------------------
+
+MEASURES = {
+    "pass@1": "one answer, no head", "majority@8": "majority of 8", "weighted_vote@8": "score-weighted vote of 8", "best_of@2": "best of 2 by score",
+    "best_of@8": "best of 8 by score", "best_of@16": "best of 16 by score", "best_of@32": "best of 32 by score", "any@8": "one of 8 is right (ceiling)",
+    "auc_within": "a right answer outscores a wrong one to the same question",
+}  # fmt: skip
+
+
+def head() -> list[Cells]:
+    found = json.loads(HEAD_REPORT.read_text())["metrics"]
+    return [(f"`{m}`", f"{found[m]['value']:.3f}", f"{found[m]['low']:.3f} to {found[m]['high']:.3f}", what) for m, what in MEASURES.items() if m in found]
+
+
+def train_a_head(folder: Path = RESULTS) -> list[Cells]:
+    """The worked example of docs/training.md."""
+    return [
+        (f"`{r['measure']}`", f"{float(r['value']):.3f}", f"{float(r['low']):.3f} to {float(r['high']):.3f}", MEASURES[r["measure"]])
+        for r in read("train_a_head", folder)
+    ]
+
+
+def reproduction(folder: Path = RESULTS) -> list[Cells]:
+    """A line for each family and policy of ``reproduction.csv``."""
+    rows = [r for r in read("reproduction", folder) if r["table"].endswith("joint training")]
+    shown = ("pass@1", "majority@8", "best_of@2", "best_of@8", "best_of@32", "weighted_vote@8", "any@8")
+    lines = []
+    for key in dict.fromkeys((r["family"], r["table"], r["variant"]) for r in rows):
+        at = {r["measure"]: r for r in rows if (r["family"], r["table"], r["variant"]) == key}
+        family, when, variant = key
+        lines.append((f"{family}, {when.removesuffix(' joint training')}, {variant}", *(_interval(at[m]) for m in shown)))
+    return lines
+
+
+def choosing(folder: Path = RESULTS) -> list[Cells]:
+    """A line for each family of ``reproduction_choosing.csv``, of its best heads."""
+    rows = [r for r in read("reproduction_choosing", folder) if r["table"] == "learning" and r["variant"] == BEST]
+    lines = []
+    for family in dict.fromkeys(r["family"] for r in rows):
+        at = {r["measure"]: r for r in rows if r["family"] == family}
+
+        def of(rule: str, at: dict[str, Row] = at) -> str:
+            return " / ".join(f"{float(at[f'{rule}@{n}']['value']):.3f}" for n in (2, 8, 32))
+
+        less = [_interval(at[f"select@32 - {rule}@32"], "+") for rule in ("majority", "best_of")]
+        lines.append((family, *map(of, ("majority", "best_of", "select", "any")), *less))
+    return lines
+
+
+SHOWN = ("select", "majority", "weighted_vote", "prune", "prune, at random", "replace", "replace, at random", "step_beam", "particles")
+
+
+def strategies(folder: Path = RESULTS) -> list[Cells]:
+    """A line for each strategy of ``strategies.csv``: accuracy less best of 16's on the same questions, and tokens; of each family both."""
+    found = read("strategies", folder)
+    rows = {(r["strategy"], r["n"], r["family"]): r for r in found}
+    families = list(dict.fromkeys(r["family"] for r in found))
+    lines = []
+    for name, n, other in [*((name, "16", "best of 16") for name in SHOWN), ("auto", "8", "best of 8")]:
+        there = [rows.get((name, n, family)) for family in families]
+        if any(there):
+            cells = ((_difference(r), f"{float(r['tokens_kept']):.0%}") if r else ("", "") for r in there)
+            lines.append((f"`{name}`" if "," not in name else f"{name}", other, *(cell for pair in cells for cell in pair)))
+    return lines
+
+
+def _difference(row: Row) -> str:
+    return f"{float(row['difference']):+.3f} ({float(row['difference_low']):+.3f} to {float(row['difference_high']):+.3f})"
+
+
+# -- five rows for the README ------------------------------------------------------------------------------------------
+
+
+def headline(folder: Path = RESULTS) -> list[Cells]:
+    gpu7 = next(r for r in read("gpu_best_of_n", folder) if (r["model"], r["schedule"]) == ("7B", "deferred"))
+    kept = next(r for r in read("gpu_decode_overhead", folder) if (r["model"], r["batch"], r["schedule"]) == ("7B", "64", "deferred"))
+    ((ours, theirs),) = _best_of_n(folder)
+    ways = {r["way"]: r for r in read("in_vllm_best_of_n", folder)}
+    m = json.loads(HEAD_REPORT.read_text())
+    value = {name: f"{m['metrics'][name]['value']:.3f}" for name in ("pass@1", "majority@8", "best_of@8")}
+    return [
+        (
+            f"Scoring best of {gpu7['n']}, {int(gpu7['tokens']):,} tokens each, 7B shape, H200", f"**{_time(gpu7['scoring_s'])}**, {_MiB(gpu7['scoring_MiB'])}",
+            f"second pass: {_time(gpu7['second_pass_s'])}, {_MiB(gpu7['second_pass_MiB'])}",
+        ),
+        (
+            "Tokens per second kept while scoring, 7B shape, batch 64, CUDA graphs, H200", f"**{_percent(kept['throughput_kept'], 2)}**",
+            f"rounds: {_percent(kept['kept_least'], 2)} to {_percent(kept['kept_most'], 2)}",
+        ),
+        (
+            f"Scoring best of {ours['n']}, SmolLM2-135M, two CPU cores", f"**{_time(ours['score_s'])}**, {_MiB(ours['score_MiB'])}",
+            f"second pass: {_time(theirs['score_s'])}, {_MiB(theirs['score_MiB'])}",
+        ),
+        (
+            f"Best of {ways['reflective_vllm']['n']} in stock vLLM, one CPU thread, answers and scores", f"**{_time(ways['reflective_vllm']['total_s'])}**",
+            f"vLLM, then a second pass: {_time(ways['vllm_published']['total_s'])}",
+        ),
+        (
+            f"Right answers of the embedded model, {m['questions']} unseen sums, best of 8 by score", f"**{value['best_of@8']}**",
+            f"one answer: {value['pass@1']}; majority of 8: {value['majority@8']}",
+        ),
+    ]  # fmt: skip
+
+
+_KEPT = ("", "deferred", "immediate")
+TABLES: dict[str, tuple[Cells, Callable[[], list[Cells]]]] = {
+    "headline": (("What", "reflective", "Compared with"), headline),
+    "second_pass": (("Scoring best of 32", "time", "memory", "second pass: time", "memory", "times less time"), second_pass),
+    "best_of_n": (("Way", "generate", "score", "together", "memory of scoring"), best_of_n),
+    "in_vllm_best_of_n": (("Way", "generate", "score", "together", "memory, all processes", "times ours"), in_vllm_best_of_n),
+    "gpu_decode": ((*_KEPT, "a step without scorer", "tokens a round"), gpu_decode),
+    "decode_modes": ((*_KEPT, "in the scorer, deferred / immediate"), decode_modes),
+    "in_vllm_overhead": (("Sequences", "whole generations", "neighbouring steps", "in the scorer, a step", "with its bookkeeping"), in_vllm_overhead),
+    "gpu_generate": (("Way", "tokens/s", "time", "first call"), gpu_generate),
+    "search_loop": (("Candidates", "Way", "time", "times ours", "first token", "memory"), search_loop),
+    "gpu": (("µs (% of copy)", "idle", "1 step", "8 steps", "16 steps", "flush of 256 rows", "1 step, against"), gpu),
+    "decode_step": (("µs: ours / PyTorch / torch.compile", "idle, ours", "1 step", "8 steps", "times faster, at the least"), decode_step),
+    "fp8": (("First weights", "features", "largest error of a log-score", "best of 8", "AUC within questions"), fp8),
+    "soak": (("", "grown, scored", "grown, without scorer", "the ids alone", "in the scorer"), soak),
+    "finished_text": (("Way", "tokens", "extra memory at the peak", "time"), finished_text),
+    "batch_scoring": (("Way", "texts/s", "tokens/s", "padding"), batch_scoring),
+    "training_speed": (("", "time", "tokens/s"), training_speed),
+    "head": (("Measure", "value", "95 % interval", ""), head),
+    "train_a_head": (("Measure", "value", "95 % interval", ""), train_a_head),
+    "reproduction": (("Family, joint training, head", "pass@1", "majority@8", "best of 2", "best of 8", "best of 32", "weighted vote@8", "any@8"), reproduction),
+    "choosing": (("Family", "majority", "best of N", "`select`", "one of N is right", "`select` less majority, N = 32", "`select` less best of N, N = 32"), choosing),
+    "strategies": (("Strategy", "compared with", "chains: accuracy", "tokens", "crates: accuracy", "tokens"), strategies),
+}
+
+
+def table(name: str) -> str:
+    """The table of that name, in Markdown."""
+    header, rows = TABLES[name][0], TABLES[name][1]()
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--write", action="store_true")
-    if not parser.parse_args().write:
-        print(table())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write tables and numbers into README.md and docs/")
+    parser.add_argument("--check", action="store_true", help="fail where a text differs from its file, or a number has no mark")
+    args = parser.parse_args()
+    if not (args.write or args.check):
+        print("\n".join(f"{name}\n\n{table(name)}" for name in TABLES))
         return
-    text = README.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+    differing = figures.update(table, write=args.write)
+    wrong = [*differing, *figures.unmarked()] if args.check else []
+    for line in wrong:
+        print(line, file=sys.stderr)
+    if wrong:
+        sys.exit(f"{len(wrong)} figure(s)" + (": what differed is written anew; look at the difference" if args.write else "; make numbers writes them anew"))
 
 
 if __name__ == "__main__":

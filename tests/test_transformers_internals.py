@@ -29,7 +29,7 @@ def test_nobody_else_spells_these_names():
     assert spelled == {"internals.py", Path(__file__).name} and len(sources) > 100
 
 
-def test_the_tested_releases_are_those_that_pyproject_admits_and_the_readme_shows():
+def test_the_tested_releases_are_those_that_pyproject_admits_and_the_docs_show():
     assert internals.is_tested()
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("the sources are not at hand")
@@ -40,7 +40,7 @@ def test_the_tested_releases_are_those_that_pyproject_admits_and_the_readme_show
     assert bounds == f">={oldest},<{internals.TESTED[1][0] + 1}"
     tested = {row: result["transformers"] for row, result in compat.read().items()}
     assert tested["oldest"].startswith(oldest) and tested["newest"].startswith(newest)
-    assert compat.BEGIN + compat.table() + compat.END in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert compat.BEGIN + compat.table() + compat.END in compat.PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2_vl", "bloom", "peft", "wrapped"])
