@@ -364,6 +364,20 @@ def _difference(row: Row) -> str:
     return f"{float(row['difference']):+.3f} ({float(row['difference_low']):+.3f} to {float(row['difference_high']):+.3f})"
 
 
+def machines(folder: Path = RESULTS) -> list[Cells]:
+    """Where each file was recorded, by its first row."""
+    lines = []
+    for path in sorted(folder.glob("*.csv")):
+        r = next(iter(read(path.stem, folder)))
+        where = f"{r['gpu']}, driver {r['driver']}, CUDA {r['cuda']}, triton {r['triton']}" if r.get("gpu") else f"{r['cpu']}, {r['cores']} cores"
+        if copy := r.get("copy_GB_per_s"):
+            where += f", copy {float(copy):,.0f} GB/s"
+        if r.get("vllm"):
+            where += f", {r['vllm'] if 'vllm' in r['vllm'] else 'vllm ' + r['vllm']}"
+        lines.append((f"`{path.name}`", where, r["torch"], r["transformers"]))
+    return lines
+
+
 # -- five rows for the README ------------------------------------------------------------------------------------------
 
 
@@ -416,6 +430,7 @@ TABLES: dict[str, tuple[Cells, Callable[[], list[Cells]]]] = {
     "finished_text": (("Way", "tokens", "extra memory at the peak", "time"), finished_text),
     "batch_scoring": (("Way", "texts/s", "tokens/s", "padding"), batch_scoring),
     "training_speed": (("", "time", "tokens/s"), training_speed),
+    "machines": (("File", "Machine", "torch", "transformers"), machines),
     "head": (("Measure", "value", "95 % interval", ""), head),
     "train_a_head": (("Measure", "value", "95 % interval", ""), train_a_head),
     "reproduction": (("Family, joint training, head", "pass@1", "majority@8", "best of 2", "best of 8", "best of 32", "weighted vote@8", "any@8"), reproduction),

@@ -158,7 +158,8 @@ def test_tables_give_paired_differences_and_keep_what_exit_states(tmp_path):
         assert heads["auc_within"] == 1.0 and heads["best_of@32"] == heads["any@32"] and heads["right to step 4"] == 1.0 > heads["right to step 5"]
         assert heads["within_beyond"] > 0.95, "length tells nothing here"
     assert (tmp_path / "strategies.png").stat().st_size > 10_000
-    assert len(report.strategies(tmp_path)) == len(FAMILIES)
+    shown = {line[0]: line[1:] for line in report.strategies(tmp_path)}
+    assert len(shown["`prune`"]) == 1 + 2 * len(FAMILIES) and "50%" in shown["`prune`"] and shown["`auto`"][0] == "best of 8"
 
 
 def test_every_strategy_is_compared(tmp_path):

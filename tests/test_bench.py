@@ -406,21 +406,18 @@ def test_a_limit_that_may_not_be_reached_is_not():
     assert targets._verdict("", ">= 1 x", 1.0, 1, "x").met == "yes"
 
 
-def test_the_readme_says_what_is_not_measured_and_shows_what_is(tmp_path):
-    (line, *_) = report._gpu_table(tmp_path)
-    assert line.startswith("GPU: not yet measured")
+def test_the_pages_show_what_is_measured_on_a_gpu(tmp_path):
+    for shown in (report.gpu, report.gpu_decode, report.gpu_generate, report.second_pass):
+        assert shown(tmp_path) == []
     gpu_rows(tmp_path)
-    text = "\n".join(report._gpu_table(tmp_path))
-    assert "| decode step, H = 5120, bfloat16 | idle 2.00 µs; 1 step 26.0 µs, 94 % of copy; 8 steps" in text
-    assert "flush of 256 rows 55.0 µs | 1 step: 3.0x torch.compile |" in text and "GPU X, copy 4,300 GB/s" in text
+    of = {line[0]: line[1:] for line in report.gpu(tmp_path)}
+    assert of["H = 5120"] == ("2.00", "26.0 (94 %)", "26.0 (94 %)", "", "55.0", "3.0x torch.compile")
     gpu_decode_rows(tmp_path, kept=0.997)
-    text = "\n".join(report._gpu_table(tmp_path))
-    assert (
-        "7B shape, batch 64, of the tokens/s without scorer | deferred 99.99 % (rounds 99.70 % to 100.00 %), +2.5 µs"
-        in text
-    )
-    assert "10.0 ms, 6.0 MiB | second pass 0.60 s, 900 MiB: 60 times less time" in text
-    assert "28 layers | 950 tokens/s | transformers eager 900, transformers compiled 1,000" in text
+    decode = {line[0]: line[1:] for line in report.gpu_decode(tmp_path)}
+    assert decode["7B shape, batch 64"][:2] == ("99.99 % (99.70 % to 100.00 %), +2.5 µs", "99.70 % (99.70 % to 100.00 %), +2.5 µs")
+    deferred, _ = report.second_pass(tmp_path)
+    assert deferred[1:] == ("10.0 ms", "6.0 MiB", "0.60 s", "900 MiB", "60")
+    assert [line[1] for line in report.gpu_generate(tmp_path)] == ["950", "900", "1,000"]
 
 
 def test_entries_of_pytest_benchmark():
@@ -563,24 +560,22 @@ def test_best_of_n_both_ways(way, default_model, monkeypatch):
     assert (found["score_MiB"] > 10) == (way == "published")
 
 
-def test_the_readme_shows_decoding_and_best_of_n_once_they_are_measured(tmp_path):
-    assert report.decode_modes(tmp_path) == report.best_of_n(tmp_path) == report.gpu_decode(tmp_path) == []
-    figures = {"plain_ms": 40, "throughput_kept": 0.9991, "kept_q20": 0.99, "kept_q80": 1.01, "scorer_us": 12.3}
-    row = {"mode": "compiled", "batch": 8, "pairs": 95} | figures
+def test_the_pages_show_decoding_and_best_of_n_once_they_are_measured(tmp_path):
+    assert report.decode_modes(tmp_path) == report.best_of_n(tmp_path) == report.second_pass(tmp_path) == []
+    measured = {"plain_ms": 40, "throughput_kept": 0.9991, "kept_q20": 0.99, "kept_q80": 1.01, "scorer_us": 12.3}
+    row = {"mode": "compiled", "batch": 8, "pairs": 95} | measured
     record.write("decode_modes", [row | {"schedule": s} for s in decode_modes.SCHEDULES], tmp_path)
-    ((what, kept, spent),) = report.decode_modes(tmp_path)
-    assert what == "SmolLM2-135M, torch.compile, static cache, batch 8" and spent.startswith("12, 12 µs of 40.0 ms")
-    assert "deferred 99.9 % (99.0 % to 101.0 %); immediate 99.9 %" in kept
+    ((what, deferred, immediate, spent),) = report.decode_modes(tmp_path)
+    assert what == "torch.compile, static cache, batch 8" and spent == "12 / 12 µs of 40.0 ms"
+    assert deferred == immediate == "99.9 % (99.0 % to 101.0 %)"
     record.write("decode_modes", [row | {"schedule": s, "pairs": 1} for s in decode_modes.SCHEDULES], tmp_path)
     assert "too few" in report.decode_modes(tmp_path)[0][1]
     ways = {"reflective": (40.0, 0.05, 1.5), "published": (60.0, 25.0, 150.0)}
-    rows = [
-        {"way": w, "n": 32, "tokens": 256, "generate_s": g, "score_s": s, "score_MiB": m}
-        for w, (g, s, m) in ways.items()
-    ]
+    rows = [{"way": w, "n": 32, "tokens": 256, "generate_s": g, "score_s": s, "score_MiB": m} for w, (g, s, m) in ways.items()]
     record.write("best_of_n", rows, tmp_path)
-    ((_, times, ratio),) = report.best_of_n(tmp_path)
-    assert "40.0 s + 50 ms scoring, 1.5 MiB" in times and ratio == "scoring: 500 times less time, 1.0% of the memory"
+    ours, theirs = report.best_of_n(tmp_path)
+    assert ours[1:] == ("40.0 s", "50.0 ms", "40.0 s", "1.5 MiB") and theirs[1:] == ("60.0 s", "25.0 s", "85.0 s", "150 MiB")
+    assert report.second_pass(tmp_path)[0][-1] == "500"
 
 
 def test_a_long_generation_and_what_it_leaves(tmp_path, monkeypatch, capsys):
@@ -590,8 +585,8 @@ def test_a_long_generation_and_what_it_leaves(tmp_path, monkeypatch, capsys):
     rows = record.read("soak", tmp_path)
     assert [r["run"] for r in rows] == ["plain"] * 32 + ["scored"] * 32
     assert int(rows[-1]["steps"]) > 0 and float(rows[-1]["max_error"]) < 1e-5
-    ((what, grown, _),) = report.soak(tmp_path)
-    assert what.startswith("2 sequences of 63 tokens") and "without scorer" in grown
+    ((what, scored, plain, _, _),) = report.soak(tmp_path)
+    assert what.startswith("2 sequences of 63 tokens") and scored.endswith(" MiB") and plain.endswith(" MiB")
     monkeypatch.setattr(
         soak.rf, "score", lambda model, head, *rest, **k: FALSE_SCORE(model, type(head)(64), *rest, **k)
     )
@@ -602,7 +597,7 @@ def test_a_long_generation_and_what_it_leaves(tmp_path, monkeypatch, capsys):
 FALSE_SCORE = soak.rf.score
 
 
-def test_every_mode_has_a_name_in_the_readme():
+def test_every_mode_has_a_name_on_the_pages():
     assert list(report.MODES) == list(decode_modes.MODES)
 
 
@@ -655,8 +650,8 @@ def test_a_random_model_for_vllm_is_scored_as_it_lies_there(tmp_path):
     gpu_vllm.Place(tmp_path / "dummy", "quick", CPU, weights=False).settings()  # the head is read
 
 
-def test_the_readme_shows_vllm_once_it_is_measured(tmp_path):
-    assert report.in_vllm(tmp_path) == report.gpu_vllm(tmp_path) == []
+def test_the_pages_show_vllm_once_it_is_measured(tmp_path):
+    assert report.in_vllm_overhead(tmp_path) == report.in_vllm_best_of_n(tmp_path) == report.gpu_vllm(tmp_path) == []
     kept = {
         f"{name}{end}": v
         for name in ("kept", "steps_kept")
@@ -669,6 +664,8 @@ def test_the_readme_shows_vllm_once_it_is_measured(tmp_path):
             "way": way,
             "n": 32,
             "tokens": 128,
+            "generate_s": 15,
+            "score_s": 5,
             "total_s": 20 + i,
             "peak_MiB": 700,
             "times_ours": 1 + i / 10,
@@ -678,12 +675,10 @@ def test_the_readme_shows_vllm_once_it_is_measured(tmp_path):
         for i, way in enumerate(in_vllm.PROCESSES)
     ]
     record.write("in_vllm_best_of_n", rows, tmp_path)
-    first, _, best = report.in_vllm(tmp_path)
-    assert "neighbouring steps 99.8 % (99.0 % to 101.0 %)" in first[1]
-    assert first[2] == "44 µs of 61.2 ms a step in the scorer (0.07 %), 102 with its bookkeeping"
-    assert "stock vLLM, then the published way 22.0 s, 700 MiB" in best[1] and best[2].startswith(
-        "times ours: 1.10 (1 to 2)"
-    )
+    first, _ = report.in_vllm_overhead(tmp_path)
+    assert first[2] == "99.8 % (99.0 % to 101.0 %)" and first[3:] == ("44 µs of 61.2 ms (0.07 %)", "102 µs")
+    best = {line[0]: line[1:] for line in report.in_vllm_best_of_n(tmp_path)}
+    assert best["stock vLLM, then the published way"][2:] == ("22.0 s", "700 MiB", "1.20 (1 to 2)")
     row = {"model": "7B", "sequences": 64, "step_ms": 8.1, "added_us": 6.2} | kept
     record.write("gpu_vllm_overhead", [row], tmp_path)
-    assert report.gpu_vllm(tmp_path)[0][0].startswith("in vLLM, 7B shape, 64 sequences")
+    assert report.gpu_vllm(tmp_path)[0][0] == "7B shape, 64 sequences"
