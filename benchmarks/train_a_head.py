@@ -22,7 +22,7 @@ SHOWN = ("pass@1", "majority@8", "weighted_vote@8", "best_of@2", "best_of@8", "b
 def blocks() -> list[str]:
     """The page's blocks of Python, up to where the head is in use."""
     found = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    return found[: 1 + max(i for i, block in enumerate(found) if "Select" in block)]
+    return found[: 1 + next(i for i, block in enumerate(found) if "Select" in block)]
 
 
 def run(smaller: dict[str, str] | None = None) -> tuple[dict[str, Any], list[float]]:
