@@ -372,11 +372,13 @@ def gpu_decode_rows(tmp_path, kept: float, scoring_s: float = 0.01, ours: float 
         "second_pass_s": 0.6,
         "second_pass_MiB": 900.0,
         "scoring_MiB": 6.0,
+        "gpu": "GPU X",
     }
     rows = [best | {"schedule": s, "scoring_s": scoring_s * (1 + i)} for i, s in enumerate(decode_modes.SCHEDULES)]
     record.write("gpu_best_of_n", rows, tmp_path)
     rates = {"reflective": ours, "eager": 900.0, "compiled": 1000.0}
-    ways = [{"model": "1.5B", "way": w, "n": 32, "layers": 28, "tokens_per_s": rate} for w, rate in rates.items()]
+    same = {"model": "1.5B", "n": 32, "layers": 28, "tokens": 96, "seconds": 3.0, "warm_up_s": 2.0}
+    ways = [{"way": w, "tokens_per_s": rate} | same for w, rate in rates.items()]
     record.write("gpu_generate", ways, tmp_path)
 
 
