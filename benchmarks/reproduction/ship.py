@@ -188,7 +188,7 @@ def measure(work: Path, out: Path = RESULTS) -> None:
     model = ReflectiveModel.default()
     r = rollouts.rollouts(
         model, FAMILIES[FAMILY], untouched(), work / "shipped" / "rules", samples=rollouts.EVAL_SAMPLES, seed=9, all_views=False
-    )["steps"]
+    )["layers"]
     scores, vote, auto = log_scores(r, model.head), Select.load(HEAD), Auto.load(HEAD)
     metrics = evaluate_seeds(
         [(replace(r, features=None), scores)], n=choosing.CURVE[1:], rules=[VoteRule(vote.exponent, vote.growth)], differences=choosing.DIFFERENCES
