@@ -22,7 +22,8 @@ from reflective import view
 from reflective.evaluate import evaluate
 from reflective.evaluate.shown import show
 from reflective.scoring.scores import AGGREGATIONS, aggregate
-from reflective.search.results import STOPPED, Candidate, Generation
+from reflective.search.results import Candidate, Generation
+from reflective.search.stopped import STOPPED
 from reflective.search.strategies import NAMES
 from reflective.view import escape, fragments
 

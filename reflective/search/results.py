@@ -9,19 +9,10 @@ from .. import view
 from ..engines.base import Chance
 from ..utils.outputs import write_text
 from .answers import same_answer
+from .stopped import STOPPED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-STOPPED = {  # why candidates are stopped by each, for people
-    "first_finish": "another had finished first",
-    "prune": "so far behind the best at as many steps that it could hardly win any more",
-    "replace": "among the worst, when forks of the best took the places of the worst or tokens were running out",
-    "step_beam": "not among the best after a step, or enough others had finished",
-    "dvts": "another of its subtree scored higher after a step",
-    "particles": "not drawn when candidates were resampled by score",
-    "astar": "the search kept other prefixes, or had its answer",
-}
 
 
 @dataclass

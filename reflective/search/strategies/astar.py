@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from ...scoring.scores import aggregate
+from ..stopped import STOPPED
 from . import HOLD, KEEP, SCORED, STOP, Live, Step, Strategy, eligible
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class AStar(Strategy):
 
     name: ClassVar[str] = "astar"
     about: ClassVar[str] = "Always forks the most promising beginning; the others wait."
-    stops: ClassVar[str] = "others were more promising"
+    stops: ClassVar[str] = STOPPED["astar"]
     by_step: bool = True
     aggregation: str = "last"
     branch: int = 4

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ..stopped import STOPPED
 from . import KEEP, STOP, Step
 from .tree import TreeSearch
 
@@ -28,7 +29,7 @@ class DVTS(TreeSearch):
 
     name: ClassVar[str] = "dvts"
     about: ClassVar[str] = "After every step the best of each of several trees is kept and forked."
-    stops: ClassVar[str] = "it was not the best of its tree"
+    stops: ClassVar[str] = STOPPED["dvts"]
     _tree: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # of every candidate, by its number
 
     def observe(self, step: Step) -> Sequence[int] | None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ..stopped import STOPPED
 from . import KEEP, STOP, Step, Strategy, eligible
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class FirstFinish(Strategy):
 
     name: ClassVar[str] = "first_finish"
     about: ClassVar[str] = "All are stopped as soon as one has finished, and that is the answer."
-    stops: ClassVar[str] = "another had finished first"
+    stops: ClassVar[str] = STOPPED["first_finish"]
 
     def observe(self, step: Step) -> Sequence[int] | None:
         if any(c.finished == "stop" for c in step.candidates):

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...scoring.scores import FLOOR
+from ..stopped import STOPPED
 from . import Step, Strategy
 
 
@@ -28,7 +29,7 @@ class Particles(Strategy):
 
     name: ClassVar[str] = "particles"
     about: ClassVar[str] = "After every step candidates are drawn anew, by their scores."
-    stops: ClassVar[str] = "it was not drawn when candidates were drawn anew by their scores"
+    stops: ClassVar[str] = STOPPED["particles"]
     by_step: bool = True
     aggregation: str = "last"
     temperature: float = 1.0

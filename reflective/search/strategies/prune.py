@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 from ...scoring.scores import FLOOR, TrajectoryScores
+from ..stopped import STOPPED
 from . import KEEP, STOP, Step
 from .calibrated import Calibrated
 
@@ -41,7 +42,7 @@ class Prune(Calibrated):
 
     name: ClassVar[str] = "prune"
     about: ClassVar[str] = "Stops whoever lags too far behind the best; the highest score of the others is the answer."
-    stops: ClassVar[str] = "it lagged too far behind the best"
+    stops: ClassVar[str] = STOPPED["prune"]
     file: ClassVar[str] = "prune.json"
     rule: ClassVar[tuple[str, ...]] = ("threshold", "n", "min_steps", "risk", "questions")
     threshold: float | None = None

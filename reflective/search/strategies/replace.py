@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...utils.arguments import whole
+from ..stopped import STOPPED
 from . import KEEP, STOP, Live, Step
 from .votes import WeightedVote
 
@@ -36,7 +37,7 @@ class Replace(WeightedVote):
 
     name: ClassVar[str] = "replace"
     about: ClassVar[str] = "Every few tokens the worst give way to forks of the best; the answer is a vote by scores."
-    stops: ClassVar[str] = "it was among the worst, and gave way to a fork of a better one"
+    stops: ClassVar[str] = STOPPED["replace"]
     _weighs: ClassVar[str] = "score"
     swap: int | None = None
     interval: int = 24

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..stopped import STOPPED
 from . import KEEP, STOP, Step
 from .tree import TreeSearch
 
@@ -25,7 +26,7 @@ class StepBeam(TreeSearch):
 
     name: ClassVar[str] = "step_beam"
     about: ClassVar[str] = "After every step the best are kept and forked, in one tree."
-    stops: ClassVar[str] = "it was not among the best"
+    stops: ClassVar[str] = STOPPED["step_beam"]
 
     def observe(self, step: Step) -> Sequence[int] | None:
         running = [i for i, c in enumerate(step.candidates) if not c.finished]
