@@ -76,7 +76,7 @@ def test_kernels_of_the_hub_are_refused(checkpoint, given):
     [
         ({"answer": "no group"}, "has no group"),
         ({"answer": "(unclosed"}, "is no regular expression"),
-        ({"answer": "(" * 50_000}, "a regular expression of 50000 characters"),
+        ({"answer": "(" * 50_000}, "answer: an expression of 50000 characters"),
         ({"stop": "a{99999999999999999999}b"}, "is no regular expression"),
         ({"stop": 5}, "stop: expected a text"),
         ({"prompt": ["{question}"]}, "prompt: expected a text"),
@@ -105,6 +105,12 @@ def test_a_question_cannot_reach_into_the_prompt(tmp_path):
     model = rf.ReflectiveModel.__new__(rf.ReflectiveModel)
     model.config, model.tokenizer = Config.read(file), None
     assert model.format("{question} {0.__class__}") == "{question.__class__} {0} {question} {0.__class__}"
+
+
+def test_a_long_stop_of_ones_own_is_no_checkpoint_s_pattern(small):  # noqa: F811
+    ends = "x" * 5000
+    assert not Watch(Reader(small.tokenizer), [ends]).complete(small.tokenizer("x" * 4999).input_ids, None)
+    assert Watch(Reader(small.tokenizer), [ends]).complete(small.tokenizer(ends).input_ids, None)
 
 
 @pytest.mark.parametrize("which", ["answer", "stop"])

@@ -12,6 +12,8 @@ from .files import CONFIG_NAME
 if TYPE_CHECKING:
     from ..scoring.heads import Head
 
+_LONGEST = 4096  # characters of a regular expression
+
 
 @dataclass
 class Config:
@@ -73,6 +75,9 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name in ("rule", "at")):
                 raise ValueError(f"{name}: expected a text, found {value!r:.60}")
+        for name in ("stop", "answer"):
+            if len(getattr(self, name) or "") > _LONGEST:
+                raise ValueError(f"{name}: an expression of {len(getattr(self, name))} characters; {_LONGEST} are allowed")
         several = self.delimiter if isinstance(self.delimiter, list) else [self.delimiter]
         if not all(isinstance(text, str) for text in several):
             raise ValueError(f"delimiter: expected a text or a list of texts, found {self.delimiter!r:.60}")

@@ -10,7 +10,6 @@ from typing import Any
 import regex
 
 SECONDS = 1.0  # for one search; those in use take microseconds
-LONGEST = 4096  # characters of an expression
 _given_up: set[str] = set()
 
 
@@ -18,10 +17,8 @@ _given_up: set[str] = set()
 def compiled(pattern: str) -> Any:
     """
     Raises:
-        ValueError: it is no regular expression, or longer than any that makes sense.
+        ValueError: it is no regular expression.
     """
-    if len(pattern) > LONGEST:
-        raise ValueError(f"a regular expression of {len(pattern)} characters; {LONGEST} are allowed")
     try:
         return regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:
