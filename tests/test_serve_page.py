@@ -651,7 +651,7 @@ def test_refusals_are_said_in_words(page, errors):
             until(lambda: server.engine.stats()["queued"] == 1)
             ask(page, "ABC", max_tokens=10)
             when(page, "document.getElementById('notice').textContent.includes('The server is busy')")
-            assert "1 requests are waiting; try again later. It asks to wait 1 second." in notice.text_content()
+            assert "1 request is waiting; try again later. It asks to wait 1 second." in notice.text_content()
         for thread in threads:
             thread.join()
         page.click("#again")

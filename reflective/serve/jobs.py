@@ -54,7 +54,7 @@ class Queue:
         if self.closing:
             raise Closed("the engine is shutting down")
         if self.preparing - reserved + len(self.waiting) + len(self.asides) >= self.most:
-            raise QueueFull(f"{self.most} requests are waiting; try again later")
+            raise QueueFull(f"{self.most} request{'s are' if self.most != 1 else ' is'} waiting; try again later")
 
     def put(self, place: "collections.deque[Any]", job: "Job", prepared: bool) -> None:
         """``place``: ``waiting`` or ``asides``; ``prepared``: whether the request counts as one that is prepared.

@@ -576,7 +576,7 @@
       draw(c.lane, "path", { class: "way", d: `${begin}H${x(last)}` });
       draw(c.lane, "text", { x: (parent ? x(own) : x(0)) - 5, y: here + 3.5, "text-anchor": "end" }, String(c.number + 1));
       for (let i = own; i < c.scores.length; i++) {
-        const dot = draw(c.lane, "circle", { class: "dot", cx: x(i + 1), cy: here, r: pitch / 3.2 });
+        const dot = draw(c.lane, "circle", { class: "dot cell", cx: x(i + 1), cy: here, r: pitch / 3.2 });
         dot.style.setProperty("--score", c.scores[i] === null ? 0.5 : c.scores[i]);
       }
       if (c.state === "stopped") draw(c.lane, "path", { class: "tip", d: `M${x(last) + pitch / 2},${here - 3}l6,6m0,-6l-6,6` });
