@@ -61,9 +61,7 @@ def prose(name: str) -> str:
 def lines(name: str) -> Iterator[tuple[str, list[str]]]:
     """Every shell command that a page shows, in blocks and within sentences: where it stands, and its words."""
     for block in blocks(name, "sh", "bash", "shell", "console"):
-        for line in block.code.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line.removeprefix("$ "), comments=True):
-                yield f"{block}: {line}", words
+        yield from _commands(block)
     for inline in re.findall(r"(?<!`)`((?:reflective|make|python) [^`\n]+)`", prose(name)):
         try:
             yield f"{name}: {inline}", shlex.split(inline)
@@ -71,10 +69,27 @@ def lines(name: str) -> Iterator[tuple[str, list[str]]]:
             continue
 
 
+def _commands(block: Block) -> Iterator[tuple[str, list[str]]]:
+    """A quoted argument may go over several lines."""
+    whole = ""
+    for line in block.code.replace("\\\n", " ").splitlines():
+        whole += line.removeprefix("$ ")
+        try:
+            words = shlex.split(whole, comments=True)
+        except ValueError:  # within quotes
+            whole += "\n"
+            continue
+        if words:
+            yield f"{block}: {whole}", words
+        whole = ""
+    assert not whole, f"{block}: no closing quotation"
+
+
 def commands(name: str) -> Iterator[tuple[str, list[str]]]:
     """Of these the calls of ``reflective``: where one stands, and its arguments."""
     for where, words in lines(name):
-        pipes = " ".join(shlex.quote(w) if w not in "|<>&&" else w for w in words).split(" | ")
+        words = [w for before, w in zip(["", *words], words, strict=False) if w not in (">", "<") and before not in (">", "<")]  # no redirections
+        pipes = " ".join(shlex.quote(w) if w not in "|&&" else w for w in words).split(" | ")
         for part in pipes:
             if match := _COMMAND.match(part):
                 yield where, shlex.split(part[match.end() :])

@@ -57,7 +57,7 @@ def test_every_variable_is_on_the_page() -> None:
         text = path.read_text(encoding="utf-8")
         read |= set(re.findall(r"""(?:environ(?:\.get)?[\[(]|getenv\(|envvar=)\s*["'](\w+)["']""", text))
         read |= {f for f in re.findall(r'"((?:REFLECTIVE|FORCE)_\w+)"', text) if path.name == "setup.py"}
-    others = {"PATH", "RANK", "WORLD_SIZE", "XDG_CACHE_HOME", "VLLM_ENABLE_V1_MULTIPROCESSING", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"}
+    others = {"PATH", "TERM", "RANK", "WORLD_SIZE", "XDG_CACHE_HOME", "VLLM_ENABLE_V1_MULTIPROCESSING", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"}
     said = {name for table in ("Variables that the build", "And those that are read") for row in rows(table) for name in re.findall(r"[A-Z_0-9]{4,}|CXX", row[0])}
     assert read - others <= said
     assert said <= read | {"CXX", "NVCC_CCBIN", "REFLECTIVE_NAMESPACE"}

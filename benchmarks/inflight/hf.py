@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import reflective as rf
+from reflective.engines.hf.internals import cache_of, with_cache
 from reflective.published import second_pass
 
 from .cases import Case
@@ -71,7 +72,7 @@ class Call:
         if given["do_sample"]:
             given["top_k"] = 0
         if self._cache is not None:
-            given["past_key_values"] = self._cache
+            given |= with_cache(self.model, self._cache)
         if case.piece:
             given["prefill_chunk_size"] = case.piece
         if case.drafts == "lookup":
@@ -112,7 +113,7 @@ class Call:
     def _prefill(self, columns: int) -> Any:
         """What another request of these prompts has left in the cache."""
         with torch.no_grad():
-            return self.model(self.ids[:, :columns], use_cache=True).past_key_values
+            return cache_of(self.model(self.ids[:, :columns], use_cache=True))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reflective.engines.hf.internals import cache_of, with_cache  # how transformers calls its cache, and no more
+
 END, PAD, THINK, END_THINK = range(4)  # ids of the special tokens
 DELIMITER = ".\n\n"
 LAYER = -2  # of ``hidden_states``: the last layer's input
@@ -184,8 +186,8 @@ def _states(model: Any, ids: Tensor, piece: int | None = None) -> Tensor:
     """[T, H]: ``hidden_states[LAYER]`` of one text, run ``piece`` tokens at a time."""
     cache, states = None, []
     for part in ids.split(piece or ids.shape[1], 1):
-        out = model(part, past_key_values=cache, use_cache=True, output_hidden_states=True)
-        cache = out.past_key_values
+        out = model(part, **({} if cache is None else with_cache(model, cache)), use_cache=True, output_hidden_states=True)
+        cache = cache_of(out)
         states.append(out.hidden_states[LAYER][0])
     return torch.cat(states)
 
