@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -33,7 +32,6 @@ from .families import FAMILIES
 FAMILY, SEED, CALIBRATED = "sums", 0, 40  # the family that `reflective demo` asks; questions of the pruning rule
 DROPOUT = 0.1  # of the head; with 0.5, as published, best of 8 and of 32 are 0.01 and 0.02 lower on sums (reproduction_choosing.csv)
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-AFTER = [("best_of@8", "majority@8"), ("best_of@32", "best_of@8")]  # what is asked of a head after joint training
 ADAPTER_DTYPE = torch.bfloat16  # of the adapter's file: half of the trained float32
 CARD = {
     "Use": """```python
@@ -93,37 +91,27 @@ def refitted(policy: Path, kept: Path) -> dict[str, Candidate]:
     """The policy whose adapter lies in ``policy`` with heads fitted to rollouts of its own, which are kept in ``kept``: where the paper's
     reads, and of the layer that ``choose_layer`` finds on these rollouts, of training questions."""
     learnt, own = refit_rollouts(policy, kept)
+    candidates, settings = layers.CHOICES["chosen"]
+    chosen, _ = choose_layer(learnt.read(replace(learnt.tap, layers=candidates)), **settings)
     found = {}
-    for tap in dict.fromkeys((Tap(), _chosen(learnt))):
-        head = _refitted(learnt, tap)
+    for tap in dict.fromkeys((Tap(), chosen)):
+        head = fit(learnt.read(tap), epochs=heads.MAIN.epochs, lr=heads.LR, dropout=DROPOUT, seed=SEED).use(trained_on=None)  # the model goes by two names
         name = "joint training, head fitted again" + ("" if tap == Tap() else f", layer {tap.layers[0]}")
         found[name] = Candidate(head, policy, evaluate(own, head), len(own.question.unique()))
     return found
 
 
-def _chosen(learnt: Rollouts) -> Tap:
-    candidates, settings = layers.CHOICES["chosen"]
-    return choose_layer(learnt.read(replace(learnt.tap, layers=candidates)), **settings)[0]
-
-
-def _refitted(learnt: Rollouts, tap: Tap) -> SPRM:
-    head = fit(learnt.read(tap), epochs=heads.MAIN.epochs, lr=heads.LR, dropout=DROPOUT, seed=SEED)
-    return head.use(trained_on=None)  # the model goes by two names
-
-
-def refit_rollouts(policy: Path, kept: Path, name: str = FAMILY) -> tuple[Rollouts, Rollouts]:
-    """``(to learn from, held out)``: answers of the policy to a family's questions, with features of every layer. Of the family whose head is
-    shipped a third of the held-out questions, which choose; of others all, which choose nothing."""
-    family, model = FAMILIES[name], joint.merged(policy)
+def refit_rollouts(policy: Path, kept: Path) -> tuple[Rollouts, Rollouts]:
+    """``(to learn from, held out)``: answers of the policy, with features of every layer."""
+    family, model = FAMILIES[FAMILY], joint.merged(policy)
     (train, held_out), (more, _) = rollouts.questions(family), rollouts.further(family)
-    held_out = held_out[SEED :: rollouts.SEEDS] if name == FAMILY else held_out
     asked = {
-        f"{name}, train": (train, rollouts.TRAIN_SAMPLES, 5), f"{name}, more": (more, rollouts.TRAIN_SAMPLES, 6),
-        name: (held_out, rollouts.EVAL_SAMPLES, 2 + SEED),
+        f"{FAMILY}, train": (train, rollouts.TRAIN_SAMPLES, 5), f"{FAMILY}, more": (more, rollouts.TRAIN_SAMPLES, 6),
+        FAMILY: (held_out[SEED :: rollouts.SEEDS], rollouts.EVAL_SAMPLES, 2 + SEED),
     }  # fmt: skip
     drawn = [
-        rollouts.rollouts(model, family, questions, kept / part, samples=samples, seed=seed, all_views=False)["layers"]
-        for part, (questions, samples, seed) in asked.items()
+        rollouts.rollouts(model, family, questions, kept / name, samples=samples, seed=seed, all_views=False)["layers"]
+        for name, (questions, samples, seed) in asked.items()
     ]
     drawn[1].question += len(train)
     return Rollouts.join(drawn[:2]), drawn[2]
@@ -196,35 +184,23 @@ def untouched() -> list[Question]:
 
 
 def measure(work: Path, out: Path = RESULTS) -> None:
-    """``reproduction_shipped.csv``: what the shipped head, adapter and rules are worth against N on their family, as they are shipped, in float32;
-    and on the other families what heads are worth that are fitted to the shipped policy likewise, in bfloat16, and are not shipped."""
-    rows = [{"family": FAMILY, "head": "as shipped", **row} for row in _shipped(work)]
-    for name in FAMILIES:
-        if name != FAMILY:
-            learnt, own = refit_rollouts(HEAD, work / "refit", name)
-            tap = _chosen(learnt)
-            metrics = evaluate_seeds([(own, _refitted(learnt, tap))], n=choosing.NS, differences=AFTER)
-            rows += [{"family": name, "head": f"fitted likewise, layer {tap.layers[0]}", **row} for row in _rows(metrics, own)]
-    write("reproduction_shipped", rows, out)
-
-
-def _shipped(work: Path) -> list[dict[str, Any]]:
+    """What the shipped head, adapter and rules are worth against N, as they are shipped, in float32: ``reproduction_shipped.csv``."""
     model = ReflectiveModel.default()
     r = rollouts.rollouts(
         model, FAMILIES[FAMILY], untouched(), work / "shipped" / "rules", samples=rollouts.EVAL_SAMPLES, seed=9, all_views=False
     )["layers"]
     scores, vote, auto = log_scores(r, model.head), Select.load(HEAD), Auto.load(HEAD)
     metrics = evaluate_seeds(
-        [(replace(r, features=None), scores)], n=choosing.CURVE[1:], rules=[VoteRule(vote.exponent, vote.growth)],
-        differences=[*choosing.DIFFERENCES, *AFTER[:1]],
-    )  # fmt: skip
+        [(replace(r, features=None), scores)], n=choosing.CURVE[1:], rules=[VoteRule(vote.exponent, vote.growth)], differences=choosing.DIFFERENCES
+    )
     right, drawn = auto.spends(*draws(r, scores))
-    return _rows(metrics | {"auto": _interval(right), "auto, candidates": _interval(drawn)}, r)
-
-
-def _rows(metrics: dict[str, Metric], r: Rollouts) -> list[dict[str, Any]]:
+    metrics["auto"] = _interval(right)
+    metrics["auto, candidates"] = _interval(drawn)
     questions = len(r.question.unique())
-    return [{"measure": k, **{n: round(v, 4) for n, v in asdict(m).items()}, "questions": questions} for k, m in metrics.items()]
+    write(
+        "reproduction_shipped",
+        [{"measure": k, **{n: round(v, 4) for n, v in asdict(m).items()}, "questions": questions} for k, m in metrics.items()], out,
+    )  # fmt: skip
 
 
 def _interval(values: NDArray[np.float64]) -> Metric:
