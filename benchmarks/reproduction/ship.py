@@ -191,7 +191,7 @@ def measure(work: Path, out: Path = RESULTS) -> None:
     )["layers"]
     scores, vote, auto = log_scores(r, model.head), Select.load(HEAD), Auto.load(HEAD)
     metrics = evaluate_seeds(
-        [(replace(r, features=None), scores)], n=choosing.CURVE[1:], rules=[VoteRule(vote.exponent, vote.growth)], differences=choosing.DIFFERENCES
+        [(replace(r, features=None), scores)], n=choosing.CURVE[1:], rules=[VoteRule(vote.exponent, vote.growth)], differences=[*choosing.DIFFERENCES, ("best_of@8", "majority@8")],
     )
     right, drawn = auto.spends(*draws(r, scores))
     metrics["auto"] = _interval(right)
