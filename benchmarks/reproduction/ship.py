@@ -191,11 +191,12 @@ def measure(work: Path, out: Path = RESULTS) -> None:
     )["layers"]
     scores, vote, auto = log_scores(r, model.head), Select.load(HEAD), Auto.load(HEAD)
     metrics = evaluate_seeds(
-        [(replace(r, features=None), scores)], n=choosing.CURVE[1:], rules=[VoteRule(vote.exponent, vote.growth)], differences=[*choosing.DIFFERENCES, ("best_of@8", "majority@8")],
-    )
+        [(replace(r, features=None), scores)], n=choosing.CURVE[1:], rules=[VoteRule(vote.exponent, vote.growth)],
+        differences=[*choosing.DIFFERENCES, ("best_of@8", "majority@8")],
+    )  # fmt: skip
     right, drawn = auto.spends(*draws(r, scores))
     metrics["auto"] = _interval(right)
-    metrics["auto, candidates"] = _interval(drawn)
+    metrics["auto candidates"] = _interval(drawn)
     questions = len(r.question.unique())
     write(
         "reproduction_shipped",
