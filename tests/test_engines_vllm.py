@@ -105,6 +105,14 @@ def test_settings_of_sampling_do_what_they_do_in_transformers(strategy, settings
     assert again or strategy == "best_of_n"
 
 
+def test_each_run_has_the_time_of_its_own(monkeypatch):
+    """The worker goes on counting; what is told of a run is what it came to meanwhile."""
+    model, like = in_vllm(reflective_model(), monkeypatch, seats=16)
+    runs = [model.generate(QUESTIONS[0], n=4, seed=s, **recorded.SAMPLING) for s in range(3)]
+    assert all(run.scoring_seconds > 0 for run in runs)
+    assert sum(run.scoring_seconds for run in runs) <= like.requests.stats()["seconds"] * 1.001
+
+
 def test_who_lacks_memory_waits_the_worst_first(monkeypatch):
     """A sequence is parked, and draws what it would have drawn; blocks are never short."""
     settings = {"strategy": "best_of_n", "n": 6, "seed": 4, **recorded.SAMPLING}

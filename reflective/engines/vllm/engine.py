@@ -64,15 +64,14 @@ class VLLMEngine:
         self._requests: dict[str, Continuation | Prefix] = {}  # under way in vLLM
         self._ended: list[Event] = []  # to be told
         self._entered = False
-        self._seconds = 0.0
 
     @property
     def scoring_seconds(self) -> float:
-        """Of vLLM's worker, since the engine was entered."""
-        return self.core.stats()["seconds"] - self._seconds
+        """Of vLLM's worker, since it began."""
+        return self.core.stats()["seconds"]
 
     def __enter__(self) -> Self:
-        self._entered, self._seconds = True, self.core.stats()["seconds"]
+        self._entered = True
         return self
 
     def __exit__(
