@@ -21,9 +21,10 @@ SOURCES := constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(VENV)/.demo
 	$(VENV)/bin/reflective demo
 
-# Two workers of one thread each: threads that wait for each other while others work make everything ten times slower.
+# Two workers of one thread each: threads that wait for each other while others work make everything ten times slower. In the order of their names: by
+# default files with many tests go first, and those with few, which compile for minutes, come last, when the other worker has nothing left to do.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m pytest benchmarks/bench_decode_step.py
