@@ -5,6 +5,7 @@ same on every machine, to the bit. ``python -m reflective.doctor.known`` compute
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ PROMPT = (1, 28, 10, 32, 51, THINK, 38, 42)  # the step-token at 2 lies before t
 LENGTH = 56  # tokens decoded after it
 ROWS = 64  # rows of states for the head alone
 # What the default model is asked, and says: its tokens are in the file.
-QUESTION, SAYS = "15 + 7 + 16", "15 + 7 = 22.\n\n22 + 16 = 38.\n\nThe answer is 38.\n\n"
+QUESTION, SAYS = "15 + 7 + 16", "15 + 7 = 22.\n\n22 + 16 = 38.\n\nThe answer is 38."
 ROUNDING = 2.0**-24  # of float32: half the distance from 1 to the next number
 
 
@@ -141,16 +142,16 @@ def steps() -> Any:
 
 
 def exact(net: Any, sprm: Any, ids: list[int], positions: list[int]) -> Any:
-    """Log-scores of the steps at ``positions``, as the published pipeline has them: one forward of the whole text, all states kept,
-    and the head as a module of torch. Nothing of this package's ops."""
+    """Log-scores of the steps at ``positions``, as the published pipeline has them: one forward of the whole text, all states kept, of which
+    the head reads one layer's, and the head as a module of torch. Nothing of this package's ops."""
     import torch
     import torch.nn.functional as F
 
     with torch.no_grad():
-        hidden = net(torch.tensor([ids], device=net.device), output_hidden_states=True).hidden_states[-2][0]
+        hidden = net(torch.tensor([ids], device=net.device), output_hidden_states=True).hidden_states[sprm.tap.layers[0]][0]
         before = torch.tensor(positions, device=net.device) - 1
         w1, b1, w2, b2 = sprm.parameters()
-        return F.logsigmoid(F.linear(F.relu(F.linear(hidden[before], w1, b1)), w2, b2)[:, 0])
+        return F.logsigmoid(F.linear(F.relu(F.linear(hidden[before], w1, b1)), w2, b2)[:, 0]).clamp_min(math.log(1e-10))
 
 
 def counted(ids: list[int], prompt: int) -> list[int]:
