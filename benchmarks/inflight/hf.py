@@ -225,6 +225,16 @@ class Published(SecondPass):
         return second_pass(parts, torch.tensor([world.ids(world.tokenizer.decode(row.ids))]), None), None
 
 
+def read(world: World, case: Case, rows: Sequence[Row], states: Tensor, place: Callable[[Row, int], int]) -> list[Scored]:
+    """Scores of the steps of ``rows`` from ``states`` [B, places, H], of which ``place`` says where a row's column was predicted."""
+    found = []
+    for row in rows:
+        columns = world.columns(row.ids, row.prompt, case.rule)
+        features = states[row.at, [place(row, column) for column in columns]]
+        found.append(row.scored(world.head(features).sigmoid().flatten(), columns))
+    return found
+
+
 class OutputHiddenStates:
     """``generate(output_hidden_states=True)``, all steps' states put one behind the other."""
 
@@ -240,10 +250,7 @@ class OutputHiddenStates:
         for part in Call.all(world, case):
             rows = part.generate(output_hidden_states=True, return_dict_in_generate=True)
             states = torch.cat([step[LAYER] for step in part.out.hidden_states], 1)  # [B, columns, H]
-            for row in rows:
-                columns = world.columns(row.ids, row.prompt, case.rule)
-                features = states[row.at, [row.pad + c - 1 for c in columns]]
-                found.append(row.scored(world.head(features).sigmoid().flatten(), columns))
+            found += read(world, case, rows, states, lambda row, column: row.pad + column - 1)
             events |= part.events
         return Run(found, events)
 
@@ -269,10 +276,7 @@ class Hook:
             finally:
                 handle.remove()
             states = torch.stack(kept, 1)  # [B, forwards, H]
-            for row in rows:
-                columns = world.columns(row.ids, row.prompt, case.rule)
-                features = states[row.at, [c - row.prompt for c in columns]]
-                found.append(row.scored(world.head(features).sigmoid().flatten(), columns))
+            found += read(world, case, rows, states, lambda row, column: column - row.prompt)
             events |= part.events
         return Run(found, events)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .hf import NOT_HERE, Call
+from .hf import NOT_HERE, Call, read
 from .run import Run, Scored
 from .system import System
 from .world import LAYER, World
@@ -34,10 +34,7 @@ class NNsight:
             kept: list[Any] = []
             rows = part.by(lambda part=part, kept=kept: self._traced(traced, part, kept) or returned[-1])
             states = torch.stack(kept, 1)  # [B, steps, H]
-            for row in rows:
-                columns = world.columns(row.ids, row.prompt, case.rule)
-                features = states[row.at, [c - row.prompt for c in columns]]
-                found.append(row.scored(world.head(features).sigmoid().flatten(), columns))
+            found += read(world, case, rows, states, lambda row, column: column - row.prompt)
             events |= part.events
         return Run(found, events)
 

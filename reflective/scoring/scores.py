@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import view
 from ..kernels.layout import LOG_FLOOR
-from ..utils.outputs import write_text
 
 FLOOR = 1e-10  # of a step score under a logarithm
 
@@ -133,10 +132,7 @@ class TrajectoryScores:
         if given is not None and len(given) != len(self):
             raise ValueError(f"{'texts' if ids is None else 'ids'}: {len(given)} for {len(self)} trajectories; give one each")
         fragment = self._fragment(None if given is None else [self._text(i, given[i], tokenizer) for i in range(len(self))])
-        if path is None:
-            return fragment
-        write_text(path, view.page(f"Scores of {len(self)} trajectories", fragment), "path")
-        return None
+        return view.written(f"Scores of {len(self)} trajectories", fragment, path)
 
     def _repr_html_(self) -> str:
         return self._fragment(limit=view.NOTEBOOK)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from .. import view
 from ..engines.base import Chance
-from ..utils.outputs import write_text
 from .answers import same_answer
 from .stopped import STOPPED
 
@@ -77,7 +76,7 @@ class Candidate:
         Raises:
             OSError: the file cannot be written.
         """
-        return _html(self._fragment(right), path, "A scored response")
+        return view.written("A scored response", self._fragment(right), path)
 
     def _repr_html_(self) -> str:
         return self._fragment(limit=view.NOTEBOOK)
@@ -152,7 +151,7 @@ class Generation:
         Raises:
             OSError: the file cannot be written.
         """
-        return _html(self._fragment(right), path, f"{self.strategy}: {self.text.strip()[:80]}")
+        return view.written(f"{self.strategy}: {self.text.strip()[:80]}", self._fragment(right), path)
 
     def _repr_html_(self) -> str:
         return self._fragment(limit=view.NOTEBOOK)
@@ -204,10 +203,3 @@ def _is_right(answer: str | None, right: str | None) -> bool | None:
     if right is None:
         return None
     return answer is not None and bool(same_answer(answer, right))
-
-
-def _html(fragment: str, path: str | Path | None, title: str) -> str | None:
-    if path is None:
-        return fragment
-    write_text(path, view.page(title, fragment), "path")
-    return None

@@ -2,12 +2,12 @@
 
 from importlib.resources import files
 
-from .document import browse, page
+from .document import browse, page, written
 from .escape import plain
 from .fragments import NOTEBOOK, many, one, table
 from .trajectory import Trajectory, aggregation_of, running
 
-__all__ = ["NOTEBOOK", "Trajectory", "aggregation_of", "browse", "many", "one", "page", "plain", "running", "style", "table"]
+__all__ = ["NOTEBOOK", "Trajectory", "aggregation_of", "browse", "many", "one", "page", "plain", "running", "style", "table", "written"]
 
 
 def style() -> str:

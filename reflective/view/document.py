@@ -3,8 +3,10 @@
 import base64
 import hashlib
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from ..utils.outputs import write_text
 from .escape import in_script, text
 from .fragments import styles
 
@@ -15,6 +17,18 @@ def page(title: str, fragment: str) -> str:
     """A page of one of ``fragments``. It has no script, and no right to one."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     return _document(title, policy, f"<style>{_PAGE}</style>", fragment + "\n")
+
+
+def written(title: str, fragment: str, path: str | Path | None) -> str | None:
+    """``page`` into ``path``; the fragment itself, where there is none.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if path is None:
+        return fragment
+    write_text(path, page(title, fragment), "path")
+    return None
 
 
 def browse(title: str, data: dict[str, Any]) -> str:
