@@ -21,3 +21,21 @@ def default_model():
     from reflective import ReflectiveModel
 
     return ReflectiveModel.default()
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A server on letters, of which one in five ends a step."""
+    from served import live
+    from test_search import reflective_model
+
+    with live(reflective_model(prompt=None)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same model, of which no engine knows."""
+    from test_search import reflective_model
+
+    return reflective_model(prompt=None)

@@ -95,19 +95,6 @@ def held(server, tokens=0):
 
 
 @pytest.fixture(scope="module")
-def letters():
-    """On letters, of which one in five ends a step."""
-    with live(reflective_model(prompt=None)) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """The same model, of which no engine knows."""
-    return reflective_model(prompt=None)
-
-
-@pytest.fixture(scope="module")
 def client(letters):
     return openai.OpenAI(base_url=f"{letters.url}/v1", api_key="none", max_retries=0)
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from test_model import small  # noqa: F401 (a fixture)
 from test_search import QUESTIONS, reflective_model
-from test_serve import SAMPLING, alone, client, letters, live, metastone, openai, published  # noqa: F401 (fixtures)
+from test_serve import SAMPLING, client, live, metastone, openai, published  # noqa: F401 (fixtures)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -226,7 +226,7 @@ def likelihood(out, lengths):
 
 
 @pytest.mark.parametrize("form", ["ids", "list of ids", "text"])
-def test_requests_of_the_harness(letters, alone, form):  # noqa: F811
+def test_requests_of_the_harness(letters, alone, form):
     greedy = alone.generate("KLM", n=1, temperature=0, max_new_tokens=4).text
     pairs = [("ABC", "DE"), ("KLM", greedy), ("Z", "A"), ("ABCDEF", "GHIJKLMNOPQRSTUVWXYZ")]
     right = []
@@ -255,7 +255,7 @@ def test_requests_of_the_harness(letters, alone, form):  # noqa: F811
     assert made["choices"][0]["text"] == greedy
 
 
-def test_a_batch_of_the_harness(letters, alone):  # noqa: F811
+def test_a_batch_of_the_harness(letters, alone):
     """``batch_size=4``: one request, whose end tokens count as others do."""
     rows = [alone.tokenizer(text).input_ids for text in ("ABCDE", "Z", "KLMNABCZZZ", "AB")]
     body = {
@@ -316,7 +316,7 @@ def test_a_response_that_ends_at_once_has_its_end_token():
         ),
     ],
 )
-def test_refusals(letters, path, more, says):  # noqa: F811
+def test_refusals(letters, path, more, says):
     given = {"messages": CHAT} if path.startswith("chat") else {"prompt": "ABC"}
     answer = letters.http.post(f"/v1/{path}", json={**given, "max_tokens": 2, **more})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text
@@ -324,7 +324,7 @@ def test_refusals(letters, path, more, says):  # noqa: F811
 
 @pytest.mark.parametrize("more", [{"logprobs": False}, {"top_logprobs": 0}, {"echo": False}, {"logprobs": None}])
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
-def test_what_asks_for_nothing(letters, path, more):  # noqa: F811
+def test_what_asks_for_nothing(letters, path, more):
     given = {"messages": CHAT} if path.startswith("chat") else {"prompt": "ABC"}
     answer = letters.http.post(f"/v1/{path}", json={**given, "max_tokens": 2, **more})
     assert answer.status_code == 200 and answer.json()["choices"][0]["logprobs"] is None
@@ -333,7 +333,7 @@ def test_what_asks_for_nothing(letters, path, more):  # noqa: F811
 # -- in the engine ---------------------------------------------------------------------------------------------------
 
 
-def test_requests_in_one_batch_keep_what_each_asks_for(alone):  # noqa: F811
+def test_requests_in_one_batch_keep_what_each_asks_for(alone):
     engine = Engine(reflective_model(prompt=None), batch_rows=6)
     asked = [{"logprobs": None}, {"logprobs": 0}, {"logprobs": 5}, {"logprobs": 1, "prompt_logprobs": 2}]
     futures = [
@@ -362,7 +362,7 @@ def test_requests_in_one_batch_keep_what_each_asks_for(alone):  # noqa: F811
     engine.close()
 
 
-def test_a_long_prompt_is_given_up(alone):  # noqa: F811
+def test_a_long_prompt_is_given_up(alone):
     model = reflective_model(prompt=None)
     engine = Engine(model, batch_tokens=64)
     future = engine.generate("ABC" * 150, prompt_logprobs=1, max_new_tokens=0)

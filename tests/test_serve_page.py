@@ -38,19 +38,6 @@ SAMPLING = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 40}
 CHAT = "/v1/chat/completions"
 
 
-@pytest.fixture(scope="module")
-def letters():
-    """On letters, of which one in five ends a step."""
-    with live(reflective_model(prompt=None)) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """The same model, of which no engine knows."""
-    return reflective_model(prompt=None)
-
-
 # -- the page over HTTP ----------------------------------------------------------------------------------------------
 
 
