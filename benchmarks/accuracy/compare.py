@@ -19,6 +19,7 @@ from .families import FAMILIES
 GROUP = 50  # questions whose trees are in memory together
 # Strategies that are tried on the first group alone: they take longest, refine by prompts ten times as long as the others'.
 FEW = ("refine", "astar", "dvts", "step_beam, at random")
+STOPPING = ("best_of_n", "prune", "prune, at random")  # they decode nothing that best of n does not: the further questions are for them
 NS = rules.NS
 APART = ("exit", "auto")  # who have a head of their own; or draw what best of n has drawn, and are replayed
 RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
@@ -96,7 +97,7 @@ def compare(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
     """Records of every strategy, seed and question, a file a group of questions."""
     model = policy.load(work)
     for family in families:
-        asked = policy.questions(family, "eval")
+        asked = policy.questions(family, "eval") + policy.questions(family, "further")
         for first in range(0, len(asked), GROUP):
             file = work / family / f"compared, from {first}.jsonl"
             if file.is_file():
@@ -118,7 +119,7 @@ def _group(work: Path, model: ReflectiveModel, family: str, asked: Sequence[Ques
         whole = rules.decode(engine, own, asked, by_name("best_of_n", n=max(NS)), 0, first)
         for n in NS:
             for run, choosers in runs(rules.home(work, family, seed, n), n).items():
-                if run in FEW and first:
+                if (run in FEW and first) or (run not in STOPPING and first >= policy.SIZES["eval"]):
                     continue
                 began, fed = time.perf_counter(), engine.fed
                 found = whole if run == "best_of_n" else rules.decode(engine, own, asked, choosers[run], 0, first)

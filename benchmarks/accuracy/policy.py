@@ -21,8 +21,9 @@ from reflective.utils.outputs import json_text
 from .families import CONFIG, FAMILIES, Worked
 
 STEPS, BATCH, LR = 64, 16, 1e-3
-SIZES = {"lesson": STEPS * BATCH // len(FAMILIES), "calibration": 96, "eval": 200}
-TRAIN = {"chains": 576, "crates": 1536}  # of crates most are answered right, or wrong, every time, and tell nothing
+# ``further`` questions of the evaluation: for strategies that decode nothing which best of n does not, so that one more costs little.
+SIZES = {"lesson": STEPS * BATCH // len(FAMILIES), "calibration": 192, "eval": 200, "further": 200}
+TRAIN = {"chains": 768, "crates": 1024}  # of crates most are answered right, or wrong, every time, and tell nothing
 
 
 def sizes(family: str) -> dict[str, int]:
@@ -53,7 +54,7 @@ def learn(work: Path) -> None:
     ]
     args = SFTConfig(
         output_dir=str(place), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=LR, lr_scheduler_type="linear",
-        warmup_steps=5, bf16=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, report_to="none", logging_steps=5,
+        warmup_steps=5, bf16=dtype_of(work) == torch.bfloat16, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, report_to="none", logging_steps=5,
         save_strategy="no", shuffle_dataset=False, seed=0, disable_tqdm=True,
     )  # fmt: skip
     trainer = SFTTrainer(

@@ -31,6 +31,11 @@ COLORS = {
 Record = dict[str, Any]
 
 
+def seconds_file(work: Path, stage: str, family: str) -> Path:
+    """What a stage has taken, of both families if ``family`` is empty."""
+    return work / "seconds" / ("-".join(filter(None, (stage, family))) + ".json")
+
+
 def records(work: Path, family: str) -> list[Record]:
     files = sorted((work / family).glob("compared, from *.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
@@ -188,6 +193,8 @@ def make(work: Path, out: Path = RESULTS) -> None:
     seconds = [{"family": f, **json.loads(line)} for f in FAMILIES if (file := work / f / "timed.jsonl").is_file() for line in file.read_text().splitlines()]
     if seconds:
         write("strategies_seconds", [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in seconds], out)
+    if stages := [json.loads(file.read_text()) for file in sorted((work / "seconds").glob("*.json"))]:
+        write("strategies_stages", stages, out)
     draw(told, seconds, out)
 
 
@@ -196,8 +203,7 @@ def draw(rows: list[Record], seconds: list[Record], out: Path = RESULTS) -> None
     plt = pyplot()
     fig, axes = plt.subplots(len(FAMILIES), 3, figsize=(13, 4 * len(FAMILIES)), layout="constrained", squeeze=False)
     for (by_n, by_tokens, by_seconds), family in zip(axes, FAMILIES, strict=True):
-        part = [row for row in rows if row["family"] == family]
-        part = [row for row in part if row["questions"] == max(r["questions"] for r in part)]  # without those tried on a few
+        part = _beside([row for row in rows if row["family"] == family and row["strategy"].removesuffix(", then select") not in compare.FEW])
         for name in ("select", "replace", "replace, at random", "majority", "best_of_n", "prune", "prune, at random"):
             color, control = COLORS[name.removesuffix(", at random")], name.endswith("random")
             own = sorted((row for row in part if row["strategy"] == name), key=lambda row: row["n"])
@@ -214,6 +220,13 @@ def draw(rows: list[Record], seconds: list[Record], out: Path = RESULTS) -> None
         _seconds(by_seconds, part, [row for row in seconds if row["family"] == family], family)
     fig.savefig(out / "strategies.png", dpi=150)
     plt.close(fig)
+
+
+def _beside(rows: list[Record]) -> list[Record]:
+    """With the accuracy that each would have on all the questions that best of n has had: best of n's there, and the paired difference on its own."""
+    whole = {row["n"]: row["accuracy"] for row in rows if row["strategy"] == "best_of_n"}
+    paired = ({**row, "moved": whole[row["n"]] + row["difference"] - row["accuracy"]} if row["n"] in whole else {**row, "moved": 0.0} for row in rows)
+    return [row | {key: row[key] + row["moved"] for key in ("accuracy", "accuracy_low", "accuracy_high")} for row in paired]
 
 
 def _scatter(ax: Any, part: list[Record], key: str, title: str) -> None:

@@ -86,11 +86,11 @@ class Prune(Calibrated):
         curves = [self._curves.setdefault(c.number, []) for c in step.candidates]
         for c, curve in zip(step.candidates, curves, strict=True):
             extend(curve, c.step_scores)
+        judged = [not done and len(own) >= self.min_steps for own, done in zip(curves, finals, strict=True)]
+        ahead = {k: leader(k, curves, finals) for k in {len(own) for own, yes in zip(curves, judged, strict=True) if yes}}
         return [
-            STOP
-            if not done and len(own) >= self.min_steps and lag(own, len(own), curves, finals) > self.threshold
-            else KEEP
-            for own, done in zip(curves, finals, strict=True)
+            STOP if yes and ahead[len(own)] - own[-1] / len(own) > self.threshold else KEEP
+            for own, yes in zip(curves, judged, strict=True)
         ]
 
 
@@ -102,21 +102,20 @@ def extend(curve: list[float], step_scores: Sequence[float]) -> list[float]:
     return curve
 
 
-def lag(own: list[float], k: int, curves: list[list[float]], finals: Sequence[bool]) -> float:
-    """``max_j S_j(k) - S(k)`` over those of ``curves`` with k steps, or fewer and final. One of them is ``own``."""
-    best = max(
+def leader(k: int, curves: list[list[float]], finals: Sequence[bool]) -> float:
+    """``max_j S_j(k)`` over those of ``curves`` with k steps, or fewer and final."""
+    return max(
         curve[min(k, len(curve)) - 1] / min(k, len(curve))
         for curve, done in zip(curves, finals, strict=True)
         if curve and (done or len(curve) >= k)
     )
-    return best - own[k - 1] / k
 
 
 def _winners_lag(curves: list[list[float]], min_steps: int) -> float:
     curves = [curve for curve in curves if curve and curve[-1] > -math.inf]
     winner = max(curves, key=lambda curve: curve[-1] / len(curve), default=[])
     finals = [True] * len(curves)
-    return max((lag(winner, k, curves, finals) for k in range(min_steps, len(winner) + 1)), default=0.0)
+    return max((leader(k, curves, finals) - winner[k - 1] / k for k in range(min_steps, len(winner) + 1)), default=0.0)
 
 
 def _step_scores(question: Any) -> list[Sequence[float]]:
