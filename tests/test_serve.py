@@ -423,6 +423,7 @@ def test_completions(alone, client):
         ({"best_of": 5}, {"n": 5}),
         ({"effort": "low"}, {"effort": "low"}),
         ({"strategy": "particles", "best_of": 4}, {"strategy": "particles", "n": 4}),
+        ({"strategy": "refine", "best_of": 3}, {"strategy": "refine", "n": 3}),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -442,6 +443,17 @@ def test_one_of_several_is_chosen(alone, client, asked, settings, stream):
     assert text == expected.text and same(scores, expected.best)
     assert run["scores"] == pytest.approx([c.score for c in expected.candidates], rel=1e-4)
     assert run["chosen_by"] == [expected.chosen_by]
+
+
+def test_a_question_is_asked_anew_with_drafts(letters):
+    """In a conversation, where it is known what stands behind the question, and with room for the drafts where nobody says how long an answer may be."""
+    body = {"strategy": "refine", "best_of": 2, "seed": 0, "temperature": 1.0}
+    found = letters.http.post("/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": "ABC"}], "max_tokens": 9}).json()
+    assert len(found["reflective"]["scores"]) == 3
+    half = letters.http.post("/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": "ABC"}]}).json()
+    assert half["usage"]["completion_tokens"] <= 3 * (512 - 3) // 2 and "error" not in half
+    refused = letters.http.post("/v1/completions", json={**body, "prompt": "ABC", "max_tokens": 9})
+    assert refused.status_code == 400 and "/v1/chat/completions" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

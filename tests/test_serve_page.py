@@ -96,8 +96,8 @@ def test_what_is_offered_is_taken(letters):
         ("low", 2, "best_of_n"), ("medium", 8, "best_of_n"), ("high", 32, "best_of_n"),
     ]  # fmt: skip
     names = [s["id"] for s in offers["data"]]
-    # These have no rule here, or ask anew, for which a server's prompt has no place.
-    assert set(NAMES) - set(names) == {"select", "prune", "exit", "auto", "refine"} and all(s["about"] for s in offers["data"])
+    # These have no rule here.
+    assert set(NAMES) - set(names) == {"select", "prune", "exit", "auto"} and all(s["about"] for s in offers["data"])
     for asked in [{"effort": e["effort"]} for e in offers["efforts"]] + [{"strategy": name, "best_of": 4} for name in names]:
         body = {"messages": [{"role": "user", "content": "ABC"}], "max_tokens": 2, **asked}
         assert letters.http.post(CHAT, json=body).status_code == 200, asked

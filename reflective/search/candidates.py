@@ -98,7 +98,8 @@ class Ask:
         self._check_sampling()
         if self.strategy.asks and self.again is None:
             raise ValueError(
-                f"strategy={self.strategy.name!r} has the question asked anew, and here the prompt alone is known; use ReflectiveModel.generate"
+                f"strategy={self.strategy.name!r} has the question asked anew, and here the prompt alone is known; use ReflectiveModel.generate, or a "
+                "server's /v1/chat/completions"
             )
         listed = isinstance(self.stop, Collection) and not isinstance(self.stop, str | bytes)
         if not listed or not all(isinstance(text, str) and text for text in self.stop):

@@ -108,6 +108,7 @@ class Engine:
         Args:
             n: candidates of each; None: the strategy's own.
             max_new_tokens: None: what the model has positions for behind each prompt.
+            again: the prompt with a text behind its question, for strategies that ask so, where there is one prompt.
             logprobs, prompt_logprobs: see ``Ask``; they come in ``Candidate.logprobs`` and ``Generation.prompt_logprobs``.
             on_step: called in the engine's thread after every forward: with the candidates or, of ``generate_all``, with the
                 number of a prompt and its candidates.
@@ -131,6 +132,7 @@ class Engine:
         thinking_budget: int | None = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        again: Callable[[str], str] | None = None,
         on_step: Callable[..., None] | None = None,
         **sampling: Unpack[SamplingSettings],
     ) -> Generate:
@@ -139,10 +141,12 @@ class Engine:
             name = "prompt" if len(prompts) == 1 else f"prompt[{i}]"
             text, ids = (prompt, self.encode(prompt)) if isinstance(prompt, str) else ("", list(prompt))
             room = max(1, self.max_length - len(ids)) if self.max_length is not None else MAX_TOKENS
-            most = room if max_new_tokens is None else max_new_tokens
+            chosen = self.model.strategy(strategy, n=n)
+            usual = max(1, room // 2) if chosen.asks else room  # the other half is for the drafts, which become part of a prompt
+            most = usual if max_new_tokens is None else max_new_tokens
             ask = Ask(
-                ids, self.model.strategy(strategy, n=n), max_new_tokens=most, seed=seed, stop=stop,
-                thinking_budget=thinking_budget, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **sampling,
+                ids, chosen, max_new_tokens=most, seed=seed, stop=stop, thinking_budget=thinking_budget, logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs, again=self._again(again, most) if again and len(prompts) == 1 else None, **sampling,
             )  # fmt: skip
             self.model.check_sampling(ask)
             self.check(name, ids)
@@ -238,6 +242,15 @@ class Engine:
         model, lock = self._tokenizer()
         with lock:
             return model.encode(prompt)[0].tolist()
+
+    def _again(self, again: Callable[[str], str], max_new_tokens: int) -> Callable[[str], list[int] | None]:
+        """For ``Ask``: as long as the model can answer it."""
+
+        def ids(text: str) -> list[int] | None:
+            found = self.encode(again(text))
+            return None if self.max_length is not None and len(found) + max_new_tokens > self.max_length else found
+
+        return ids
 
     def encode_response(self, response: str | Sequence[int], whole: bool) -> list[int]:
         """The ids of a response; ``whole``: of a text without a prompt."""

@@ -29,9 +29,8 @@ async def strategies(service: Shared) -> dict[str, Any]:
 
 
 def _found(service: Service, **asked: str) -> Strategy | None:
-    """None where the checkpoint has no rule for it, the head's scores cannot steer, or it asks anew, which prompts of a server do not."""
+    """None where the checkpoint has no rule for it, or the head's scores cannot steer."""
     try:
-        found = service.engine.model.strategy(**asked)
+        return service.engine.model.strategy(**asked)
     except ValueError:
         return None
-    return None if found.asks else found

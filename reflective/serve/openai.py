@@ -52,7 +52,10 @@ def _model(service: Service) -> dict[str, Any]:
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatCompletion, request: Request, service: Shared) -> Any:
-    return await _complete(_CHAT, body, lambda: [service.prompt(body.messages)], request, service)
+    def again(text: str) -> str:
+        return service.prompt(body.messages, behind=text)
+
+    return await _complete(_CHAT, body, lambda: [service.prompt(body.messages)], request, service, again)
 
 
 @router.post("/v1/completions")
@@ -87,8 +90,9 @@ _TEXT = _Form(
 
 
 async def _complete(
-    form: _Form, body: Sampling, given: Callable[[], list[str | list[int]]], request: Request, service: Service
-) -> Any:
+    form: _Form, body: Sampling, given: Callable[[], list[str | list[int]]], request: Request, service: Service,
+    again: Callable[[str], str] | None = None,
+) -> Any:  # fmt: skip
     service.check_name(body.model)
     engine, loop, news = service.engine, asyncio.get_running_loop(), asyncio.Queue()
     sent: dict[tuple[int, int], tuple[int, int]] = {}
@@ -127,7 +131,7 @@ async def _complete(
         return engine.generate_all(
             prompts, strategy=strategy, n=None, max_new_tokens=body.max_tokens, **body.sampling, seed=body.seed,
             stop=body.stops, thinking_budget=body.thinking_budget, logprobs=body.alternatives,
-            prompt_logprobs=(body.alternatives or 0) if of_prompt else None,
+            prompt_logprobs=(body.alternatives or 0) if of_prompt else None, again=again,
             on_step=on_step if body.stream and (watch or not body.steered) else None,
         )  # fmt: skip
 

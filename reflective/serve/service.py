@@ -63,13 +63,15 @@ class Service:
         if model not in (None, self.name):
             raise HTTPException(404, f"model: there is no {model!r}; this server has {self.name!r}")
 
-    def prompt(self, messages: Sequence[Message], *, answered: bool = False) -> str:
-        """The formatted prompt after ``messages``; ``answered``: these as a text, after which no answer is asked for.
+    def prompt(self, messages: Sequence[Message], *, answered: bool = False, behind: str = "") -> str:
+        """The formatted prompt after ``messages``; ``answered``: these as a text, after which no answer is asked for; ``behind``: a text behind what was said
+        last.
 
         Raises:
             ValueError: the checkpoint's prompt has no room for them, or the chat template refuses them.
         """
-        return self.engine.model.format([m.templated for m in messages], "messages", answered=answered)
+        *before, last = (m.templated for m in messages)
+        return self.engine.model.format([*before, {**last, "content": last["content"] + behind}], "messages", answered=answered)
 
     async def begin(self, request: Request, ask: Callable[[], "Future[T]"]) -> "Future[T]":
         """What ``ask`` asks of the engine; in another thread, for it tokenizes, and counted as queued.
