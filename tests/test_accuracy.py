@@ -8,6 +8,7 @@ import torch
 from test_search import QUESTIONS, reflective_model
 
 from reflective.benchmarks import record, report
+from reflective.benchmarks.accuracy import __main__ as accuracy
 from reflective.benchmarks.accuracy import compare, learn, policy, rules, tables
 from reflective.benchmarks.accuracy.families import CONFIG, FAMILIES
 from reflective.benchmarks.tree import TreeEngine
@@ -143,7 +144,13 @@ def written(folder, family, questions=12):
 def test_tables_give_paired_differences_and_keep_what_exit_states(tmp_path):
     for family in FAMILIES:
         written(tmp_path, family)
+        accuracy._timed(tmp_path, "heads", family, lambda: None)
+    before = tables.seconds_file(tmp_path, "heads", "crates")
+    before.write_text(before.read_text().replace('"seconds": 0', '"seconds": 40'))
+    accuracy._timed(tmp_path, "heads", "crates", lambda: None)
     tables.make(tmp_path, tmp_path)
+    stages = {(r["stage"], r["family"]): float(r["seconds"]) for r in record.read("strategies_stages", tmp_path)}
+    assert stages == {("heads", "chains"): pytest.approx(0, abs=30), ("heads", "crates"): pytest.approx(40, abs=30)} and stages["heads", "crates"] >= 40
     rows = record.read("strategies", tmp_path)
     for family in FAMILIES:
         of = {(r["strategy"], r["n"]): r for r in rows if r["family"] == family}
@@ -160,6 +167,17 @@ def test_tables_give_paired_differences_and_keep_what_exit_states(tmp_path):
     assert (tmp_path / "strategies.png").stat().st_size > 10_000
     shown = {line[0]: line[1:] for line in report.strategies(tmp_path)}
     assert len(shown["`prune`"]) == 1 + 2 * len(FAMILIES) and "50%" in shown["`prune`"] and shown["`auto`"][0] == "best of 8"
+
+
+def test_pictures_show_what_all_questions_would_give():
+    """A strategy that was asked a part of the questions stands where the paired difference puts it."""
+    row = {"accuracy_low": 0.0, "accuracy_high": 1.0, "n": 8}
+    best, other, one = tables._beside([
+        row | {"strategy": "best_of_n", "accuracy": 0.5, "difference": 0.0}, row | {"strategy": "replace", "accuracy": 0.7, "difference": 0.1},
+        {**row, "strategy": "one", "accuracy": 0.3, "n": 1},
+    ])  # fmt: skip
+    assert (best["accuracy"], one["accuracy"]) == (0.5, 0.3)
+    assert other["accuracy"] == pytest.approx(0.6) and other["accuracy_high"] == pytest.approx(0.9)
 
 
 def test_every_strategy_is_compared(tmp_path):
