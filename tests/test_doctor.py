@@ -29,6 +29,7 @@ from reflective.scoring import ops
 
 ROOT = Path(__file__).parents[1]
 HERE = [name for name, info in rf.backends().items() if info.available]
+WITHOUT_INTERPRETER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # 20 seconds less a run; test_the_command has it
 GROUPS = ["import torch", "import transformers", "import reflective", "cuda", "triton", "cpu", "torch", "hf", "vllm", "default model"]
 
 
@@ -145,6 +146,7 @@ def test_the_command(tmp_path):
 
 def test_all_of_it_as_json(default_model, monkeypatch):
     monkeypatch.setenv("REFLECTIVE_API_KEY", "not to be told")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     done = run("doctor", "--json")
     said = json.loads(done.stdout)
     assert said["ok"] and said["facts"]["versions"]["transformers"] and said["facts"]["machine"]["cpu"]
@@ -236,7 +238,7 @@ def package(folder, **edits):
 def apart_from(folder, *args, code, **env):
     """The command in a process that imports what lies in ``folder`` first."""
     start = "import sys; sys.argv[0] = 'reflective'; from reflective.cli import main; main()"
-    given = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **env}
+    given = {**WITHOUT_INTERPRETER, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **env}
     done = subprocess.run(
         [sys.executable, "-c", start, "doctor", "--quick", "--json", *args], capture_output=True, text=True, env=given, cwd=folder,
         timeout=tiny.PATIENCE, check=False,
@@ -396,7 +398,7 @@ def test_every_block_of_the_page_runs(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "reflective").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(start)} "$@"\n')
     (tmp_path / "bin" / "reflective").chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    env = {**WITHOUT_INTERPRETER, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     blocks, said = re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL), []
     for kind, block in blocks:
         command = ["bash", "-c", block] if kind == "bash" else [sys.executable, "-c", block]
