@@ -18,12 +18,13 @@ from .families import FAMILIES
 
 GROUP = 50  # questions whose trees are in memory together
 # Strategies that are tried on the first group alone: they take longest, refine by prompts ten times as long as the others'.
-FEW = ("refine", "astar", "dvts", "step_beam, at random")
+FEW = ("refine", "astar", "dvts", "step_beam by mean", "step_beam, at random")
 STOPPING = ("best_of_n", "prune", "prune, at random")  # they decode nothing that best of n does not: the further questions are for them
 NS = rules.NS
 APART = ("exit", "auto")  # who have a head of their own; or draw what best of n has drawn, and are replayed
 RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
-ONLY = {"refine": (8,), "dvts": (8,), "astar": (8,), "first_finish": (8,), "step_beam": (8, 16), "step_beam by mean": (8, 16), "particles": (8, 16), "step_beam, at random": (8,)}  # of the sizes
+ONLY = {"refine": (8,), "dvts": (8,), "astar": (8,), "first_finish": (8,)}  # of the sizes
+ONLY |= dict.fromkeys(("step_beam", "step_beam by mean", "step_beam, at random", "particles", "replace, at random"), (16,))
 TIMED = {16: ("best_of_n", "prune", "prune, at random", "replace"), 8: ("best_of_n", "auto")}
 KV_TOKENS, TIMED_QUESTIONS = 3072, 8
 

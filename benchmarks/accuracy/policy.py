@@ -22,7 +22,7 @@ from .families import CONFIG, FAMILIES, Worked
 
 STEPS, BATCH, LR = 64, 16, 1e-3
 # ``further`` questions of the evaluation: for strategies that decode nothing which best of n does not, so that one more costs little.
-SIZES = {"lesson": STEPS * BATCH // len(FAMILIES), "calibration": 192, "eval": 200, "further": 200}
+SIZES = {"lesson": STEPS * BATCH // len(FAMILIES), "calibration": 192, "eval": 200, "further": 100}
 TRAIN = {"chains": 768, "crates": 1024}  # of crates most are answered right, or wrong, every time, and tell nothing
 
 
