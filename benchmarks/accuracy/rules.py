@@ -28,10 +28,10 @@ from .families import FAMILIES
 
 NS = (8, 16, 32)
 AUTO = 8  # candidates of auto at the most: it is to be as right as best of so many
-RISKS = (0.3, 0.2, 0.1, 0.05)  # of losing best of N's pick, the boldest first; another candidate may be as right
+RISKS = (0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)  # of losing best of N's pick, the boldest first; another candidate may be as right
 LOSS = 0.005  # of accuracy on the questions of calibration, at the most
 EARLY = ("crates",)  # whose answer may be there before the last step: in a chain it never is, and there is nothing for exit to save
-EXIT_RISK, READY = 0.05, 96  # stated; questions from an answer to each of which readiness is learnt
+EXIT_RISK, READY = 0.05, 256  # stated; questions from an answer to each of which readiness is learnt
 
 
 def engine_for(model: ReflectiveModel) -> TreeEngine:
