@@ -1,5 +1,6 @@
 """The comparison of strategies on long chains: its questions, its engine, its controls and its tables."""
 
+import json
 import re
 
 import numpy as np
@@ -8,14 +9,14 @@ import torch
 from test_search import QUESTIONS, reflective_model
 
 from reflective.benchmarks import record, report
-from reflective.benchmarks.accuracy import __main__ as accuracy
-from reflective.benchmarks.accuracy import compare, learn, policy, rules, tables
+from reflective.benchmarks.accuracy import compare, learn, policy, replay, rules, stages, tables
 from reflective.benchmarks.accuracy.families import CONFIG, FAMILIES
 from reflective.benchmarks.tree import TreeEngine
 from reflective.scoring.taps import Tap
 from reflective.search.candidates import Ask
 from reflective.search.loop import Search
 from reflective.search.strategies import KEEP, NAMES, STOP, Step, Strategy, by_name
+from reflective.search.strategies.prune import Prune
 from reflective.train import readiness, roll_out
 from reflective.train.data import Rollouts
 
@@ -134,8 +135,6 @@ def written(folder, family, questions=12):
             home.mkdir(parents=True, exist_ok=True)
             (home / "select.json").write_text('{"exponent": 4.0, "growth": 0.0, "questions": 9}')
             (home / "auto.json").write_text(f'{{"exponent": 4.0, "growth": 0.0, "n": {n}, "enough": 0.7, "first": 2, "loss": 0.0, "questions": 9}}')
-    import json
-
     (folder / family / "compared, from 0.jsonl").write_text("\n".join(map(json.dumps, lines)))
     timed = [{"strategy": s, "n": 16, "seconds": t, "tokens": 9.0, "accuracy": 0.5} for s, t in (("best_of_n", 2.0), ("prune", 1.0))]
     (folder / family / "timed.jsonl").write_text("\n".join(map(json.dumps, timed)))
@@ -144,13 +143,13 @@ def written(folder, family, questions=12):
 def test_tables_give_paired_differences_and_keep_what_exit_states(tmp_path):
     for family in FAMILIES:
         written(tmp_path, family)
-        accuracy._timed(tmp_path, "heads", family, lambda: None)
+        stages.timed(tmp_path, "heads", family, lambda: None)
     before = tables.seconds_file(tmp_path, "heads", "crates")
     before.write_text(before.read_text().replace('"seconds": 0', '"seconds": 40'))
-    accuracy._timed(tmp_path, "heads", "crates", lambda: None)
+    stages.timed(tmp_path, "heads", "crates", lambda: None)
     tables.make(tmp_path, tmp_path)
-    stages = {(r["stage"], r["family"]): float(r["seconds"]) for r in record.read("strategies_stages", tmp_path)}
-    assert stages == {("heads", "chains"): pytest.approx(0, abs=30), ("heads", "crates"): pytest.approx(40, abs=30)} and stages["heads", "crates"] >= 40
+    taken = {(r["stage"], r["family"]): float(r["seconds"]) for r in record.read("strategies_stages", tmp_path)}
+    assert taken == {("heads", "chains"): pytest.approx(0, abs=30), ("heads", "crates"): pytest.approx(40, abs=30)} and taken["heads", "crates"] >= 40
     rows = record.read("strategies", tmp_path)
     for family in FAMILIES:
         of = {(r["strategy"], r["n"]): r for r in rows if r["family"] == family}
@@ -185,15 +184,45 @@ def test_every_strategy_is_compared(tmp_path):
         "prune.json": '{"threshold": 1.0, "n": 8, "min_steps": 1, "risk": 0.1, "questions": 9}',
         "select.json": '{"exponent": 4.0, "growth": 0.0, "questions": 9}',
     }.items():
-        (tmp_path / name).write_text(text)
+        for home in (tmp_path / "home", tmp_path / f"home{rules.THEN_SELECT}"):
+            home.mkdir(exist_ok=True)
+            (home / name).write_text(text)
+    tmp_path = tmp_path / "home"
     runs = compare.runs(tmp_path, 8)
     assert list(runs["best_of_n"]) == ["best_of_n", "majority", "weighted_vote", "select", "rpc"], "they are given one run"
     parts = [part for n in rules.NS for part in compare.runs(tmp_path, n).values()]
     named = {name for part in parts for name in part if not name.endswith(", then select")} - {"step_beam by mean"}
-    assert named == {*NAMES, *(f"{name}, at random" for name in compare.RANDOM)} - {*compare.APART}
-    assert list(runs["prune"]) == ["prune", "prune, then select"]
+    assert named - {"prune, then select, at random"} == {*NAMES, *(f"{name}, at random" for name in compare.RANDOM if "select" not in name)} - {*compare.APART}
+    assert [runs[name][name].chooser is not None for name in ("prune", "prune, then select", "prune, then select, at random")] == [False, True, True]
+    assert list(runs["replace"]) == ["replace", "replace, then select"]
     assert all(s.n == 8 for part in runs.values() for s in part.values())
 
 
 def test_heads_read_a_layer_that_was_recorded():
     assert set(learn.LAYERS) >= {-2} and Tap(learn.LAYERS).at == "predict"
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.2])
+def test_a_replay_stops_whom_the_search_stops(threshold):
+    """Candidates that were decoded to their ends, and prune on them; beside prune while they decode."""
+    model, rule = reflective_model(answer="([A-E])"), Prune(threshold=threshold, n=4)
+    engine, questions = TreeEngine(model, **SAMPLING), [a + b for a in "ABC" for b in "DEFGHIJK"]
+
+    def searched(strategy):
+        asks = [Ask(model.encode(q)[0].tolist(), strategy, max_new_tokens=24, seed=3, number=i, **SAMPLING) for i, q in enumerate(questions)]
+        return [model.generation(q, found) for q, found in zip(questions, Search(engine, model.reader).run(asks), strict=True)]
+
+    stopped = []
+    for run, expected in zip(searched(by_name("best_of_n", n=4)), searched(rule), strict=True):
+        if {3, 4} & {token for c in run.candidates for token in c.token_ids}:
+            continue  # tags within a response, before which nothing counts any more
+        there = [replay.Drawn(**json.loads(json.dumps(c.record()))) for c in replay.drawn(model, run)]
+        found = replay.replay(rule, there)
+        assert [(c.status == "stopped", c.tokens, len(c.step_scores)) for c in found] == [
+            (c.status == "stopped", c.tokens, len(c.step_scores)) for c in expected.candidates
+        ]
+        assert rule.choose(found) == expected.best.number
+        stopped += [c.status == "stopped" for c in found]
+    assert 0 < sum(stopped) < len(stopped) and len(stopped) >= 12
+    with pytest.raises(ValueError, match="has to be decoded"):
+        replay.replay(compare.AtRandom(n=4, inner=by_name("particles", n=4)), there)

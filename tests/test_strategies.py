@@ -340,6 +340,21 @@ def test_prune_takes_each_new_step_in():
     # ln 0.9 - (ln 0.9 + ln 0.5) / 2 = 0.29; with 0.2 after it 0.70
 
 
+def test_prune_forgets_steps_that_do_not_count_any_more():
+    """As where a response has steps before its ``<think>``."""
+    rule, (leader, other) = Prune(threshold=0.5), runs(0.9, 0.8)
+    assert decide(rule, leader, other) == [KEEP, KEEP]
+    other.step_scores[:] = [0.5]
+    assert decide(rule, leader, other) == [KEEP, STOP], "ln 0.9 - ln 0.5 = 0.59"
+    rule = Prune(threshold=0.5)
+    other.step_scores[:] = [0.9, 0.9]
+    assert decide(rule, leader, other) == [KEEP, KEEP]
+    other.step_scores[:] = []
+    assert decide(rule, leader, other) == [KEEP, KEEP]
+    other.step_scores[:] = [0.5]
+    assert decide(rule, leader, other) == [KEEP, STOP]
+
+
 def test_prune_calibration_by_hand():
     winner = [0.4, 1.0, 1.0]  # S: ln 0.4, ln 0.4 / 2, ln 0.4 / 3; the other: ln 0.6, ln 0.6
     lag = math.log(0.6) - math.log(0.4)

@@ -7,9 +7,6 @@ strategies on held-out questions; their seconds; tables and pictures. Families g
 """
 
 import argparse
-import json
-import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,10 +15,10 @@ import torch
 
 from reflective.benchmarks.record import RESULTS
 
-from . import compare, learn, policy, rules, tables
+from . import compare, policy, tables
 from .families import FAMILIES
+from .stages import OF_A_FAMILY, of_a_family, timed
 
-OF_A_FAMILY = {"heads": learn.learn, "rules": rules.calibrate, "exit": rules.learn_exit, "compare": compare.compare}
 STAGES = ("policy", *OF_A_FAMILY, "seconds", "tables")
 
 
@@ -34,33 +31,17 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if "policy" in args.stage:
-        _timed(args.work, "policy", "", lambda: policy.learn(args.work))
+        timed(args.work, "policy", "", lambda: policy.learn(args.work))
     if stages := [name for name in OF_A_FAMILY if name in args.stage]:
         threads = max(1, torch.get_num_threads() // len(args.family))
         with ProcessPoolExecutor(len(args.family), get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-            for done in [pool.submit(_family, args.work, family, stages) for family in args.family]:
+            for done in [pool.submit(of_a_family, args.work, family, stages) for family in args.family]:
                 done.result()
     if "seconds" in args.stage:
         for family in args.family:
-            _timed(args.work, "seconds", family, lambda family=family: compare.timed(args.work, [family]))
+            timed(args.work, "seconds", family, lambda family=family: compare.timed(args.work, [family]))
     if "tables" in args.stage:
         tables.make(args.work, args.out)
-
-
-def _family(work: Path, family: str, stages: Sequence[str]) -> None:
-    for name in stages:
-        _timed(work, name, family, lambda name=name: OF_A_FAMILY[name](work, [family]))
-
-
-def _timed(work: Path, stage: str, family: str, act: Callable[[], None]) -> None:
-    """Do it, and add to what it has taken so far."""
-    began = time.perf_counter()
-    act()
-    file, seconds = tables.seconds_file(work, stage, family), time.perf_counter() - began
-    before = json.loads(file.read_text())["seconds"] if file.is_file() else 0
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"stage": stage, "family": family, "seconds": round(before + seconds, 1)}))
-    print(f"{stage} {family}: {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

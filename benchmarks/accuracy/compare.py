@@ -19,13 +19,15 @@ from .families import FAMILIES
 GROUP = 50  # questions whose trees are in memory together
 # Strategies that are tried on the first group alone: they take longest, refine by prompts ten times as long as the others'.
 FEW = ("refine", "astar", "dvts", "step_beam by mean", "step_beam, at random")
-STOPPING = ("best_of_n", "prune", "prune, at random")  # they decode nothing that best of n does not: the further questions are for them
+PRUNE_SELECT = f"prune{rules.THEN_SELECT}"
+# They decode nothing that best of n does not: the further questions are for them.
+STOPPING = ("best_of_n", "prune", PRUNE_SELECT, "prune, at random", f"{PRUNE_SELECT}, at random")
 NS = rules.NS
 APART = ("exit", "auto")  # who have a head of their own; or draw what best of n has drawn, and are replayed
-RANDOM = ("prune", "replace", "step_beam")  # that have a control which does as much to whom it may be
+RANDOM = ("prune", PRUNE_SELECT, "replace", "step_beam")  # that have a control which does as much to whom it may be
 ONLY = {"refine": (8,), "dvts": (8,), "astar": (8,), "first_finish": (8,)}  # of the sizes
 ONLY |= dict.fromkeys(("step_beam", "step_beam by mean", "step_beam, at random", "particles", "replace, at random"), (16,))
-TIMED = {16: ("best_of_n", "prune", "prune, at random", "replace"), 8: ("best_of_n", "auto")}
+TIMED = {16: ("best_of_n", "prune", PRUNE_SELECT, "prune, at random", "replace"), 8: ("best_of_n", "auto")}
 KV_TOKENS, TIMED_QUESTIONS = 3072, 8
 
 
@@ -58,19 +60,23 @@ def runs(home: Path, n: int) -> dict[str, dict[str, Strategy]]:
     """Strategies with n candidates, by their names and by the name of the run that they share: those that only choose are given the candidates of
     one."""
     made = {name: by_name(name, home, n=n) for name in NAMES if name not in APART}
+    made[PRUNE_SELECT] = by_name("prune", f"{home}{rules.THEN_SELECT}", n=n, chooser="select")
     made["step_beam by mean"] = by_name("step_beam", n=n, aggregation="geometric_mean")
-    made |= {f"{name}, at random": AtRandom(n=n, inner=made[name]) for name in RANDOM}
+    made |= {f"{name}, at random": AtRandom(n=n, inner=made[name], chooser=made[name].chooser) for name in RANDOM}
     made = {name: s for name, s in made.items() if n in ONLY.get(name, NS)}
     choosers = {name: s for name, s in made.items() if not observes(s)}
-    # Whoever steers may leave the choice to select.
-    steered = {name: {name: s, f"{name}, then select": made["select"]} for name, s in made.items() if name not in choosers}
+    # Whoever steers may leave the choice to select; who prunes for it has a rule of its own.
+    steered = {name: {name: s} for name, s in made.items() if name not in choosers}
+    for name, both in steered.items():
+        if not name.startswith("prune"):
+            both[name + rules.THEN_SELECT] = made["select"]
     return {"best_of_n": choosers} | steered
 
 
 def told(run: Generation, question: Question, n: int, strategy: Strategy) -> dict[str, Any]:
     """What comes of a run if ``strategy`` chooses; of best of n's, among its first n candidates."""
     there = run.candidates[:n] if run.strategy == "best_of_n" else run.candidates
-    pick = there[strategy.choose(there)]
+    pick = there[(strategy.chooser or strategy).choose(there)]
     return {
         "correct": pick.answer is not None and same_answer(pick.answer, question.answer), "answer": pick.answer,
         "tokens": sum(c.tokens for c in there), "longest": max(len(c.token_ids) for c in there), "candidates": len(there),

@@ -12,7 +12,7 @@ from reflective.model import ReflectiveModel
 from reflective.scoring.sprm import SPRM
 from reflective.search.candidates import Ask
 from reflective.search.loop import Search
-from reflective.search.results import Generation
+from reflective.search.results import Candidate, Generation
 from reflective.search.strategies import Strategy, by_name
 from reflective.search.strategies.auto import Auto
 from reflective.search.strategies.exit import Exit
@@ -25,11 +25,13 @@ from reflective.train.ready import readiness
 
 from . import learn, policy
 from .families import FAMILIES
+from .replay import Drawn, drawn, replay
 
 NS = (8, 16, 32)
 AUTO = 8  # candidates of auto at the most: it is to be as right as best of so many
 RISKS = (0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)  # of losing best of N's pick, the boldest first; another candidate may be as right
 LOSS = 0.005  # of accuracy on the questions of calibration, at the most
+THEN_SELECT = ", then select"
 EARLY = ("crates",)  # whose answer may be there before the last step: in a chain it never is, and there is nothing for exit to save
 EXIT_RISK, READY = 0.05, 256  # stated; questions from an answer to each of which readiness is learnt
 
@@ -59,9 +61,9 @@ def right(generation: Generation, question: Question) -> bool:
     return answer is not None and same_answer(answer, question.answer)
 
 
-def home(work: Path, family: str, seed: int, n: int) -> Path:
-    """Where the rules for n candidates lie."""
-    return work / family / f"rules, seed {seed}, n {n}"
+def home(work: Path, family: str, seed: int, n: int, then: str = "") -> Path:
+    """Where the rules for n candidates lie; with ``THEN_SELECT`` those of prune where select chooses among who is left."""
+    return work / family / f"rules, seed {seed}, n {n}{then}"
 
 
 def calibrate(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
@@ -72,50 +74,59 @@ def calibrate(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
         answers = [q.answer for q in asked]
         engine = None
         for seed in range(learn.SEEDS):
-            if (home(work, family, seed, NS[-1]) / "prune.json").is_file():
+            if (home(work, family, seed, NS[-1], THEN_SELECT) / "prune.json").is_file():
                 continue
-            own = policy.with_head(model, learn.head(work, family, seed))
-            engine = engine or engine_for(own)
-            engine.head = own.head
-            drawn = decode(engine, own, asked, by_name("best_of_n", n=NS[-1]), 0)
-            vote = Select.calibrate(drawn, answers)
+            file = work / family / f"calibration, seed {seed}.jsonl"
+            if not file.is_file():
+                own = policy.with_head(model, learn.head(work, family, seed))
+                engine = engine or engine_for(own)
+                engine.head = own.head
+                runs = decode(engine, own, asked, by_name("best_of_n", n=NS[-1]), 0)
+                text = "\n".join(json.dumps([c.record() for c in drawn(own, run)]) for run in runs)
+                file.with_suffix(".part").write_text(text)
+                file.with_suffix(".part").rename(file)
+            whole = [[Drawn(**c) for c in json.loads(line)] for line in file.read_text().splitlines()]
+            vote = Select.calibrate(_generations(whole), answers)
             for n in NS:
-                place, fewer = home(work, family, seed, n), [_first(g, n) for g in drawn]
-                place.mkdir(parents=True, exist_ok=True)
-                vote.save(place)
+                fewer = [there[:n] for there in whole]
+                for then, chooser in (("", by_name("best_of_n")), (THEN_SELECT, vote)):
+                    place = home(work, family, seed, n, then)
+                    place.mkdir(parents=True, exist_ok=True)
+                    vote.save(place)
+                    _prune(fewer, answers, chooser).save(place)
                 if n == AUTO:
-                    _auto(fewer, answers, vote).save(place)
-                _prune(engine, own, asked, fewer).save(place)
+                    _auto(_generations(fewer), answers, vote).save(home(work, family, seed, n))
             print(f"rules: {family}, seed {seed}", flush=True)
 
 
-def _first(run: Generation, n: int) -> Generation:
-    there = run.candidates[:n]
-    return Generation(run.prompt, there, there[0], tokens=sum(c.tokens for c in there))
+def _generations(whole: Sequence[Sequence[Drawn]]) -> list[Generation]:
+    made = [[c.candidate(i) for i, c in enumerate(there)] for there in whole]
+    return [Generation("", there, there[0]) for there in made]
+
+
+def _accuracy(found: Sequence[Sequence[Candidate]], answers: Sequence[str], chooser: Strategy) -> float:
+    picked = [there[chooser.choose(there)] for there in found]
+    return float(np.mean([c.answer is not None and same_answer(c.answer, a) for c, a in zip(picked, answers, strict=True)]))
 
 
 def _auto(whole: Sequence[Generation], answers: Sequence[str], vote: Select) -> Auto:
     """With n at the most, the rule that spends least of those that are as right here as best of n."""
-    n = len(whole[0].candidates)
-    best, selected = (
-        float(np.mean([same_answer(g.candidates[s.choose(g.candidates)].answer or "", a) for g, a in zip(whole, answers, strict=True)]))
-        for s in (by_name("best_of_n"), vote)
-    )
-    return Auto.calibrate(whole, answers, n=n, loss=max(0.0, selected - best))
+    found = [g.candidates for g in whole]
+    best, selected = (_accuracy(found, answers, s) for s in (by_name("best_of_n"), vote))
+    return Auto.calibrate(whole, answers, n=len(found[0]), loss=max(0.0, selected - best))
 
 
-def _prune(engine: TreeEngine, model: ReflectiveModel, asked: Sequence[Question], whole: Sequence[Generation]) -> Prune:
-    """The boldest of the rules that lose hardly anything of best of N's accuracy here."""
-    n, chooser = len(whole[0].candidates), by_name("best_of_n")
-    best = np.mean([
-        same_answer(g.candidates[chooser.choose(g.candidates)].answer or "", q.answer) for g, q in zip(whole, asked, strict=True)
-    ])  # fmt: skip
+def _prune(whole: Sequence[Sequence[Drawn]], answers: Sequence[str], chooser: Strategy) -> Prune:
+    """The boldest of the rules that, ``chooser`` choosing among who is left, lose hardly anything of best of N's accuracy here."""
+    best = _accuracy([g.candidates for g in _generations(whole)], answers, by_name("best_of_n"))
     for risk in RISKS:
-        rule = Prune.calibrate(whole, risk=risk)
-        found = decode(engine, model, asked, rule, 0)
-        accuracy = np.mean([right(g, q) for g, q in zip(found, asked, strict=True)])
-        saved = 1 - sum(g.tokens for g in found) / sum(g.tokens for g in whole)
-        print(f"prune, n {n}, risk {risk}: accuracy {accuracy:.3f} of {best:.3f}, {saved:.2f} of the tokens saved", flush=True)
+        rule = Prune.calibrate([[c.step_scores for c in there] for there in whole], risk=risk)
+        found = [replay(rule, there) for there in whole]
+        accuracy = _accuracy(found, answers, chooser)
+        saved = 1 - sum(c.tokens for there in found for c in there) / sum(c.length for there in whole for c in there)
+        print(
+            f"prune, {chooser.name}, n {len(whole[0])}, risk {risk}: accuracy {accuracy:.3f} of {best:.3f}, {saved:.2f} of the tokens saved", flush=True
+        )
         if accuracy >= best - LOSS:
             break
     return rule

@@ -26,7 +26,7 @@ from .families import FAMILIES
 CURVE = (2, 4, 8, 16, 32)
 RESAMPLES = 10_000
 COLORS = {
-    "best_of_n": "C0", "select": "C2", "majority": "C1", "prune": "C3", "replace": "C4", "step_beam": "C5", "particles": "C6", "auto": "C9", "dvts": "C8",
+    "best_of_n": "C0", "select": "C2", "majority": "C1", "prune": "C3", compare.PRUNE_SELECT: "C7", "replace": "C4", "step_beam": "C5", "particles": "C6", "auto": "C9", "dvts": "C8",
 }  # fmt: skip
 Record = dict[str, Any]
 

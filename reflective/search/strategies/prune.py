@@ -50,6 +50,7 @@ class Prune(Calibrated):
     risk: float | None = None
     questions: int = 0
     _curves: dict[int, list[float]] = field(default_factory=dict, init=False, repr=False)  # k S(k) of every candidate
+    _newest: dict[int, float] = field(default_factory=dict, init=False, repr=False)  # the score at the end of each
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +86,12 @@ class Prune(Calibrated):
         finals = [c.finished is not None for c in step.candidates]
         curves = [self._curves.setdefault(c.number, []) for c in step.candidates]
         for c, curve in zip(step.candidates, curves, strict=True):
+            k = len(curve)
+            if k and (k > len(c.step_scores) or c.step_scores[k - 1] != self._newest[c.number]):
+                curve.clear()  # thinking began behind them, and they do not count
             extend(curve, c.step_scores)
+            if curve:
+                self._newest[c.number] = c.step_scores[-1]
         judged = [not done and len(own) >= self.min_steps for own, done in zip(curves, finals, strict=True)]
         ahead = {k: leader(k, curves, finals) for k in {len(own) for own, yes in zip(curves, judged, strict=True) if yes}}
         return [
