@@ -343,7 +343,10 @@ def choosing(folder: Path = RESULTS) -> list[Cells]:
     return lines
 
 
-SHOWN = ("select", "majority", "weighted_vote", "prune", "prune, at random", "replace", "replace, at random", "step_beam", "particles")
+SHOWN = (
+    "select", "majority", "weighted_vote", "prune", "prune, at random", "prune, then select", "prune, then select, at random", "replace", "replace, at random",
+    "step_beam", "particles",
+)  # fmt: skip
 
 
 def strategies(folder: Path = RESULTS) -> list[Cells]:

@@ -22,7 +22,7 @@ from reflective.engines.vllm import modes, requests, sequences
 from reflective.engines.vllm.engine import VLLMEngine
 from reflective.engines.vllm.finished import Finished
 from reflective.engines.vllm.options import Options, no_text
-from reflective.engines.vllm.pruning import PruneRule
+from reflective.engines.vllm.pruning import PruneRule, Pruning
 from reflective.engines.vllm.requests import Requests, Wanted
 from reflective.engines.vllm.results import MissingSteps, check_ids, collect
 from reflective.engines.vllm.walk import Walk
@@ -381,6 +381,27 @@ def test_finished_texts_by_the_prefill(at):
 # -- prune in the worker -------------------------------------------------------------------------------------------------
 
 
+def test_a_row_that_was_anothers_leads_nobody():
+    """After a preemption a request may come back into a row of another, its steps there at once: of how it stood before nothing lies there."""
+    made, totals = Pruning(PruneRule(0.5), 3, 8, [2], torch.device("cpu")), {}
+    state = SimpleNamespace(totals=lambda at: tuple(torch.tensor([totals[int(i)][k] for i in at], dtype=d) for k, d in enumerate((torch.int64, torch.float64))))
+
+    def seen(row, count, log_sum):
+        totals[row] = count, log_sum
+        made.observe(state, torch.tensor([9]), torch.tensor([row]))
+        return bool(made.stopped(torch.tensor([row])))
+
+    made.admit(0, "one")
+    assert not seen(0, 1, -0.01) and not seen(0, 2, -0.02)
+    made.admit(0, "two")
+    made.admit(1, "two")
+    assert not seen(0, 3, -6.0)
+    assert not seen(1, 1, -1.2), "0.01 behind nobody: that was of a request of another group"
+    assert not seen(1, 2, -2.6) and not seen(0, 4, -6.5)
+    made.admit(2, "two")
+    assert not seen(2, 4, -4.0) and seen(0, 5, -9.0) is False and seen(1, 4, -9.0), "-2.25 against -1"
+
+
 def pruned_run(rule, *, seeds=6, tokens=40):
     """Requests of one group, to their end: ``{name: (tokens, log)}``."""
     model = reflective_model()
@@ -432,7 +453,7 @@ def test_the_device_stops_whom_the_strategy_stops():
             own = curves[log.key]
             if log.key in shown and len(own) >= rule.min_steps and not ended[log.key] and place < len(tokens):
                 others = [curves[k] for k in shown], [ended[k] for k in shown]
-                if prune.lag(own, len(own), *others) > rule.threshold:
+                if prune.leader(len(own), *others) - own[-1] / len(own) > rule.threshold:
                     decided[log.key] = place
     assert set(decided) == stopped
     for tokens, log in found.values():

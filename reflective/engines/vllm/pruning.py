@@ -26,7 +26,8 @@ class PruneRule:
 class Pruning:
     """
     Compared are requests of one group that have k steps, or have ended by themselves with fewer; not those that were pruned before. Who was
-    stopped by a text or was preempted counts with the steps that it has: fewer comparisons stop fewer, so the rule's promise stands.
+    stopped by a text counts with the steps that it has, and who was preempted with those from its return on: fewer comparisons stop fewer, so
+    the rule's promise stands.
 
     Attributes:
         stop: [rows], those that are to end.
@@ -53,6 +54,7 @@ class Pruning:
                 self._numbers.popitem(last=False)
         self._group[row] = 0 if group is None else self._numbers[group]
         self._count[row] = 0
+        self._sums[row] = -torch.inf  # what lay there was another's; of steps that came before, nothing is known step by step
         self._final[row] = self.stop[row] = False
 
     def stopped(self, rows: Tensor) -> Tensor:
