@@ -8,7 +8,8 @@ separate PRM; tables and pictures. Only where asked for by name: ``after``, the 
 at hand, ``ship``, which replaces the head that the package comes with by the
 best one, ``refit``, which fits heads anew to rollouts of the policy that the package comes with, and replaces its head by the
 best of these, and ``rule``, which calibrates anew how that head's scores choose (``select.json``, ``auto.json``), and ``shipped``, which measures that head and these rules
-on held-out questions that chose nothing. ``--family`` is for the stages ``rollouts``, ``layers`` and ``choosing``.
+on held-out questions that chose nothing, and ``others``, which does the same for the families that it is not for, with heads of their own. ``--family`` is for
+the stages ``rollouts``, ``layers``, ``choosing`` and ``others``.
 """
 
 import argparse
@@ -94,8 +95,8 @@ STAGES: dict[str, Callable[..., None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="directory for everything in between")
-    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "after", "ship", "refit", "rule", "shipped"], help="only these")
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="only these, in this order (rollouts, layers, choosing)")
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "after", "ship", "refit", "rule", "shipped", "others"], help="only these")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="only these, in this order (rollouts, layers, choosing, others)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -111,6 +112,8 @@ def main() -> None:
             ship.refit(args.work)
         elif name == "shipped":
             ship.measure(args.work, args.out)
+        elif name == "others":
+            ship.measure_others(args.work, args.family or [name for name in FAMILIES if name != ship.FAMILY], args.out)
         elif name == "rule":
             ship.choose()
             ship.describe()
