@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from reflective.benchmarks import record
-from reflective.benchmarks.reproduction import choosing, heads, layers, results, rollouts, separate, settle, tables
+from reflective.benchmarks.reproduction import choosing, heads, layers, results, rollouts, separate, settle, ship, tables
 from reflective.benchmarks.reproduction.families import FAMILIES
 from reflective.checkpoints.default import HEAD, converted
 from reflective.scoring.sprm import SPRM
@@ -325,6 +325,28 @@ def test_a_layer_is_chosen_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "read", lambda name, folder: record.read(name, tmp_path / "out" if name.endswith("layers") else record.RESULTS))
     text = results.markdown()
     assert "## A layer chosen on training questions: sums" in text and f"{float(shown['value']):.3f} ({float(shown['low']):.3f}" in text
+
+
+def test_the_shipped_policy_is_measured_on_other_families(tmp_path, monkeypatch):
+    """With a head of its own each, of the layer that tells right from wrong, on questions that the head has not seen."""
+    monkeypatch.setattr(ship.settle, "LAYERS", (-2, -9))
+    monkeypatch.setattr(ship.settle, "EPOCHS", 8)
+    monkeypatch.setattr(heads, "MAIN", dataclasses.replace(heads.MAIN, epochs=6))
+    monkeypatch.setattr(ship.joint, "merged", lambda place: "the shipped one")
+    asked = {}
+
+    def rolled(model, family, questions, place, **settings):
+        assert model == "the shipped one" and not place.exists()
+        asked[place.relative_to(tmp_path).as_posix()] = {q.text for q in questions}
+        parts = [synthetic(30, 32, 7 + len(asked), signal) for signal in (0.3, 2.0)]
+        return {"layers": dataclasses.replace(parts[0], features=torch.cat([r.features for r in parts], 1), tap=Tap((-2, -9)))}
+
+    monkeypatch.setattr(rollouts, "rollouts", rolled)
+    ship.measure_others(tmp_path, ["products", "boxes"], tmp_path)
+    rows = {(r["family"], r["measure"]): r for r in record.read("reproduction_shipped_others", tmp_path)}
+    for name in ("products", "boxes"):
+        assert rows[name, "best_of@32 - best_of@8"]["layer"] == "-9" and float(rows[name, "best_of@8 - majority@8"]["low"]) > 0
+        assert not asked[f"refit/{name}, train"] & asked[f"shipped/{name}"] and len(asked[f"shipped/{name}"]) == 340
 
 
 def test_the_recorded_text_is_that_of_the_recorded_numbers():
