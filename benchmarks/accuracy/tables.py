@@ -204,7 +204,7 @@ def draw(rows: list[Record], seconds: list[Record], out: Path = RESULTS) -> None
     fig, axes = plt.subplots(len(FAMILIES), 3, figsize=(13, 4 * len(FAMILIES)), layout="constrained", squeeze=False)
     for (by_n, by_tokens, by_seconds), family in zip(axes, FAMILIES, strict=True):
         part = _beside([row for row in rows if row["family"] == family and row["strategy"].removesuffix(", then select") not in compare.FEW])
-        for name in ("select", "replace", "replace, at random", "majority", "best_of_n", "prune", "prune, at random"):
+        for name in ("select", "replace", "replace, at random", "majority", "best_of_n", "prune", "prune, at random", compare.PRUNE_SELECT):
             color, control = COLORS[name.removesuffix(", at random")], name.endswith("random")
             own = sorted((row for row in part if row["strategy"] == name), key=lambda row: row["n"])
             if not own:
