@@ -156,7 +156,9 @@ def timed(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
             if any((record["strategy"], record["n"]) == (name, n) for record in there):
                 continue
             home = rules.home(work, family, 0, n)
-            made = {"auto": by_name("auto", home, n=n)} | {k: s for choosers in runs(home, n).values() for k, s in choosers.items()}
+            made = {k: s for choosers in runs(home, n).values() for k, s in choosers.items()}
+            if n == rules.AUTO:
+                made["auto"] = by_name("auto", home, n=n)
             began = time.perf_counter()
             found = own.generate(
                 [q.text for q in asked], strategy=made[name], seed=0, max_new_tokens=learn.MAX_NEW_TOKENS, kv_tokens=KV_TOKENS,
