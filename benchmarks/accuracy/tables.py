@@ -201,7 +201,7 @@ def make(work: Path, out: Path = RESULTS) -> None:
 def draw(rows: list[Record], seconds: list[Record], out: Path = RESULTS) -> None:
     """``strategies.png``: accuracy against N, against tokens and against seconds, a row of pictures a family."""
     plt = pyplot()
-    fig, axes = plt.subplots(len(FAMILIES), 3, figsize=(13, 4 * len(FAMILIES)), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(FAMILIES), 3, figsize=(15, 4 * len(FAMILIES)), layout="constrained", squeeze=False)
     for (by_n, by_tokens, by_seconds), family in zip(axes, FAMILIES, strict=True):
         part = _beside([row for row in rows if row["family"] == family and row["strategy"].removesuffix(", then select") not in compare.FEW])
         for name in ("select", "replace", "replace, at random", "majority", "best_of_n", "prune", "prune, at random", compare.PRUNE_SELECT):
@@ -215,7 +215,6 @@ def draw(rows: list[Record], seconds: list[Record], out: Path = RESULTS) -> None
                 by_n.fill_between(n, low, high, color=color, alpha=0.08, lw=0)
         by_n.set_xscale("log", base=2)
         by_n.set(title=f"{family}: candidates", xlabel="n", ylabel="accuracy", xticks=rules.NS, xticklabels=rules.NS)
-        by_n.legend(fontsize=7, frameon=False)
         _scatter(by_tokens, part, "tokens", f"{family}: tokens decoded a question")
         _seconds(by_seconds, part, [row for row in seconds if row["family"] == family], family)
     fig.savefig(out / "strategies.png", dpi=150)
@@ -242,7 +241,7 @@ def _scatter(ax: Any, part: list[Record], key: str, title: str) -> None:
     ax.set_xscale("log", base=2)
     ticks = [200, 400, 800, 1600, 3200]
     ax.set(title=title, xlabel=key, ylabel="accuracy", xticks=ticks, xticklabels=ticks)
-    ax.legend(fontsize=7, frameon=False, loc="upper left")
+    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # of the picture beside it too, which has no room for one
 
 
 def _seconds(ax: Any, part: list[Record], timed: list[Record], family: str) -> None:
