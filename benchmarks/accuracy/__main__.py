@@ -3,7 +3,7 @@
     python -m reflective.benchmarks.accuracy WORK [--stage NAME ...] [--family NAME ...] [--out benchmarks/results]
 
 Stages, each of which goes on where it was interrupted: the policy; rollouts and heads; rules and the head that says whether an answer is ready; all
-strategies on held-out questions; their seconds; tables and pictures. Families go side by side, a process each, until seconds are measured.
+strategies on held-out questions; their seconds; tables and pictures. Families go side by side, a process with its share of the threads each.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import torch
 
 from reflective.benchmarks.record import RESULTS
 
-from . import compare, policy, tables
+from . import policy, tables
 from .families import FAMILIES
 from .stages import OF_A_FAMILY, of_a_family, timed
 
-STAGES = ("policy", *OF_A_FAMILY, "seconds", "tables")
+STAGES = ("policy", *OF_A_FAMILY, "tables")
 
 
 def main() -> None:
@@ -37,9 +37,6 @@ def main() -> None:
         with ProcessPoolExecutor(len(args.family), get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
             for done in [pool.submit(of_a_family, args.work, family, stages) for family in args.family]:
                 done.result()
-    if "seconds" in args.stage:
-        for family in args.family:
-            timed(args.work, "seconds", family, lambda family=family: compare.timed(args.work, [family]))
     if "tables" in args.stage:
         tables.make(args.work, args.out)
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from . import compare, learn, rules, tables
 
-OF_A_FAMILY = {"heads": learn.learn, "rules": rules.calibrate, "exit": rules.learn_exit, "compare": compare.compare}
+OF_A_FAMILY = {
+    "heads": learn.learn, "rules": rules.calibrate, "exit": rules.learn_exit, "compare": compare.compare, "seconds": compare.timed,
+}  # fmt: skip
 
 
 def of_a_family(work: Path, family: str, stages: Sequence[str]) -> None:
