@@ -10,7 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from reflective.benchmarks import record
-from reflective.benchmarks.reproduction import choosing, heads, layers, results, rollouts, separate, settle, ship, tables
+from reflective.benchmarks.reproduction import (
+    choosing,
+    heads,
+    layers,
+    results,
+    rollouts,
+    separate,
+    settle,
+    ship,
+    tables,
+)
 from reflective.benchmarks.reproduction.families import FAMILIES
 from reflective.checkpoints.default import HEAD, converted
 from reflective.scoring.sprm import SPRM
