@@ -35,7 +35,7 @@ from .scoring.taps import Tap
 from .search.candidates import Ask, Live, Question, SamplingSettings
 from .search.loop import Search
 from .search.outcome import candidate, outcome
-from .search.prompts import Messages, PromptFormat, conversations, seeds, text_list
+from .search.prompts import Messages, PromptFormat, asking_anew, conversations, seeds, text_list, with_behind
 from .search.results import Candidate, Generation
 from .search.strategies import Strategy, by_name, observes
 from .search.strategies.select import Select
@@ -502,14 +502,8 @@ class ReflectiveModel:
                 self.host.check_sampling(ask.sampling(0, temperature))
 
     def _again(self, chat: Messages, max_new_tokens: int) -> Callable[[str], list[int] | None]:
-        """For ``Ask``: the prompt of a conversation with a text behind what was said last, as long as the model can answer it."""
-
-        def ids(text: str) -> list[int] | None:
-            *before, last = chat
-            found = self.encode(self.prompts.text([*before, {**last, "content": last["content"] + text}]))[0].tolist()
-            return None if self.max_length is not None and len(found) + max_new_tokens > self.max_length else found
-
-        return ids
+        """For ``Ask``: the prompt of a conversation with a text behind what was said last."""
+        return asking_anew(lambda text: self.encode(self.prompts.text(with_behind(chat, text)))[0].tolist(), max_new_tokens, self.max_length)
 
     def _within(self, ask: Ask, name: str) -> Ask:
         """``ask`` with no more tokens than the model has positions for.

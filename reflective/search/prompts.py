@@ -1,6 +1,6 @@
 """Questions, texts or conversations, and the prompts that they become."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -49,6 +49,22 @@ class PromptFormat:
         if not ids.shape[1]:
             raise ValueError("question: the prompt is empty; give at least one character")
         return ids
+
+
+def with_behind(chat: Messages, text: str) -> Messages:
+    """``chat`` with ``text`` behind what was said last."""
+    *before, last = chat
+    return [*before, {**last, "content": last["content"] + text}]
+
+
+def asking_anew(ids: Callable[[str], list[int]], max_new_tokens: int, max_length: int | None) -> Callable[[str], list[int] | None]:
+    """For ``Ask.again``: ``ids`` of the prompt with a text behind its question, as long as a model of ``max_length`` positions can answer it."""
+
+    def again(text: str) -> list[int] | None:
+        found = ids(text)
+        return None if max_length is not None and len(found) + max_new_tokens > max_length else found
+
+    return again
 
 
 def seeds(seed: Any, questions: int) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from ..engines.hf.scorer import Schedule
 from ..model import Candidate, Generation, ReflectiveModel
 from ..search.candidates import Ask, Live, Question, SamplingSettings
 from ..search.loop import Search
+from ..search.prompts import asking_anew
 from ..search.strategies import Strategy
 from .jobs import Aside, Closed, Generate, Job, Lane, Queue, QueueFull, Score
 from .logprobs import Spelling
@@ -144,9 +145,10 @@ class Engine:
             chosen = self.model.strategy(strategy, n=n)
             usual = max(1, room // 2) if chosen.asks else room  # the other half is for the drafts, which become part of a prompt
             most = usual if max_new_tokens is None else max_new_tokens
+            anew = asking_anew(lambda text: self.encode(again(text)), most, self.max_length) if again and len(prompts) == 1 else None
             ask = Ask(
                 ids, chosen, max_new_tokens=most, seed=seed, stop=stop, thinking_budget=thinking_budget, logprobs=logprobs,
-                prompt_logprobs=prompt_logprobs, again=self._again(again, most) if again and len(prompts) == 1 else None, **sampling,
+                prompt_logprobs=prompt_logprobs, again=anew, **sampling,
             )  # fmt: skip
             self.model.check_sampling(ask)
             self.check(name, ids)
@@ -242,15 +244,6 @@ class Engine:
         model, lock = self._tokenizer()
         with lock:
             return model.encode(prompt)[0].tolist()
-
-    def _again(self, again: Callable[[str], str], max_new_tokens: int) -> Callable[[str], list[int] | None]:
-        """For ``Ask``: as long as the model can answer it."""
-
-        def ids(text: str) -> list[int] | None:
-            found = self.encode(again(text))
-            return None if self.max_length is not None and len(found) + max_new_tokens > self.max_length else found
-
-        return ids
 
     def encode_response(self, response: str | Sequence[int], whole: bool) -> list[int]:
         """The ids of a response; ``whole``: of a text without a prompt."""

@@ -12,6 +12,7 @@ from fastapi import Depends, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from ..model import Generation
+from ..search.prompts import with_behind
 from .engine import Closed, Engine, QueueFull
 from .metrics import Metrics
 from .schemas import Message
@@ -70,8 +71,7 @@ class Service:
         Raises:
             ValueError: the checkpoint's prompt has no room for them, or the chat template refuses them.
         """
-        *before, last = (m.templated for m in messages)
-        return self.engine.model.format([*before, {**last, "content": last["content"] + behind}], "messages", answered=answered)
+        return self.engine.model.format(with_behind([m.templated for m in messages], behind), "messages", answered=answered)
 
     async def begin(self, request: Request, ask: Callable[[], "Future[T]"]) -> "Future[T]":
         """What ``ask`` asks of the engine; in another thread, for it tokenizes, and counted as queued.
