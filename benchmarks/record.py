@@ -4,6 +4,7 @@ import csv
 import functools
 import importlib.metadata
 import io
+import json
 import os
 import platform
 import subprocess
@@ -63,6 +64,19 @@ def read(name: str, folder: Path = RESULTS) -> list[dict[str, str]]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def add_seconds(folder: Path, stage: str, seconds: float) -> None:
+    """Add to what ``stage`` of a recipe has taken so far, in ``folder/seconds.json``."""
+    taken = seconds_of(folder)
+    taken[stage] = taken.get(stage, 0) + seconds
+    (folder / "seconds.json").write_text(json.dumps(taken))
+
+
+def seconds_of(folder: Path) -> dict[str, float]:
+    """By stage, what ``add_seconds`` has kept there."""
+    file = folder / "seconds.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _commit() -> str:

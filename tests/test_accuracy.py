@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -144,8 +145,7 @@ def test_tables_give_paired_differences_and_keep_what_exit_states(tmp_path):
     for family in FAMILIES:
         written(tmp_path, family)
         stages.timed(tmp_path, "heads", family, lambda: None)
-    before = tables.seconds_file(tmp_path, "heads", "crates")
-    before.write_text(before.read_text().replace('"seconds": 0', '"seconds": 40'))
+    record.add_seconds(tmp_path / "crates", "heads", 40)
     stages.timed(tmp_path, "heads", "crates", lambda: None)
     tables.make(tmp_path, tmp_path)
     taken = {(r["stage"], r["family"]): float(r["seconds"]) for r in record.read("strategies_stages", tmp_path)}
@@ -216,7 +216,7 @@ def test_a_replay_stops_whom_the_search_stops(threshold):
     for run, expected in zip(searched(by_name("best_of_n", n=4)), searched(rule), strict=True):
         if {3, 4} & {token for c in run.candidates for token in c.token_ids}:
             continue  # tags within a response, before which nothing counts any more
-        there = [replay.Drawn(**json.loads(json.dumps(c.record()))) for c in replay.drawn(model, run)]
+        there = [replay.Drawn(**json.loads(json.dumps(asdict(c)))) for c in replay.drawn(model, run)]
         found = replay.replay(rule, there)
         assert [(c.status == "stopped", c.tokens, len(c.step_scores)) for c in found] == [
             (c.status == "stopped", c.tokens, len(c.step_scores)) for c in expected.candidates

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from reflective.model import ReflectiveModel
 from reflective.search.results import Candidate, Generation
 from reflective.search.strategies import NAMES, Step, Strategy, by_name, observes
-from reflective.search.strategies.votes import answer_numbers, same_answer
+from reflective.search.strategies.votes import answer_numbers
 from reflective.tasks import Question
 
 from . import learn, policy, rules
@@ -78,7 +78,7 @@ def told(run: Generation, question: Question, n: int, strategy: Strategy) -> dic
     there = run.candidates[:n] if run.strategy == "best_of_n" else run.candidates
     pick = there[(strategy.chooser or strategy).choose(there)]
     return {
-        "correct": pick.answer is not None and same_answer(pick.answer, question.answer), "answer": pick.answer,
+        "correct": rules.right(pick, question.answer), "answer": pick.answer,
         "tokens": sum(c.tokens for c in there), "longest": max(len(c.token_ids) for c in there), "candidates": len(there),
     }  # fmt: skip
 
@@ -89,7 +89,7 @@ def drawn(run: Generation, question: Question) -> dict[str, Any]:
     return {
         "scores": [c.score for c in there], "steps": [len(c.step_scores) for c in there], "lengths": [len(c.token_ids) for c in there],
         "answers": answer_numbers([0] * len(there), [c.answer for c in there]),
-        "right": [c.answer is not None and same_answer(c.answer, question.answer) for c in there],
+        "right": [rules.right(c, question.answer) for c in there],
         "right_steps": [_right_steps(c.text, question) for c in there],
     }  # fmt: skip
 
@@ -165,7 +165,7 @@ def timed(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
                 batch_rows=n * TIMED_QUESTIONS, **learn.SAMPLING,
             )  # fmt: skip
             seconds = time.perf_counter() - began
-            correct = [rules.right(g, q) for g, q in zip(found, asked, strict=True)]
+            correct = [rules.right(g.best, q.answer) for g, q in zip(found, asked, strict=True)]
             record = {
                 "strategy": name, "n": n, "seconds": seconds / len(asked), "tokens": sum(g.tokens for g in found) / len(asked),
                 "accuracy": sum(correct) / len(asked), "questions": len(asked), "kv_tokens": KV_TOKENS, "engine": found[0].engine,

@@ -4,16 +4,16 @@ A candidate's tokens do not depend on who else is alive, so that what it would h
 """
 
 import copy
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from reflective.model import ReflectiveModel
+from reflective.scoring.scores import aggregate
 from reflective.search.results import Candidate, Generation
-from reflective.search.strategies import STOP, Step, Strategy
+from reflective.search.strategies import KEEP, STOP, Step, Strategy
 
 
 @dataclass
@@ -29,9 +29,6 @@ class Drawn:
     answer: str | None
     score: float
 
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
-
     def candidate(self, number: int, tokens: int | None = None) -> Candidate:
         """As a search gives it: whole, or stopped after ``tokens``. Of its ids, by which strategies know the same response, the number stands."""
         if tokens is None:
@@ -42,15 +39,12 @@ class Drawn:
 
 def drawn(model: ReflectiveModel, run: Generation) -> list[Drawn]:
     """The candidates of a run of best of n."""
-    prompt = model.encode(run.prompt)[0].tolist()
-    width = max(len(c.token_ids) for c in run.candidates)
-    ids = model.encode(run.prompt).new_tensor([prompt + c.token_ids + [0] * (width - len(c.token_ids)) for c in run.candidates])
-    real = ids.new_tensor([[1] * (len(prompt) + len(c.token_ids)) + [0] * (width - len(c.token_ids)) for c in run.candidates])
-    mask = model.steps.mask(ids, real, prompt_lengths=[len(prompt)] * len(ids))
-    places = [(row.nonzero().flatten() - len(prompt) + 1).tolist() for row in mask]
-    return [
-        Drawn(c.step_scores, at[: len(c.step_scores)], c.tokens, c.answer, c.score) for c, at in zip(run.candidates, places, strict=True)
-    ]
+    prompt, found = model.encode(run.prompt)[0].tolist(), []
+    for c in run.candidates:
+        columns = model.steps.mask(torch.tensor([prompt + c.token_ids]), prompt_lengths=len(prompt))[0].nonzero().flatten()
+        places = (columns - len(prompt) + 1).tolist()
+        found.append(Drawn(c.step_scores, places[: len(c.step_scores)], c.tokens, c.answer, c.score))
+    return found
 
 
 @dataclass
@@ -62,7 +56,7 @@ class _Live:
     finished: str | None = None
 
     def score(self, aggregation: str = "geometric_mean") -> float:
-        return math.exp(float(np.mean(np.log(np.maximum(self.step_scores, 1e-10))))) if self.step_scores else 0.0
+        return aggregate(self.step_scores, aggregation)
 
 
 def replay(strategy: Strategy, there: Sequence[Drawn]) -> list[Candidate]:
@@ -83,8 +77,10 @@ def replay(strategy: Strategy, there: Sequence[Drawn]) -> list[Candidate]:
             live[i].finished = "stop" if there[i].length <= now else None
         if not any(changed):
             continue
-        actions = strategy.observe(Step([live[i] for i in alive], rng, 0, changed)) or ()
-        if any(a not in (STOP, 1) for a in actions):
+        actions = strategy.observe(Step([live[i] for i in alive], rng, 0, changed))
+        if actions is None:
+            continue
+        if any(a not in (STOP, KEEP) for a in actions):
             raise ValueError(f"{strategy.name}: what is not only stopped has to be decoded")
         for i in [i for i, action in zip(alive, actions, strict=True) if action == STOP]:
             tokens[i] = min(now, there[i].length)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,8 @@ def decode(
     return [model.generation(prompt, q) for prompt, q in zip(prompts, done, strict=True)]
 
 
-def right(generation: Generation, question: Question) -> bool:
-    answer = generation.best.answer
-    return answer is not None and same_answer(answer, question.answer)
+def right(candidate: Candidate, answer: str) -> bool:
+    return candidate.answer is not None and same_answer(candidate.answer, answer)
 
 
 def home(work: Path, family: str, seed: int, n: int, then: str = "") -> Path:
@@ -82,7 +82,7 @@ def calibrate(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
                 engine = engine or engine_for(own)
                 engine.head = own.head
                 runs = decode(engine, own, asked, by_name("best_of_n", n=NS[-1]), 0)
-                text = "\n".join(json.dumps([c.record() for c in drawn(own, run)]) for run in runs)
+                text = "\n".join(json.dumps([asdict(c) for c in drawn(own, run)]) for run in runs)
                 file.with_suffix(".part").write_text(text)
                 file.with_suffix(".part").rename(file)
             whole = [[Drawn(**c) for c in json.loads(line)] for line in file.read_text().splitlines()]
@@ -105,8 +105,7 @@ def _generations(whole: Sequence[Sequence[Drawn]]) -> list[Generation]:
 
 
 def _accuracy(found: Sequence[Sequence[Candidate]], answers: Sequence[str], chooser: Strategy) -> float:
-    picked = [there[chooser.choose(there)] for there in found]
-    return float(np.mean([c.answer is not None and same_answer(c.answer, a) for c, a in zip(picked, answers, strict=True)]))
+    return float(np.mean([right(there[chooser.choose(there)], answer) for there, answer in zip(found, answers, strict=True)]))
 
 
 def _auto(whole: Sequence[Generation], answers: Sequence[str], vote: Select) -> Auto:

@@ -1,11 +1,12 @@
 """What is done with one family after another's, or beside it; and what that takes."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import compare, learn, rules, tables
+from reflective.benchmarks.record import add_seconds
+
+from . import compare, learn, rules
 
 OF_A_FAMILY = {
     "heads": learn.learn, "rules": rules.calibrate, "exit": rules.learn_exit, "compare": compare.compare, "seconds": compare.timed,
@@ -18,11 +19,9 @@ def of_a_family(work: Path, family: str, stages: Sequence[str]) -> None:
 
 
 def timed(work: Path, stage: str, family: str, act: Callable[[], None]) -> None:
-    """Do it, and add to what it has taken so far."""
+    """Do it, and add to what it has taken so far; with no family it is done for both."""
     began = time.perf_counter()
     act()
-    file, seconds = tables.seconds_file(work, stage, family), time.perf_counter() - began
-    before = json.loads(file.read_text())["seconds"] if file.is_file() else 0
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"stage": stage, "family": family, "seconds": round(before + seconds, 1)}))
+    seconds = time.perf_counter() - began
+    add_seconds(work / family, stage, seconds)
     print(f"{stage} {family}: {seconds:.0f} s", flush=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reflective.benchmarks.record import RESULTS, write
+from reflective.benchmarks.record import RESULTS, seconds_of, write
 from reflective.benchmarks.reproduction.layers import as_run, beyond
 from reflective.plot import pyplot
 from reflective.search.selection import VoteRule, select
@@ -29,11 +29,6 @@ COLORS = {
     "best_of_n": "C0", "select": "C2", "majority": "C1", "prune": "C3", compare.PRUNE_SELECT: "C7", "replace": "C4", "step_beam": "C5", "particles": "C6", "auto": "C9", "dvts": "C8",
 }  # fmt: skip
 Record = dict[str, Any]
-
-
-def seconds_file(work: Path, stage: str, family: str) -> Path:
-    """What a stage has taken, of both families if ``family`` is empty."""
-    return work / "seconds" / ("-".join(filter(None, (stage, family))) + ".json")
 
 
 def records(work: Path, family: str) -> list[Record]:
@@ -193,8 +188,9 @@ def make(work: Path, out: Path = RESULTS) -> None:
     seconds = [{"family": f, **json.loads(line)} for f in FAMILIES if (file := work / f / "timed.jsonl").is_file() for line in file.read_text().splitlines()]
     if seconds:
         write("strategies_seconds", [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in seconds], out)
-    if stages := [json.loads(file.read_text()) for file in sorted((work / "seconds").glob("*.json"))]:
-        write("strategies_stages", stages, out)
+    taken = [(stage, family, s) for family in ("", *FAMILIES) for stage, s in seconds_of(work / family).items()]
+    if taken:
+        write("strategies_stages", [{"stage": stage, "family": family, "seconds": round(s, 1)} for stage, family, s in taken], out)
     draw(told, seconds, out)
 
 
@@ -203,7 +199,7 @@ def draw(rows: list[Record], seconds: list[Record], out: Path = RESULTS) -> None
     plt = pyplot()
     fig, axes = plt.subplots(len(FAMILIES), 3, figsize=(15, 4 * len(FAMILIES)), layout="constrained", squeeze=False)
     for (by_n, by_tokens, by_seconds), family in zip(axes, FAMILIES, strict=True):
-        part = _beside([row for row in rows if row["family"] == family and row["strategy"].removesuffix(", then select") not in compare.FEW])
+        part = _beside([row for row in rows if row["family"] == family and row["strategy"].removesuffix(rules.THEN_SELECT) not in compare.FEW])
         for name in ("select", "replace", "replace, at random", "majority", "best_of_n", "prune", "prune, at random", compare.PRUNE_SELECT):
             color, control = COLORS[name.removesuffix(", at random")], name.endswith("random")
             own = sorted((row for row in part if row["strategy"] == name), key=lambda row: row["n"])

@@ -13,12 +13,11 @@ the stages ``rollouts``, ``layers``, ``choosing`` and ``others``.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from reflective.benchmarks.record import RESULTS, write
+from reflective.benchmarks.record import RESULTS, add_seconds, seconds_of, write
 
 from . import choosing, heads, joint, layers, rollouts, separate, settle, ship, tables
 from .families import FAMILIES
@@ -121,23 +120,11 @@ def main() -> None:
             STAGES[name](args.work, *([args.family] if args.family else []))
         if name in ("layers", "choosing"):
             {"layers": layers, "choosing": choosing}[name].make(args.work, args.out)
-        _note(args.work, name, time.perf_counter() - began)
+        add_seconds(args.work, name, time.perf_counter() - began)
     if "tables" in (args.stage or ["tables"]):  # with less than the whole recipe they are not what it takes
         write(
-            "reproduction_stages", [{"stage": k, "seconds": round(v, 1)} for k, v in _seconds(args.work).items()], args.out
+            "reproduction_stages", [{"stage": k, "seconds": round(v, 1)} for k, v in seconds_of(args.work).items()], args.out
         )
-
-
-def _note(work: Path, stage: str, seconds: float) -> None:
-    """Add to what the stage has taken so far."""
-    taken = _seconds(work)
-    taken[stage] = taken.get(stage, 0) + seconds
-    (work / "seconds.json").write_text(json.dumps(taken))
-
-
-def _seconds(work: Path) -> dict[str, float]:
-    file = work / "seconds.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 if __name__ == "__main__":
