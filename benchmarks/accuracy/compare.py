@@ -14,7 +14,6 @@ from reflective.search.strategies.votes import answer_numbers
 from reflective.tasks import Question
 
 from . import learn, policy, rules
-from .families import FAMILIES
 
 GROUP = 50  # questions whose trees are in memory together
 # Strategies that are tried on the first group alone: they take longest, refine by prompts ten times as long as the others'.
@@ -100,21 +99,20 @@ def _right_steps(text: str, question: Question) -> int:
     return next((k for k, (a, b) in enumerate(zip(given, question.steps, strict=False)) if a != b), min(len(given), len(question.steps)))
 
 
-def compare(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
+def compare(work: Path, family: str) -> None:
     """Records of every strategy, seed and question, a file a group of questions."""
     model = policy.load(work)
-    for family in families:
-        asked = policy.questions(family, "eval") + policy.questions(family, "further")
-        for first in range(0, len(asked), GROUP):
-            file = work / family / f"compared, from {first}.jsonl"
-            if file.is_file():
-                continue
-            began, lines = time.perf_counter(), []
-            for record in _group(work, model, family, asked[first : first + GROUP], first):
-                lines.append(json.dumps(record))
-            file.with_suffix(".part").write_text("\n".join(lines))
-            file.with_suffix(".part").rename(file)
-            print(f"compare: {family}, from {first}, {time.perf_counter() - began:.0f} s", flush=True)
+    asked = policy.questions(family, "eval") + policy.questions(family, "further")
+    for first in range(0, len(asked), GROUP):
+        file = work / family / f"compared, from {first}.jsonl"
+        if file.is_file():
+            continue
+        began, lines = time.perf_counter(), []
+        for record in _group(work, model, family, asked[first : first + GROUP], first):
+            lines.append(json.dumps(record))
+        file.with_suffix(".part").write_text("\n".join(lines))
+        file.with_suffix(".part").rename(file)
+        print(f"compare: {family}, from {first}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def _group(work: Path, model: ReflectiveModel, family: str, asked: Sequence[Question], first: int) -> Iterator[dict[str, Any]]:
@@ -144,32 +142,31 @@ def _group(work: Path, model: ReflectiveModel, family: str, asked: Sequence[Ques
                 yield {"strategy": "exit", "n": 1, "seed": seed, "question": first + i} | told(generation, question, 1, strategy) | one
 
 
-def timed(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
+def timed(work: Path, family: str) -> None:
     """Seconds of the strategies by the package's own engine, with room for ``KV_TOKENS``, each question's candidates waiting for the others'."""
     model = policy.load(work)
-    for family in families:
-        file = work / family / "timed.jsonl"
-        there = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        own = policy.with_head(model, learn.head(work, family, 0))
-        asked = policy.questions(family, "eval")[:TIMED_QUESTIONS]
-        for n, name in ((n, name) for n, names in TIMED.items() for name in names):
-            if any((record["strategy"], record["n"]) == (name, n) for record in there):
-                continue
-            home = rules.home(work, family, 0, n)
-            made = {k: s for choosers in runs(home, n).values() for k, s in choosers.items()}
-            if n == rules.AUTO:
-                made["auto"] = by_name("auto", home, n=n)
-            began = time.perf_counter()
-            found = own.generate(
-                [q.text for q in asked], strategy=made[name], seed=0, max_new_tokens=learn.MAX_NEW_TOKENS, kv_tokens=KV_TOKENS,
-                batch_rows=n * TIMED_QUESTIONS, **learn.SAMPLING,
-            )  # fmt: skip
-            seconds = time.perf_counter() - began
-            correct = [rules.right(g.best, q.answer) for g, q in zip(found, asked, strict=True)]
-            record = {
-                "strategy": name, "n": n, "seconds": seconds / len(asked), "tokens": sum(g.tokens for g in found) / len(asked),
-                "accuracy": sum(correct) / len(asked), "questions": len(asked), "kv_tokens": KV_TOKENS, "engine": found[0].engine,
-            }  # fmt: skip
-            there.append(record)
-            file.write_text("\n".join(map(json.dumps, there)) + "\n")
-            print(f"timed: {family}, {name}: {record}", flush=True)
+    file = work / family / "timed.jsonl"
+    there = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    own = policy.with_head(model, learn.head(work, family, 0))
+    asked = policy.questions(family, "eval")[:TIMED_QUESTIONS]
+    for n, name in ((n, name) for n, names in TIMED.items() for name in names):
+        if any((record["strategy"], record["n"]) == (name, n) for record in there):
+            continue
+        home = rules.home(work, family, 0, n)
+        made = {k: s for choosers in runs(home, n).values() for k, s in choosers.items()}
+        if n == rules.AUTO:
+            made["auto"] = by_name("auto", home, n=n)
+        began = time.perf_counter()
+        found = own.generate(
+            [q.text for q in asked], strategy=made[name], seed=0, max_new_tokens=learn.MAX_NEW_TOKENS, kv_tokens=KV_TOKENS,
+            batch_rows=n * TIMED_QUESTIONS, **learn.SAMPLING,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        correct = [rules.right(g.best, q.answer) for g, q in zip(found, asked, strict=True)]
+        record = {
+            "strategy": name, "n": n, "seconds": seconds / len(asked), "tokens": sum(g.tokens for g in found) / len(asked),
+            "accuracy": sum(correct) / len(asked), "questions": len(asked), "kv_tokens": KV_TOKENS, "engine": found[0].engine,
+        }  # fmt: skip
+        there.append(record)
+        file.write_text("\n".join(map(json.dumps, there)) + "\n")
+        print(f"timed: {family}, {name}: {record}", flush=True)

@@ -1,7 +1,6 @@
 """What scores the policy's steps: heads from its rollouts, and whether an answer is ready, from answers that were asked for early."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from reflective.train.layers import choose_layer
 from reflective.train.rollout import View, recorded, roll_out_views
 
 from . import policy
-from .families import FAMILIES
 from .policy import questions
 
 SAMPLING = {"temperature": 1.0, "top_p": 0.95}
@@ -58,14 +56,13 @@ def head(work: Path, family: str, seed: int) -> SPRM:
     return SPRM.from_pretrained(head_file(work, family, seed))
 
 
-def learn(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
+def learn(work: Path, family: str) -> None:
     """Rollouts and heads."""
     model = policy.load(work)
-    for family in families:
-        learnt = rollouts(work, model, family)
-        print(f"learn: {family}, rollouts, pass@1 {float((learnt.outcome * learnt.count).sum() / learnt.count.sum()):.3f}", flush=True)
-        at = tap(work, family, learnt)
-        for seed in range(SEEDS):
-            if not (file := head_file(work, family, seed)).is_file():
-                fit(learnt.read(at), epochs=EPOCHS, lr=LR, dropout=DROPOUT, seed=seed).save_pretrained(file)
-                print(f"learn: {family}, head, layer {at.layers[0]}, seed {seed}", flush=True)
+    learnt = rollouts(work, model, family)
+    print(f"learn: {family}, rollouts, pass@1 {float((learnt.outcome * learnt.count).sum() / learnt.count.sum()):.3f}", flush=True)
+    at = tap(work, family, learnt)
+    for seed in range(SEEDS):
+        if not (file := head_file(work, family, seed)).is_file():
+            fit(learnt.read(at), epochs=EPOCHS, lr=LR, dropout=DROPOUT, seed=seed).save_pretrained(file)
+            print(f"learn: {family}, head, layer {at.layers[0]}, seed {seed}", flush=True)

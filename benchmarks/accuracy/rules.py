@@ -25,7 +25,6 @@ from reflective.train.head import fit
 from reflective.train.ready import readiness
 
 from . import learn, policy
-from .families import FAMILIES
 from .replay import Drawn, drawn, replay
 
 NS = (8, 16, 32)
@@ -66,37 +65,36 @@ def home(work: Path, family: str, seed: int, n: int, then: str = "") -> Path:
     return work / family / f"rules, seed {seed}, n {n}{then}"
 
 
-def calibrate(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
+def calibrate(work: Path, family: str) -> None:
     """Every rule that is missing."""
     model = policy.load(work)
-    for family in families:
-        asked = policy.questions(family, "calibration")
-        answers = [q.answer for q in asked]
-        engine = None
-        for seed in range(learn.SEEDS):
-            if (home(work, family, seed, NS[-1], THEN_SELECT) / "prune.json").is_file():
-                continue
-            file = work / family / f"calibration, seed {seed}.jsonl"
-            if not file.is_file():
-                own = policy.with_head(model, learn.head(work, family, seed))
-                engine = engine or engine_for(own)
-                engine.head = own.head
-                runs = decode(engine, own, asked, by_name("best_of_n", n=NS[-1]), 0)
-                text = "\n".join(json.dumps([asdict(c) for c in drawn(own, run)]) for run in runs)
-                file.with_suffix(".part").write_text(text)
-                file.with_suffix(".part").rename(file)
-            whole = [[Drawn(**c) for c in json.loads(line)] for line in file.read_text().splitlines()]
-            vote = Select.calibrate(_generations(whole), answers)
-            for n in NS:
-                fewer = [there[:n] for there in whole]
-                for then, chooser in (("", by_name("best_of_n")), (THEN_SELECT, vote)):
-                    place = home(work, family, seed, n, then)
-                    place.mkdir(parents=True, exist_ok=True)
-                    vote.save(place)
-                    _prune(fewer, answers, chooser).save(place)
-                if n == AUTO:
-                    _auto(_generations(fewer), answers, vote).save(home(work, family, seed, n))
-            print(f"rules: {family}, seed {seed}", flush=True)
+    asked = policy.questions(family, "calibration")
+    answers = [q.answer for q in asked]
+    engine = None
+    for seed in range(learn.SEEDS):
+        if (home(work, family, seed, NS[-1], THEN_SELECT) / "prune.json").is_file():
+            continue
+        file = work / family / f"calibration, seed {seed}.jsonl"
+        if not file.is_file():
+            own = policy.with_head(model, learn.head(work, family, seed))
+            engine = engine or engine_for(own)
+            engine.head = own.head
+            runs = decode(engine, own, asked, by_name("best_of_n", n=NS[-1]), 0)
+            text = "\n".join(json.dumps([asdict(c) for c in drawn(own, run)]) for run in runs)
+            file.with_suffix(".part").write_text(text)
+            file.with_suffix(".part").rename(file)
+        whole = [[Drawn(**c) for c in json.loads(line)] for line in file.read_text().splitlines()]
+        vote = Select.calibrate(_generations(whole), answers)
+        for n in NS:
+            fewer = [there[:n] for there in whole]
+            for then, chooser in (("", by_name("best_of_n")), (THEN_SELECT, vote)):
+                place = home(work, family, seed, n, then)
+                place.mkdir(parents=True, exist_ok=True)
+                vote.save(place)
+                _prune(fewer, answers, chooser).save(place)
+            if n == AUTO:
+                _auto(_generations(fewer), answers, vote).save(home(work, family, seed, n))
+        print(f"rules: {family}, seed {seed}", flush=True)
 
 
 def _generations(whole: Sequence[Sequence[Drawn]]) -> list[Generation]:
@@ -135,25 +133,24 @@ def ready_head(work: Path, family: str, seed: int) -> SPRM:
     return SPRM.from_pretrained(learn.head_file(work, family, seed, "readiness"))
 
 
-def learn_exit(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
+def learn_exit(work: Path, family: str) -> None:
     """Heads that say whether an answer is ready, and the rules by which they end thinking."""
     model = policy.load(work)
-    for family in families:
-        if family not in EARLY or (home(work, family, learn.SEEDS - 1, 1) / "exit.json").is_file():
-            continue
-        drawn = learn.rollouts(work, model, family)
-        one = torch.searchsorted(drawn.question, torch.arange(READY))
-        learnt = readiness(model, drawn.select(torch.isin(torch.arange(len(drawn)), one)), batch_rows=128)
-        print(f"readiness: {family}, {len(learnt)} steps, {float(learnt.outcome.mean()):.3f} ready", flush=True)
-        asked, forced = policy.questions(family, "calibration"), None
-        for seed in range(learn.SEEDS):
-            own = fit(learnt.read(learn.tap(work, family, drawn)), epochs=learn.EPOCHS, lr=learn.LR, dropout=learn.DROPOUT, seed=seed)
-            own.save_pretrained(learn.head_file(work, family, seed, "readiness"))
-            judge = policy.with_head(model, own)
-            alone = decode(engine_for(judge), judge, asked, by_name("best_of_n", n=1), seed=0)
-            forced = forced or judge.forced_answers(alone, batch_rows=128)  # the same answers, whoever judges them
-            place = home(work, family, seed, 1)
-            place.mkdir(parents=True, exist_ok=True)
-            rule = Exit.calibrate(alone, forced, risk=EXIT_RISK)
-            rule.save(place)
-            print(f"exit: {family}, seed {seed}, {json.dumps({'threshold': rule.threshold})}", flush=True)
+    if family not in EARLY or (home(work, family, learn.SEEDS - 1, 1) / "exit.json").is_file():
+        return
+    drawn = learn.rollouts(work, model, family)
+    one = torch.searchsorted(drawn.question, torch.arange(READY))
+    learnt = readiness(model, drawn.select(torch.isin(torch.arange(len(drawn)), one)), batch_rows=128)
+    print(f"readiness: {family}, {len(learnt)} steps, {float(learnt.outcome.mean()):.3f} ready", flush=True)
+    asked, forced = policy.questions(family, "calibration"), None
+    for seed in range(learn.SEEDS):
+        own = fit(learnt.read(learn.tap(work, family, drawn)), epochs=learn.EPOCHS, lr=learn.LR, dropout=learn.DROPOUT, seed=seed)
+        own.save_pretrained(learn.head_file(work, family, seed, "readiness"))
+        judge = policy.with_head(model, own)
+        alone = decode(engine_for(judge), judge, asked, by_name("best_of_n", n=1), seed=0)
+        forced = forced or judge.forced_answers(alone, batch_rows=128)  # the same answers, whoever judges them
+        place = home(work, family, seed, 1)
+        place.mkdir(parents=True, exist_ok=True)
+        rule = Exit.calibrate(alone, forced, risk=EXIT_RISK)
+        rule.save(place)
+        print(f"exit: {family}, seed {seed}, {json.dumps({'threshold': rule.threshold})}", flush=True)

@@ -15,7 +15,7 @@ OF_A_FAMILY = {
 
 def of_a_family(work: Path, family: str, stages: Sequence[str]) -> None:
     for name in stages:
-        timed(work, name, family, lambda name=name: OF_A_FAMILY[name](work, [family]))
+        timed(work, name, family, lambda name=name: OF_A_FAMILY[name](work, family))
 
 
 def timed(work: Path, stage: str, family: str, act: Callable[[], None]) -> None:
