@@ -1,4 +1,4 @@
-"""The README's picture: scoring in the stream beside a second pass, from recorded files.
+"""The README's first picture: scoring in the stream beside a second pass, from recorded files.
 
 python benchmarks/second_pass.py    # results/second_pass.png and second_pass_dark.png
 
@@ -24,15 +24,15 @@ WAYS = {
 def picture(path: Path, ground: str, ink: str, folder: Path = RESULTS) -> Path:
     """Seconds of answers and scores; seconds and memory of the scoring alone."""
     plt = pyplot()
-    with plt.rc_context({"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": ink}):
+    with written_in(ink):
         fig, axes = plt.subplots(1, 3, figsize=(11, 3.1), layout="constrained", width_ratios=(1.25, 1, 1), facecolor=ground)
         _whole(axes[0], {r["way"]: r for r in read("in_vllm_best_of_n", folder)}, ink)
         found = [r for r in read("gpu_best_of_n", folder) if r["schedule"] == "deferred"]
         _alone(axes[1], found, ("scoring_s", "second_pass_s"), _seconds, ink)
         _alone(axes[2], found, ("scoring_MiB", "second_pass_MiB"), lambda value: f"{value:,.0f} MiB", ink)
         gpu, n, tokens = found[0]["gpu"].removeprefix("NVIDIA "), found[0]["n"], int(found[0]["tokens"])
-        _title(axes[1], "Scoring alone: time", f"{n} texts of {tokens:,} tokens, {gpu}")
-        _title(axes[2], "Scoring alone: extra memory", "the same runs")
+        title(axes[1], "Scoring alone: time", f"{n} texts of {tokens:,} tokens, {gpu}")
+        title(axes[2], "Scoring alone: extra memory", "the same runs")
         for ax in axes:
             ax.set_facecolor(ground)
             ax.spines[["top", "right", "bottom", "left"]].set_visible(False)
@@ -60,7 +60,7 @@ def _whole(ax: Any, rows: dict[str, dict[str, str]], ink: str) -> None:
     ax.set_yticks(range(len(there)), [WAYS[r["way"]] for r in reversed(there)])
     ax.set_xlim(0, 1.28 * max(float(r["total_s"]) for r in there))
     first = there[0]
-    _title(ax, f"Best of {first['n']}: answers and scores", f"SmolLM2-135M, {first['tokens']} tokens each, on a CPU")
+    title(ax, f"Best of {first['n']}: answers and scores", f"SmolLM2-135M, {first['tokens']} tokens each, on a CPU")
 
 
 def _alone(ax: Any, rows: list[dict[str, str]], columns: tuple[str, str], told: Any, ink: str) -> None:
@@ -77,7 +77,13 @@ def _alone(ax: Any, rows: list[dict[str, str]], columns: tuple[str, str], told: 
     ax.set_xlim(0, 1.35 * longest)
 
 
-def _title(ax: Any, what: str, of: str) -> None:
+def written_in(ink: str) -> Any:
+    """Matplotlib's settings for words and axes in one colour, as a context."""
+    return pyplot().rc_context({"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": ink})
+
+
+def title(ax: Any, what: str, of: str) -> None:
+    """What an axis shows, and below it, smaller, of what."""
     ax.set_title(what, loc="left", fontsize=11, fontweight="bold", pad=20)
     ax.text(0, 1.03, of, transform=ax.transAxes, fontsize=8.5)
 

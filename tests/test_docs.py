@@ -21,7 +21,7 @@ from test_model import byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import reflective as rf
-from reflective.benchmarks import figures, report, second_pass, train_a_head
+from reflective.benchmarks import figures, report, right_answers, second_pass, train_a_head
 from reflective.checkpoints.default import HEAD
 from reflective.cli import app
 from reflective.scoring import ops
@@ -255,12 +255,13 @@ def test_what_is_allowed_has_a_reason_and_is_there(monkeypatch, tmp_path):
         figures.unmarked()
 
 
-def test_the_picture_of_the_readme_is_of_recorded_files(tmp_path):
+@pytest.mark.parametrize("made", [second_pass, right_answers], ids=lambda made: made.__name__.rpartition(".")[2])
+def test_the_pictures_of_the_readme_are_of_recorded_files(tmp_path, made):
     pytest.importorskip("matplotlib")
     for end, (ground, ink) in second_pass.GROUNDS.items():
-        drawn = second_pass.picture(tmp_path / f"second_pass{end}.png", ground, ink)
+        drawn = made.picture(tmp_path / f"{made.__name__.rpartition('.')[2]}{end}.png", ground, ink)
         assert drawn.read_bytes()[:4] == b"\x89PNG" and drawn.stat().st_size > 20_000
-        assert (figures.RESULTS / drawn.name).exists()
+        assert (figures.RESULTS / drawn.name).exists() and drawn.name in (ROOT / "README.md").read_text()
 
 
 # -- names, links, modules ---------------------------------------------------------------------------------------------
