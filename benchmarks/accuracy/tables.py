@@ -213,6 +213,9 @@ def draw(rows: list[Record], seconds: list[Record], out: Path = RESULTS) -> None
         by_n.set(title=f"{family}: candidates", xlabel="n", ylabel="accuracy", xticks=rules.NS, xticklabels=rules.NS)
         _scatter(by_tokens, part, "tokens", f"{family}: tokens decoded a question")
         _seconds(by_seconds, part, [row for row in seconds if row["family"] == family], family)
+    # One legend of all pictures: a strategy has one colour in all of them.
+    shown = {label: line for ax in axes[:, :2].flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=7, fontsize=8, frameon=False)
     fig.savefig(out / "strategies.png", dpi=150)
     plt.close(fig)
 
@@ -237,7 +240,6 @@ def _scatter(ax: Any, part: list[Record], key: str, title: str) -> None:
     ax.set_xscale("log", base=2)
     ticks = [200, 400, 800, 1600, 3200]
     ax.set(title=title, xlabel=key, ylabel="accuracy", xticks=ticks, xticklabels=ticks)
-    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # of the picture beside it too, which has no room for one
 
 
 def _seconds(ax: Any, part: list[Record], timed: list[Record], family: str) -> None:
@@ -248,8 +250,7 @@ def _seconds(ax: Any, part: list[Record], timed: list[Record], family: str) -> N
             continue
         name = row["strategy"].removesuffix(", at random")
         error = [[own["accuracy"] - own["accuracy_low"]], [own["accuracy_high"] - own["accuracy"]]]
-        label = row["strategy"] + ("" if row["n"] == 16 else f", n = {row['n']}")
-        ax.errorbar(row["seconds"], own["accuracy"], error, fmt="o" if name == row["strategy"] else "x", color=COLORS[name], label=label, ms=5)
+        ax.errorbar(row["seconds"], own["accuracy"], error, fmt="o" if name == row["strategy"] else "x", color=COLORS[name], ms=5, lw=1)
+        ax.annotate(f"n = {row['n']}", (row["seconds"], own["accuracy"]), (5, 4), textcoords="offset points", fontsize=7, color=COLORS[name])
     ax.set(title=f"{family}: seconds, {compare.KV_TOKENS:,} tokens cached", xlabel="seconds a question", ylabel="accuracy")
-    if timed:
-        ax.legend(fontsize=7, frameon=False)
+    ax.margins(x=0.12)
