@@ -14,103 +14,14 @@
 # REFLECTIVE_COMMIT tells the commit where this tree is a copy without its history.
 set -uo pipefail
 
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
-PYTHON=${PYTHON:-python3}
-LIMIT=525 # seconds in all
-MODE=measure
-STAGES=" "
-while [ $# -gt 0 ]; do
-    case $1 in
-        --rehearse) MODE=rehearse ;;
-        --smoke) MODE=smoke LIMIT=90 STAGES=" smoke decode best_of_n " ;;
-        --seconds) LIMIT=$2 && shift ;;
-        smoke | decode | best_of_n | generate | suite | tests | memcheck | racecheck | targets) STAGES="$STAGES$1 " ;;
-        *) echo "gpu.sh: $1 is neither an option nor a stage" >&2 && exit 2 ;;
-    esac
-    shift
-done
-RESULTS=$ROOT/benchmarks/results
-[ $MODE = rehearse ] && RESULTS=$ROOT/build/rehearsal
-mkdir -p "$RESULTS"
-
-WORK=$(mktemp -d)
-trap 'rm -rf "$WORK"' EXIT
-SOURCE=$WORK/source
-SITE=${REFLECTIVE_SITE:-$WORK/site}
-LOG=$WORK/gpu.log
-STAMP=$WORK/stamp # what is newer than this is of this run
-SUMMARY=()
-FAILED=0
-# Commands run here: in a checkout python would import its sources, which lack what is built.
-mkdir -p "$SOURCE" "$WORK/run" && touch "$STAMP" && cd "$WORK/run" || exit 2
-
-left() { echo $((LIMIT - SECONDS)); }
-least() { echo $(($1 < $2 ? $1 : $2)); }
-wanted() { [ "$STAGES" = " " ] || [[ $STAGES == *" $1 "* ]]; }
-
-# The stages in their order, each with its weight when time is shared out.
+NAME=gpu
+LIMIT=525
 WEIGHTS=(smoke 18 decode 30 best_of_n 9 generate 22 suite 20 tests 18 memcheck 8 racecheck 8 targets 3)
-
-# share NAME MOST: its seconds of those that are left for it and the stages behind it; at most MOST.
-share() {
-    local i mine=0 all=0
-    for ((i = 0; i < ${#WEIGHTS[@]}; i += 2)); do
-        [ "${WEIGHTS[i]}" = "$1" ] && mine=${WEIGHTS[i + 1]}
-        [ "$mine" != 0 ] && wanted "${WEIGHTS[i]}" && all=$((all + WEIGHTS[i + 1]))
-    done
-    least "$(($(left) * mine / all))" "$2"
-}
-
-# To $OUT go at most eight files, in no folder.
-publish() {
-    { cat "$LOG"; echo "== seconds a stage, of $LIMIT"; printf '%s\n' "${SUMMARY[@]}"; } >"$RESULTS/gpu.log"
-    [ -n "${OUT:-}" ] || return 0
-    local name
-    for name in gpu_decode_overhead.csv gpu_best_of_n.csv gpu_generate.csv gpu_suite.csv gpu_suite_roofline.png \
-        gpu_suite_latency.png gpu_tests.xml gpu.log; do
-        [ "$RESULTS/$name" -nt "$STAMP" ] && cp "$RESULTS/$name" "$OUT"
-    done
-    return 0
-}
-
-# stage NAME SECONDS COMMAND...: the command's output goes to the log, the end of it to the terminal.
-stage() {
-    local name=$1 limit=$2 began=$SECONDS status how output=$WORK/$1.log
-    shift 2
-    limit=$(least "$limit" "$(left)")
-    if [ "$limit" -le 5 ]; then
-        SUMMARY+=("$(printf '%-12s %5s s  left out: no time' "$name" 0)")
-        FAILED=1
-        return 125
-    fi
-    # By SIGINT: pytest then still says what failed.
-    timeout --signal=INT --kill-after=5 "$limit" "$@" >"$output" 2>&1
-    status=$?
-    { echo "== $name, at most $limit s: $*"; cat "$output"; echo "== $name: exit $status after $((SECONDS - began)) s"; } >>"$LOG"
-    echo "== $name" && tail -n "${TAIL:-12}" "$output"
-    how=ok
-    [ $status = 0 ] || how="failed ($status)"
-    [ $status = 124 ] || [ $status = 137 ] && how="stopped at its limit of $limit s"
-    [ $status = 0 ] || FAILED=1
-    SUMMARY+=("$(printf '%-12s %5s s  %s' "$name" $((SECONDS - began)) "$how")")
-    publish
-    return $status
-}
-
-# A copy, so that neither an old build in this tree nor a read-only one is in the way.
-copy_sources() {
-    (cd "$ROOT" && tar -c --exclude='*.so' --exclude='__pycache__' --exclude='benchmarks/results' csrc kernels reflective \
-        benchmarks tests pyproject.toml setup.py README.md LICENSE) | tar -x -C "$SOURCE"
-}
-
-build() {
-    # setuptools before 77 knows another spelling of the licence alone, and cannot be replaced here.
-    if "$PYTHON" -c 'import setuptools; raise SystemExit(int(setuptools.__version__.split(".")[0]) >= 77)'; then
-        sed -i -e 's/^license = \(".*"\)$/license = {text = \1}/' -e '/^license-files/d' "$SOURCE/pyproject.toml"
-    fi
-    # Neither pip nor wheel: a machine without a network may lack what they need.
-    (cd "$SOURCE" && "$PYTHON" setup.py --quiet build --build-lib "$SITE")
-}
+SMOKE=(90 smoke decode best_of_n)
+SIGNAL=INT # pytest then still says what failed
+# At most eight files, in no folder.
+PUBLISHED=(gpu_decode_overhead.csv gpu_best_of_n.csv gpu_generate.csv gpu_suite.csv gpu_suite_roofline.png gpu_suite_latency.png gpu_tests.xml gpu.log)
+. "$(dirname "$0")/gpu_stages.sh"
 
 versions() {
     "$PYTHON" - <<'PY'
@@ -183,38 +94,9 @@ overhead() {
     "$PYTHON" -m reflective.benchmarks.decode_overhead_gpu "$part" "${how[@]}" --out "$RESULTS" "$@"
 }
 
-export PYTHONPATH=$SITE PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
-if [ -z "${REFLECTIVE_COMMIT:-}" ]; then
-    REFLECTIVE_COMMIT=$(git -C "$ROOT" describe --always --dirty --abbrev=10 2>/dev/null || echo unknown)
-fi
-export REFLECTIVE_COMMIT
-if [ $MODE = rehearse ]; then
-    export REFLECTIVE_SKIP_CUDA_BUILD=1 CUDA_VISIBLE_DEVICES=""
-else
-    if ! TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'); then
-        echo "no GPU that torch can use; benchmarks/gpu.sh --rehearse runs the same stages on CPU" >&2
-        exit 2
-    fi
-    export TORCH_CUDA_ARCH_LIST FORCE_CUDA=1
-fi
-export -f build versions run_tests smoke tests sanitize suite overhead least
-export ROOT PYTHON MODE RESULTS WORK SOURCE SITE
+export -f versions run_tests smoke tests sanitize suite overhead
 
-finish() {
-    { echo "== seconds a stage"; printf '%s\n' "${SUMMARY[@]}"; echo "in all $SECONDS s"; } | tee -a "$LOG"
-    publish
-    exit $FAILED
-}
-
-copy_sources
-if [ -n "${REFLECTIVE_SITE:-}" ]; then
-    if ! compgen -G "$SITE/reflective/*.so" >/dev/null || [ ! -d "$SITE/reflective/kernels" ]; then
-        echo "REFLECTIVE_SITE=$SITE holds no built package: expected reflective/*.so and reflective/kernels in it" >&2
-        exit 2
-    fi
-else
-    TAIL=30 stage build "$(least 200 $(($(left) * 6 / 10)))" bash -c build || finish
-fi
+TAIL=30 stage build "$(least 200 $(($(left) * 6 / 10)))" bash -c build || finish
 
 smoked=0
 if wanted smoke; then
