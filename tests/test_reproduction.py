@@ -18,7 +18,6 @@ from reflective.benchmarks.reproduction import (
     rollouts,
     separate,
     settle,
-    ship,
     tables,
 )
 from reflective.benchmarks.reproduction.families import FAMILIES
@@ -337,26 +336,30 @@ def test_a_layer_is_chosen_and_measured(tmp_path, monkeypatch):
     assert "## A layer chosen on training questions: sums" in text and f"{float(shown['value']):.3f} ({float(shown['low']):.3f}" in text
 
 
-def test_the_shipped_policy_is_measured_on_other_families(tmp_path, monkeypatch):
-    """With a head of its own each, of the layer that tells right from wrong, on questions that the head has not seen."""
-    monkeypatch.setattr(ship.settle, "LAYERS", (-2, -9))
-    monkeypatch.setattr(ship.settle, "EPOCHS", 8)
-    monkeypatch.setattr(heads, "MAIN", dataclasses.replace(heads.MAIN, epochs=6))
-    monkeypatch.setattr(ship.joint, "merged", lambda place: "the shipped one")
+def test_a_trained_policys_head_is_fitted_again_to_training_questions(tmp_path, monkeypatch):
+    """Of the layer that tells right from wrong; to questions of which none is held out."""
+    monkeypatch.setattr(settle, "LAYERS", (-2, -9))
+    monkeypatch.setattr(settle, "EPOCHS", 8)
+    monkeypatch.setattr(settle.joint, "merged", lambda place, dtype: place)
+    (tmp_path / "dtype.json").write_text(json.dumps({"dtype": "float32"}))
     asked = {}
 
     def rolled(model, family, questions, place, **settings):
-        assert model == "the shipped one" and not place.exists()
-        asked[place.relative_to(tmp_path).as_posix()] = {q.text for q in questions}
-        parts = [synthetic(30, 32, 7 + len(asked), signal) for signal in (0.3, 2.0)]
+        assert model == tmp_path / "joint" / "seed 1" and not place.exists()
+        asked[place.relative_to(model).as_posix()] = {q.text for q in questions}
+        parts = [synthetic(30, 32, 7, signal) for signal in (0.3, 2.0)]
         return {"layers": dataclasses.replace(parts[0], features=torch.cat([r.features for r in parts], 1), tap=Tap((-2, -9)))}
 
     monkeypatch.setattr(rollouts, "rollouts", rolled)
-    ship.measure_others(tmp_path, ["products", "boxes"], tmp_path)
-    rows = {(r["family"], r["measure"]): r for r in record.read("reproduction_shipped_others", tmp_path)}
-    for name in ("products", "boxes"):
-        assert rows[name, "best_of@32 - best_of@8"]["layer"] == "-9" and float(rows[name, "best_of@8 - majority@8"]["low"]) > 0
-        assert not asked[f"refit/{name}, train"] & asked[f"shipped/{name}"] and len(asked[f"shipped/{name}"]) == 340
+    assert settle.answer(tmp_path, 1, "boxes") == "rollouts, seed 1, boxes" and len(asked["boxes"]) == rollouts.EVAL // rollouts.SEEDS
+    settle.head_file(tmp_path, 1, "boxes").parent.mkdir(parents=True)
+    assert settle.settle(tmp_path, 1, "boxes").endswith("layer -9") and settle.head(tmp_path, 1, "boxes").tap == Tap((-9,))
+    learnt = asked["boxes, train"]
+    assert len(learnt) == rollouts.TRAIN + rollouts.MORE and not learnt & {q.text for q in rollouts.questions(FAMILIES["boxes"])[1]}
+    assert not learnt & {q.text for q in rollouts.further(FAMILIES["boxes"])[1]}
+    asked.clear()
+    settle.settle(tmp_path, 1, "boxes")
+    assert not asked, "it lies there"
 
 
 def test_the_recorded_text_is_that_of_the_recorded_numbers():

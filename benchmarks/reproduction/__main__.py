@@ -2,25 +2,42 @@
 
     python -m reflective.benchmarks.reproduction WORK [--stage NAME ...] [--family NAME ...] [--out benchmarks/results]
 
-Stages, each of which goes on where it was interrupted: rollouts of the embedded model on three families of questions; heads
-from their features; heads of other layers, one chosen for each family; heads that learn better, and rules for choosing; joint training of policy and head, and rollouts afterwards; a
-separate PRM; tables and pictures. Only where asked for by name: ``after``, the table of joint training alone, where the data of the others are not
-at hand, ``ship``, which replaces the head that the package comes with by the
-best one, ``refit``, which fits heads anew to rollouts of the policy that the package comes with, and replaces its head by the
-best of these, and ``rule``, which calibrates anew how that head's scores choose (``select.json``, ``auto.json``), and ``shipped``, which measures that head and these rules
-on held-out questions that chose nothing, and ``others``, which does the same for the families that it is not for, with heads of their own. ``--family`` is for
-the stages ``rollouts``, ``layers``, ``choosing`` and ``others``.
+Stages, each of which goes on where it was interrupted; without ``--stage`` all of the first list, then the tables and pictures (``tables``):
+
+    rollouts    of the embedded model on three families of questions
+    heads       from their features
+    layers      heads of other layers, one chosen for each family
+    choosing    heads that learn better, and rules for choosing
+    joint       training of policy and head together, and rollouts afterwards
+    settle      heads fitted again to these policies
+    separate    a second model as PRM
+
+Only where they are asked for by name:
+
+    after       the table of joint training alone, where the data of the others are not at hand
+    ship        the best head, with its policy, becomes that which the package comes with
+    refit       heads fitted anew to rollouts of the policy that the package comes with; the best of them replaces its head
+    rule        how that head's scores choose, calibrated anew (``select.json``, ``auto.json``)
+    shipped     what that head and these rules are worth on held-out questions that chose nothing
+
+``--family`` is for the stages ``rollouts``, ``layers`` and ``choosing``.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from reflective.benchmarks.record import RESULTS, add_seconds, seconds_of, write
 
 from . import choosing, heads, joint, layers, rollouts, separate, settle, ship, tables
 from .families import FAMILIES
+
+OF_POLICIES = [(seed, name) for seed in range(rollouts.SEEDS) for name in FAMILIES]  # after joint training
 
 
 def decode(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
@@ -61,22 +78,20 @@ def choose(work: Path, families: Sequence[str] = tuple(FAMILIES)) -> None:
 
 def train_jointly(work: Path) -> None:
     """Policy and head together, and rollouts of what came of it, each seed on its share of the held-out questions."""
-    for seed in range(rollouts.SEEDS):
-        place = work / "joint" / f"seed {seed}"
-        if not (place / "trainer_state.json").is_file():
-            model = rollouts.untrained(rollouts.dtype_of(work))
-            joint.train(model, heads.head(work, heads.ALL, heads.MAIN, seed).float(), place, seed)
-            print(f"joint: trained, seed {seed}", flush=True)
-    for seed in range(rollouts.SEEDS):
-        place = work / "joint" / f"seed {seed}"
-        model = joint.merged(place, rollouts.dtype_of(work))
-        for name, family in FAMILIES.items():
-            asked = rollouts.questions(family)[1][seed :: rollouts.SEEDS]
-            rollouts.rollouts(
-                model, family, asked, place / name, samples=rollouts.EVAL_SAMPLES, seed=2 + seed, all_views=False
-            )
-            print(f"joint: rollouts, seed {seed}, {name}", flush=True)
-        settle.settle(work, seed)
+    _side_by_side(joint.train_seed, work, [(seed,) for seed in range(rollouts.SEEDS)])
+    _side_by_side(settle.answer, work, OF_POLICIES)
+
+
+def fit_again(work: Path) -> None:
+    """A head for each family and each policy that joint training has led to."""
+    _side_by_side(settle.settle, work, OF_POLICIES)
+
+
+def _side_by_side(act: Callable[..., str], work: Path, tasks: Sequence[tuple[object, ...]]) -> None:
+    """A process a thread of torch's, as for the heads: two tasks side by side are done sooner than one with two threads."""
+    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for done in [pool.submit(act, work, *task) for task in tasks]:
+            print(f"joint: {done.result()}", flush=True)
 
 
 def compare(work: Path) -> None:
@@ -87,15 +102,15 @@ def compare(work: Path) -> None:
 
 
 STAGES: dict[str, Callable[..., None]] = {
-    "rollouts": decode, "heads": fit, "layers": read_layers, "choosing": choose, "joint": train_jointly, "separate": compare,
+    "rollouts": decode, "heads": fit, "layers": read_layers, "choosing": choose, "joint": train_jointly, "settle": fit_again, "separate": compare,
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="directory for everything in between")
-    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "after", "ship", "refit", "rule", "shipped", "others"], help="only these")
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="only these, in this order (rollouts, layers, choosing, others)")
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "tables", "after", "ship", "refit", "rule", "shipped"], help="only these")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, help="only these, in this order (rollouts, layers, choosing)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -111,8 +126,6 @@ def main() -> None:
             ship.refit(args.work)
         elif name == "shipped":
             ship.measure(args.work, args.out)
-        elif name == "others":
-            ship.measure_others(args.work, args.family or [name for name in FAMILIES if name != ship.FAMILY], args.out)
         elif name == "rule":
             ship.choose()
             ship.describe()

@@ -13,8 +13,9 @@ from reflective.scoring.sprm import SPRM
 from reflective.tasks import Question
 from reflective.train import verifier
 
+from . import heads
 from .families import FAMILIES
-from .rollouts import MAX_NEW_TOKENS, TEMPERATURE, policy, questions, trained
+from .rollouts import MAX_NEW_TOKENS, TEMPERATURE, dtype_of, policy, questions, trained, untrained
 
 STEPS, PROMPTS, GROUP = 30, 4, 8  # optimizer steps; of each: questions, answers to each
 RANK, POLICY_LR, HEAD_LR, HEAD_UPDATES = 16, 2e-4, 3e-4, 10
@@ -52,7 +53,7 @@ def train(model: ReflectiveModel, head: SPRM, path: Path, seed: int, steps: int 
         output_dir=str(path), max_steps=steps, seed=seed, shuffle_dataset=False, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, max_completion_length=MAX_NEW_TOKENS,
         temperature=TEMPERATURE, top_p=1.0, learning_rate=POLICY_LR, lr_scheduler_type="constant_with_warmup",
-        warmup_steps=3, beta=0.0, bf16=True, use_cpu=not torch.cuda.is_available(), **checkpointing_setting(False),
+        warmup_steps=3, beta=0.0, bf16=model.model.dtype == torch.bfloat16, use_cpu=not torch.cuda.is_available(), **checkpointing_setting(False),
         logging_steps=1, save_steps=max(1, steps // 4), save_total_limit=1, head_learning_rate=HEAD_LR,
         head_updates=HEAD_UPDATES,
         sprm_warmup_steps=None, within_questions=True, class_balance=False,
@@ -66,6 +67,14 @@ def train(model: ReflectiveModel, head: SPRM, path: Path, seed: int, steps: int 
     config = next(iter(asking.values())).config
     (path / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
     trainer.state.save_to_json(str(path / "trainer_state.json"))
+
+
+def train_seed(work: Path, seed: int) -> str:
+    """Train the untrained policy, and the head of all families, from ``seed``."""
+    place = work / "joint" / f"seed {seed}"
+    if not (place / "trainer_state.json").is_file():
+        train(untrained(dtype_of(work)), heads.head(work, heads.ALL, heads.MAIN, seed).float(), place, seed)
+    return f"trained, seed {seed}"
 
 
 def merged(path: Path, dtype: torch.dtype = torch.bfloat16) -> ReflectiveModel:

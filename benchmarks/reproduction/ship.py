@@ -1,7 +1,6 @@
 """What the package ships: head, adapter if joint training helped, pruning rule and report of the embedded model."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from reflective.train.layers import choose_layer
 from reflective.train.metrics import draws, evaluate, evaluate_seeds, log_scores
 from reflective.train.rollout import roll_out
 
-from . import choosing, heads, joint, layers, rollouts, settle
+from . import choosing, heads, joint, layers, rollouts
 from .families import FAMILIES
 
 FAMILY, SEED, CALIBRATED = "sums", 0, 40  # the family that `reflective demo` asks; questions of the pruning rule
@@ -203,32 +202,6 @@ def measure(work: Path, out: Path = RESULTS) -> None:
         "reproduction_shipped",
         [{"measure": k, **{n: round(v, 4) for n, v in asdict(m).items()}, "questions": questions} for k, m in metrics.items()], out,
     )  # fmt: skip
-
-
-def measure_others(work: Path, families: Sequence[str], out: Path = RESULTS) -> None:
-    """The shipped policy, which learnt from all families, on those that its head is not for, with heads fitted to its answers to their training questions:
-    ``reproduction_shipped_others.csv``."""
-    rows, model = [], joint.merged(HEAD)
-    for name in families:
-        family = FAMILIES[name]
-        train, held_out = rollouts.questions(family)
-        learnt = rollouts.rollouts(
-            model, family, train, work / "refit" / f"{name}, train", samples=rollouts.TRAIN_SAMPLES, seed=5, all_views=False
-        )["layers"]
-        asked = [q for i, q in enumerate(held_out) if i % rollouts.SEEDS != SEED]
-        r = rollouts.rollouts(model, family, asked, work / "shipped" / name, samples=rollouts.EVAL_SAMPLES, seed=9, all_views=False)["layers"]
-        tap, _ = choose_layer(learnt.read(replace(learnt.tap, layers=settle.LAYERS)), epochs=settle.EPOCHS // 2, lr=heads.LR, width=288)
-        head = fit(learnt.read(tap), epochs=heads.MAIN.epochs, lr=heads.LR, dropout=DROPOUT, seed=SEED)
-        metrics = evaluate_seeds(
-            [(replace(r, features=None), log_scores(r, head))], n=choosing.CURVE[1:], differences=[("best_of@8", "majority@8"), ("best_of@32", "best_of@8")]
-        )
-        questions = len(r.question.unique())
-        rows += [
-            {"family": name, "layer": tap.layers[0], "measure": k, **{n: round(v, 4) for n, v in asdict(m).items()}, "questions": questions}
-            for k, m in metrics.items()
-        ]
-        print(f"others: {name}, layer {tap.layers[0]}", flush=True)
-    write("reproduction_shipped_others", rows, out)
 
 
 def _interval(values: NDArray[np.float64]) -> Metric:

@@ -99,7 +99,8 @@ def train(
         int, typer.Option(rich_help_panel=JOINT, min=0, help="Steps of the head by itself after each optimizer step (joint); 0: one with the policy, as published.")
     ] = Settings.head_updates,
     settle: Annotated[
-        int, typer.Option(rich_help_panel=JOINT, min=0, help="Training questions answered once more in the end, to fit the head anew (joint); 0: it stays as trained along.")
+        int | None,
+        typer.Option(rich_help_panel=JOINT, min=0, help="Training questions answered once more in the end, to fit the head anew (joint); default: all; 0: it stays as trained along."),
     ] = Settings.settle,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", rich_help_panel=BACKBONE, help="Less memory, a second forward (backbone, joint).")

@@ -197,7 +197,7 @@ class _Run:
             self.model.model = trained.adapter.merge_and_unload()
         held_out = self._features("after", held_out) if s.data else self._answers("after")
         along = self._measure(held_out, trained.head)
-        settled = self._settle(held_out, trained.head) if s.way == "joint" and s.settle else None
+        settled = self._settle(held_out, trained.head) if s.way == "joint" and s.settle != 0 else None
         if settled is None:
             return {"metrics": along, "before": found}
         return {"metrics": self._measure(held_out, settled), "before": found, "along": along}

@@ -40,8 +40,8 @@ class Settings:
         steps, group: optimizer steps, and answers to each of their questions (``joint``).
         head_updates: steps that the head takes by itself after each of these, on what was drawn last (``joint``); 0: one with the policy,
             as published, see ``ReflectiveGRPOConfig``.
-        settle: training questions that the trained policy answers once more, at most, and its head is fitted anew to (``joint``); 0: the head stays
-            as it was trained along.
+        settle: training questions that the trained policy answers once more, at most, and its head is fitted anew to (``joint``); None: all; 0:
+            the head stays as it was trained along. Few are no bargain, see ``benchmarks/NOTES.md``, "Joint training and its head".
         gradient_checkpointing: run layers twice and keep less (``backbone``, ``joint``).
         dtype: of rollouts and of the matrix products in training: ``bfloat16``, ``float32``, or ``auto``: rollouts in
             the model's own, training in bfloat16. A head alone is always fitted in float32.
@@ -76,7 +76,7 @@ class Settings:
     steps: int = 100
     group: int = 8
     head_updates: int = 8
-    settle: int = 512
+    settle: int | None = None
     gradient_checkpointing: bool = False
     dtype: str = "auto"
     seed: int = 0
@@ -101,7 +101,7 @@ class Settings:
         if self.way == "joint" and self.data is not None:
             raise ValueError("data: way joint learns from answers of its own; give a task and a verifier")
         for name in ("head_updates", "settle"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.way == "joint" and self.batch % self.group:
             raise ValueError(f"batch={self.batch} is no multiple of group={self.group}")
