@@ -108,9 +108,10 @@ def test_a_question_cannot_reach_into_the_prompt(tmp_path):
 
 
 def test_a_long_stop_of_ones_own_is_no_checkpoint_s_pattern(small):  # noqa: F811
-    ends = "x" * 5000
+    ends, began = "x" * 5000, time.process_time()
     assert not Watch(Reader(small.tokenizer), [ends]).complete(small.tokenizer("x" * 4999).input_ids, None)
     assert Watch(Reader(small.tokenizer), [ends]).complete(small.tokenizer(ends).input_ids, None)
+    assert time.process_time() - began < 5, "28 s as a pattern"
 
 
 @pytest.mark.parametrize("which", ["answer", "stop"])

@@ -1,6 +1,5 @@
 """What the search reads in a response's text: where thinking ends, the answer, whether the response is complete."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,8 +88,7 @@ class Watch:
 
     def __init__(self, reader: Reader, stops: Sequence[str] = ()) -> None:
         self.reader = reader
-        patterns = [*([reader.stop] if reader.stop else []), *map(re.escape, stops)]
-        self._stop = "|".join(patterns)
+        self._stops = tuple(stops)  # looked for as they are: as a pattern the first search for one of 4,000 characters takes 14 s
         self._tail = max([TAIL, *map(len, stops)])  # tokens: at least one character each
         self._answer = reader.pattern
 
@@ -100,8 +98,10 @@ class Watch:
         Args:
             answer_from: where thinking ended in ``tokens``; None within it.
         """
-        if self._stop and search(self._stop, self.reader.decode(tokens[-self._tail :])):
-            return True
+        if self._stops or self.reader.stop:
+            text = self.reader.decode(tokens[-self._tail :])
+            if any(stop in text for stop in self._stops) or (self.reader.stop and search(self.reader.stop, text)):
+                return True
         if self.reader.stop or not self._answer or answer_from is None:
             return False
         text = self.reader.decode(tokens[max(answer_from, len(tokens) - TAIL) :])
