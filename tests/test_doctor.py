@@ -111,9 +111,12 @@ def test_backends_agree(name):
     assert [check.status for check in found] == ["ok"] * 3, found
     for check in found:
         assert 0 < check.measured <= check.allowed and f"{check.measured:.1e}" in check.detail and not check.advice
-    bits = " ".join(check.detail for check in found)
-    assert "the same bits again" in bits
-    assert ("batches of 1, 17 and 64" in bits and "immediate and deferred" in bits) is (name != "torch")
+    tells_of_bits(name, " ".join(check.detail for check in found))
+
+
+def tells_of_bits(name, details):
+    assert "the same bits again" in details
+    assert ("batches of 1, 17 and 64" in details and "immediate and deferred" in details) is (name != "torch")
 
 
 @pytest.mark.parametrize("name", ["hf: generate", "hf: engine, batch", "hf: engine, seats"])
@@ -405,9 +408,14 @@ def tells_all_that_is_here(said):
     assert "All that is here agrees" in said
     statuses = {line[10:31].strip(): line[:8].strip() for line in lines[: lines.index("")]}
     assert {name.partition(": ")[0] for name in statuses} == set(GROUPS) - {"vllm", "default model"}
-    for name in checks.BACKENDS:
-        assert [statuses.get(step.name) for step in checks.plan() if step.group == name] == ["ok"] * 3 or name not in HERE, statuses
-        assert (statuses.get(f"{name}: stream") == "ok") is (name in HERE)
+    assert all((statuses.get(f"{name}: stream") == "ok") is (name in HERE) for name in checks.BACKENDS)
+    for name in HERE:
+        told = [line for line in lines if line[10:].startswith(f"{name}: ")]
+        assert [line[:8].strip() for line in told] == ["ok"] * 3, told
+        for line in told:
+            measured, allowed = map(float, re.search(r"off by (\S+), rounding allows (\S+);", line).groups())
+            assert 0 < measured <= allowed, line
+        tells_of_bits(name, " ".join(told))
     block = said[said.index("<details>") :]
     assert f"reflective: {rf.__version__}" in block and f"torch: {torch.__version__}" in block and block.rstrip().endswith("</details>")
     for name, info in rf.backends().items():
