@@ -5,12 +5,11 @@ python benchmarks/right_answers.py    # results/right_answers.png and right_answ
 Reads ``reproduction_shipped.csv`` (the embedded model on questions that chose nothing) and ``strategies.csv`` (long chains); measures nothing.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from reflective.benchmarks.record import RESULTS, read
-from reflective.benchmarks.second_pass import DECODE, GROUNDS, OURS, PASS, title, written_in
+from reflective.benchmarks.second_pass import DECODE, OURS, PASS, main, title, written_in
 from reflective.plot import draw, pyplot
 
 NS = (1, 2, 4, 8, 16, 32)
@@ -50,7 +49,7 @@ def _answers(ax: Any, rows: dict[str, dict[str, str]], ink: str) -> None:
         at = [rows["pass@1" if n == 1 else f"{rule}@{n}"] for n in NS]
         value, low, high = ([100 * float(r[k]) for r in at] for k in ("value", "low", "high"))
         ours = color == OURS
-        ax.plot(NS, value, "o-" if ours else "o--" if rule == "any" else "o-", color=color, lw=2.5 if ours else 1.5, ms=5 if ours else 3.5)
+        ax.plot(NS, value, "o--" if rule == "any" else "o-", color=color, lw=2.5 if ours else 1.5, ms=5 if ours else 3.5)
         if rule != "any":
             ax.fill_between(NS, low, high, color=color, alpha=0.15, lw=0)
         ax.text(36, value[-1], f"{value[-1]:.0f} %  {label}", va="center", fontsize=9.5, color=ink, fontweight="bold" if ours else "normal")
@@ -77,13 +76,5 @@ def _tokens(ax: Any, rows: list[dict[str, str]], ink: str) -> None:
     title(ax, "As many right, for fewer tokens", f"{there[0][0]['questions']} unseen chains of 8 to 10 steps; tokens a question")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    out = parser.parse_args().out
-    for end, (ground, ink) in GROUNDS.items():
-        print(picture(out / f"right_answers{end}.png", ground, ink))
-
-
 if __name__ == "__main__":
-    main()
+    main(picture, "right_answers", __doc__)

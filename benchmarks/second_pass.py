@@ -6,6 +6,7 @@ Reads ``in_vllm_best_of_n.csv`` (answers and scores, on a CPU) and ``gpu_best_of
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,13 @@ def _seconds(value: float) -> str:
     return f"{1e3 * value:.0f} ms" if value < 0.1 else f"{value:.2f} s"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(draw_one: Callable[[Path, str, str], Path] = picture, name: str = "second_pass", about: str | None = __doc__) -> None:
+    """A README's picture on each of the ``GROUNDS``."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     out = parser.parse_args().out
     for end, (ground, ink) in GROUNDS.items():
-        print(picture(out / f"second_pass{end}.png", ground, ink))
+        print(draw_one(out / f"{name}{end}.png", ground, ink))
 
 
 if __name__ == "__main__":

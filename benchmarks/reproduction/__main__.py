@@ -26,11 +26,7 @@ Only where they are asked for by name:
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-
-import torch
 
 from reflective.benchmarks.record import RESULTS, add_seconds, seconds_of, write
 
@@ -88,8 +84,7 @@ def fit_again(work: Path) -> None:
 
 
 def _side_by_side(act: Callable[..., str], work: Path, tasks: Sequence[tuple[object, ...]]) -> None:
-    """A process a thread of torch's, as for the heads: two tasks side by side are done sooner than one with two threads."""
-    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with heads.processes() as pool:
         for done in [pool.submit(act, work, *task) for task in tasks]:
             print(f"joint: {done.result()}", flush=True)
 

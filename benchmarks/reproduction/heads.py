@@ -128,9 +128,13 @@ def fit_all(work: Path) -> Iterator[str]:
 def fit_tasks(tasks: list[tuple[Path, str, Variant, int]]) -> Iterator[str]:
     """Those of ``tasks`` that are not done yet: work directory, family, variant and seed of each."""
     tasks = [t for t in tasks if not head_file(*t).is_file()]
-    # A process a thread of torch's, each with one: the matrices are too small for two.
-    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with processes() as pool:
         yield from pool.map(_fit, tasks)
+
+
+def processes() -> ProcessPoolExecutor:
+    """A process a thread of torch's, each with one: the matrices of heads, and of the recipe's model, are too small for two."""
+    return ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn"), torch.set_num_threads, (1,))
 
 
 def _fit(task: tuple[Path, str, Variant, int]) -> str:

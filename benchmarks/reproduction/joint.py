@@ -69,11 +69,15 @@ def train(model: ReflectiveModel, head: SPRM, path: Path, seed: int, steps: int 
     trainer.state.save_to_json(str(path / "trainer_state.json"))
 
 
+def home(work: Path, seed: int) -> Path:
+    """Where the policy of ``seed`` lies, and what it answers."""
+    return work / "joint" / f"seed {seed}"
+
+
 def train_seed(work: Path, seed: int) -> str:
     """Train the untrained policy, and the head of all families, from ``seed``."""
-    place = work / "joint" / f"seed {seed}"
-    if not (place / "trainer_state.json").is_file():
-        train(untrained(dtype_of(work)), heads.head(work, heads.ALL, heads.MAIN, seed).float(), place, seed)
+    if not (home(work, seed) / "trainer_state.json").is_file():
+        train(untrained(dtype_of(work)), heads.head(work, heads.ALL, heads.MAIN, seed).float(), home(work, seed), seed)
     return f"trained, seed {seed}"
 
 

@@ -22,7 +22,7 @@ LAYERS = (-2, -10, -12)  # among which one is chosen, on training questions
 
 def answer(work: Path, seed: int, family: str) -> str:
     """Rollouts of the policy of ``seed`` on its share of the held-out questions of ``family``."""
-    place, asked = work / "joint" / f"seed {seed}", FAMILIES[family]
+    place, asked = joint.home(work, seed), FAMILIES[family]
     held_out, model = rollouts.questions(asked)[1][seed :: rollouts.SEEDS], joint.merged(place, rollouts.dtype_of(work))
     rollouts.rollouts(model, asked, held_out, place / family, samples=rollouts.EVAL_SAMPLES, seed=2 + seed, all_views=False)
     return f"rollouts, seed {seed}, {family}"
@@ -33,7 +33,7 @@ def settle(work: Path, seed: int, family: str) -> str:
     file = head_file(work, seed, family)
     if file.is_file():
         return f"settled, seed {seed}, {family}"
-    place, asked = work / "joint" / f"seed {seed}", FAMILIES[family]
+    place, asked = joint.home(work, seed), FAMILIES[family]
     drawn = rollouts.rollouts(
         joint.merged(place, rollouts.dtype_of(work)), asked, rollouts.questions(asked)[0] + rollouts.further(asked)[0], place / f"{family}, train",
         samples=SAMPLES[family], seed=8 + seed, all_views=False,
@@ -44,7 +44,7 @@ def settle(work: Path, seed: int, family: str) -> str:
 
 
 def head_file(work: Path, seed: int, family: str) -> Path:
-    return work / "joint" / f"seed {seed}" / f"{family}, settled.safetensors"
+    return joint.home(work, seed) / f"{family}, settled.safetensors"
 
 
 def head(work: Path, seed: int, family: str) -> SPRM | None:

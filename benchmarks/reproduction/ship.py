@@ -76,7 +76,7 @@ class Candidate:
 def candidates(work: Path) -> dict[str, Candidate]:
     """What could be shipped: the head of the frozen backbone; policy and head as joint training left them; that policy with
     heads fitted to rollouts of its own."""
-    place = work / "joint" / f"seed {SEED}"
+    place = joint.home(work, SEED)
     frozen = heads.head(work, FAMILY, heads.MAIN, SEED)
     held_out = heads.load(work / FAMILY / "eval", "steps")
     found = {"head alone": Candidate(frozen, None, evaluate(held_out, frozen), rollouts.EVAL)}

@@ -18,7 +18,7 @@ from reflective.train.data import Rollouts
 from reflective.train.head import fit
 from reflective.train.metrics import Metric, evaluate, evaluate_seeds, log_scores, saturation
 
-from . import heads, results, settle
+from . import heads, joint, results, settle
 from .families import FAMILIES
 from .rollouts import SEEDS, TRAIN_SAMPLES
 from .separate import EVAL_SAMPLES
@@ -109,7 +109,7 @@ class Tables:
         """A seed's own policy on its own share of the held-out questions, scored by its own head."""
         found = []
         for seed in range(SEEDS):
-            place = self.work / "joint" / f"seed {seed}"
+            place = joint.home(self.work, seed)
             if (place / family).is_dir():
                 rollouts = heads.load(place / family, "steps")
                 rollouts.question += seed * 10_000  # a question of one seed is none of another's
@@ -121,7 +121,7 @@ class Tables:
         found = []
         for seed in range(SEEDS):
             if (own := settle.head(self.work, seed, family)) is not None:
-                rollouts = heads.load(self.work / "joint" / f"seed {seed}" / family, "layers", own.tap.layers)
+                rollouts = heads.load(joint.home(self.work, seed) / family, "layers", own.tap.layers)
                 rollouts.question += seed * 10_000
                 found.append((rollouts, log_scores(rollouts, own)))
         return found if len(found) == SEEDS else []
@@ -206,7 +206,7 @@ class Tables:
                 "sprm/score_incorrect": "score_incorrect", "sprm/loss": "sprm_loss", "step_time": "step_time"}  # fmt: skip
         found = []
         for seed in range(SEEDS):
-            file = self.work / "joint" / f"seed {seed}" / "trainer_state.json"
+            file = joint.home(self.work, seed) / "trainer_state.json"
             if file.is_file():
                 for entry in json.loads(file.read_text())["log_history"]:
                     if "reward" in entry:
